@@ -49,9 +49,9 @@ def f8(codes: Bytes, scale: Bytes) -> Floats:
 def fp4(packed: Bytes, scale: Bytes) -> Floats:
     """packed (rows, cols / 2), low nibble first; scale (rows, ceil(cols / 32)) -> (rows, cols)."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
-    values = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7])
+    signed = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7])
     # Through float64: half of the smallest scale is no normal float32, the product is exact.
-    product = values.astype(np.float64) * np.repeat(e8m0(scale), 32, axis=1)[:, : codes.shape[1]]
+    product = signed.astype(np.float64) * np.repeat(e8m0(scale), 32, axis=1)[:, : codes.shape[1]]
     values: Floats = product.astype(np.float32)
     return values
 
