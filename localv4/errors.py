@@ -47,3 +47,9 @@ class BadFileError(LocalV4Error):
 
 class NumericsError(LocalV4Error):
     """The engine produced a NaN or an infinity where a number was due."""
+
+
+class Cancelled(LocalV4Error):
+    """The user stopped the work."""
+
+    exit_code = 130

@@ -1,0 +1,139 @@
+"""A loaded model: opened files, network and tokenizer, ready for sessions."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from localv4.engine.reply import Reply, ReplyOptions
+from localv4.engine.session import PREFILL_CHUNK, Progress, Session
+from localv4.errors import DoesNotFitError, UsageError
+from localv4.kernels.compiler import are_compiled, compile_kernels
+from localv4.kernels.threads import most_threads
+from localv4.model.config import ModelConfig
+from localv4.model.loading import read_model_config
+from localv4.model.matrix import Floats, Numerics
+from localv4.model.names import official_names
+from localv4.model.transformer import Transformer
+from localv4.model.weights import load_weights
+from localv4.storage import Checkpoint, open_checkpoint
+from localv4.text.tokenizer import Tokenizer
+
+OnLoad = Callable[[str, int, int], None]
+"""Called with (phase, done, total) while kernels compile and weights are found."""
+
+
+class Engine:
+    """One model on one machine. Weights stay in the files, mapped into memory and shared."""
+
+    def __init__(self, checkpoint: Checkpoint, network: Transformer, ctx_size: int) -> None:
+        self.checkpoint = checkpoint
+        self.path = checkpoint.path
+        self.network = network
+        self.config: ModelConfig = network.config
+        self.ctx_size = ctx_size
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        ctx_size: int | None = None,
+        threads: int | None = None,
+        on_progress: OnLoad | None = None,
+    ) -> "Engine":
+        """Open the model at `path` (a checkpoint folder or a GGUF file).
+
+        `ctx_size` in tokens defaults to what the model allows, `threads` to the physical cores.
+        Raises NotFoundError, BadFileError, UsageError or DoesNotFitError.
+        """
+        checkpoint = open_checkpoint(path)
+        table = official_names(checkpoint)
+        config = read_model_config(checkpoint, table)
+        size = _checked_ctx_size(ctx_size, config)
+        count = _checked_threads(threads)
+        phase = "loading kernels" if are_compiled() else "compiling kernels (first run only)"
+        compile_kernels(_phase(on_progress, phase))
+        weights = load_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
+        network = Transformer(config, weights, Numerics(count, weights.widest))
+        return cls(checkpoint, network, size)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; raises NotFoundError or BadFileError when it has none."""
+        if self.checkpoint.kind == "gguf":
+            tokenizer = Tokenizer.from_gguf(self.checkpoint.metadata, self.path)
+        else:
+            folder = self.path if self.path.is_dir() else self.path.parent
+            tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+        return tokenizer
+
+    def new_session(self) -> Session:
+        """Return an empty timeline."""
+        return Session(self.network, self.ctx_size)
+
+    def reply(
+        self,
+        session: Session,
+        prompt_ids: Sequence[int],
+        options: ReplyOptions,
+        *,
+        on_prefill: Progress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Reply:
+        """Return the answer to a prompt, to be iterated; what the session shares is reused.
+
+        Raises DoesNotFitError when the prompt fills the context, UsageError for bad options,
+        BadFileError when the model's files changed under us.
+        """
+        self.checkpoint.check_unchanged()
+        return Reply(session, self.tokenizer, prompt_ids, options, on_prefill, cancelled)
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        chunk: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[Floats]:
+        """Yield the logits after every token, as arrays (some tokens, vocab) in order.
+
+        `chunk` tokens are processed at a time; 1 decodes token by token.
+        """
+        self.checkpoint.check_unchanged()
+        session = self.new_session()
+        size = PREFILL_CHUNK if chunk is None else chunk
+        for start in range(0, len(token_ids), size):
+            part = token_ids[start : start + size]
+            yield session.all_logits(part, chunk=size)
+            if on_progress is not None:
+                on_progress(start + len(part), len(token_ids))
+
+
+def _phase(on_progress: OnLoad | None, phase: str) -> Progress | None:
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(phase, done, total)
+
+
+def _checked_ctx_size(ctx_size: int | None, config: ModelConfig) -> int:
+    if ctx_size is None:
+        return config.max_positions
+    if ctx_size < 1:
+        raise UsageError(f"--ctx-size is {ctx_size}, expected at least 1")
+    if ctx_size > config.max_positions:
+        raise DoesNotFitError(
+            f"--ctx-size is {ctx_size}, the model allows {config.max_positions} tokens",
+            hint=f"use --ctx-size {config.max_positions} or less",
+        )
+    return ctx_size
+
+
+def _checked_threads(threads: int | None) -> int:
+    most = most_threads()
+    if threads is None:
+        return max(1, min(psutil.cpu_count(logical=False) or most, most))
+    if not 1 <= threads <= most:
+        raise UsageError(f"--threads is {threads}, expected 1 to {most}")
+    return threads

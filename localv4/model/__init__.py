@@ -1,0 +1,1 @@
+"""The DeepSeek-V4 network: configuration, weights, decoder state and the forward pass."""

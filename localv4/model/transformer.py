@@ -1,0 +1,80 @@
+"""The DeepSeek-V4 network: embedding, blocks between hyper-connections, head."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.model.attention import AttentionBlock
+from localv4.model.config import LayerKind, ModelConfig
+from localv4.model.hyper_connections import HyperConnectionSite
+from localv4.model.matrix import Floats, Numerics, look_up
+from localv4.model.moe import MoeBlock
+from localv4.model.norm import rms_norm
+from localv4.model.rotary import Rotary, compress_rotary, main_rotary
+from localv4.model.state import LayerState, State
+from localv4.model.weights import Layer, Weights
+
+
+class Block:
+    """One layer: attention, then experts, each reading and writing all residual streams."""
+
+    def __init__(
+        self, index: int, layer: Layer, rotary: Rotary, config: ModelConfig, numerics: Numerics
+    ) -> None:
+        self.eps = config.rms_eps
+        self.attn_hc = HyperConnectionSite(layer.attn_hc, config, numerics)
+        self.attn_norm = layer.attn_norm
+        self.attention = AttentionBlock(layer.attention, rotary, config, numerics)
+        self.ffn_hc = HyperConnectionSite(layer.ffn_hc, config, numerics)
+        self.ffn_norm = layer.ffn_norm
+        self.moe = MoeBlock(layer, index, config, numerics)
+
+    def __call__(
+        self, streams: Floats, token_ids: NDArray[np.int64], state: LayerState, position: int
+    ) -> Floats:
+        """Return the streams (tokens, n, hidden) after this layer."""
+        u, mix = self.attn_hc.enter(streams)
+        update = self.attention(rms_norm(u, self.attn_norm, self.eps), state, position)
+        streams = self.attn_hc.leave(streams, update, mix)
+        u, mix = self.ffn_hc.enter(streams)
+        update = self.moe(rms_norm(u, self.ffn_norm, self.eps), token_ids)
+        return self.ffn_hc.leave(streams, update, mix)
+
+
+class Transformer:
+    """Immutable weights and the forward pass over them; sequences live in `State` objects."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, numerics: Numerics) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.weights = weights
+        self.head_hc = HyperConnectionSite(weights.head_hc, config, numerics)
+        main, compress = main_rotary(config), compress_rotary(config)
+        self.blocks = [
+            Block(
+                index,
+                layer,
+                main if config.layer_kinds[index] is LayerKind.SLIDING else compress,
+                config,
+                numerics,
+            )
+            for index, layer in enumerate(weights.layers)
+        ]
+
+    def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        """Process tokens at `state.position` and return their final vectors (tokens, hidden).
+
+        token_ids (tokens,) must be in the vocabulary and at most `state.slack` many. When anything
+        is raised on the way, the state still stands before the tokens.
+        """
+        state.begin(token_ids.shape[0])
+        embedded = look_up(self.weights.embed, token_ids)
+        streams = np.repeat(embedded[:, None, :], self.config.hc_mult, axis=1)
+        for block, layer_state in zip(self.blocks, state.layers, strict=True):
+            streams = block(streams, token_ids, layer_state, state.position)
+        state.advance(token_ids.shape[0])
+        return self.head_hc.collapse_head(streams)
+
+    def logits(self, vectors: Floats) -> Floats:
+        """Return logits (tokens, vocab) for final vectors (tokens, hidden)."""
+        normed = rms_norm(vectors, self.weights.norm, self.config.rms_eps)
+        return self.numerics.linear(normed, self.weights.head)
