@@ -3,8 +3,6 @@
 import math
 
 import numpy as np
-from numba import prange
-
 from localv4.kernels.arrays import Floats, Scalar
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
@@ -87,10 +85,10 @@ def head_mixes(pre: Floats, mixes: Floats, scale: Floats, base: Floats, eps: Sca
             pre[t, i] = sigmoid(mixes[t, i] * scale[0] + base[i]) + eps
 
 
-@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, :, ::1])", parallel=True)
+@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, :, ::1])")
 def collapse(out: Floats, pre: Floats, streams: Floats) -> None:
     """out[t] = sum over n of pre[t, n] * streams[t, n]; out (tokens, d), streams (tokens, n, d)."""
-    for t in prange(out.shape[0]):
+    for t in range(out.shape[0]):
         for i in range(out.shape[1]):
             out[t, i] = 0
         for n in range(streams.shape[1]):
@@ -101,14 +99,13 @@ def collapse(out: Floats, pre: Floats, streams: Floats) -> None:
 
 @kernel(
     "void(f4[:, :, ::1], f4[:, ::1], f4[:, :, ::1], f4[:, ::1], f4[:, :, ::1])",
-    parallel=True,
 )
 def expand(out: Floats, post: Floats, comb: Floats, update: Floats, streams: Floats) -> None:
     """out[t, k] = post[t, k] * update[t] + sum over j of comb[t, j, k] * streams[t, j]
 
     out, streams (tokens, n, d), not the same array; update (tokens, d); all f32.
     """
-    for t in prange(out.shape[0]):
+    for t in range(out.shape[0]):
         for k in range(out.shape[1]):
             weight = post[t, k]
             for i in range(out.shape[2]):

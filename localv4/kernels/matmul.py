@@ -49,11 +49,45 @@ def dot4(out: Floats, row: Floats, x: Floats, first: int, start: int) -> None:
     out[0], out[1], out[2], out[3] = t0, t1, t2, t3
 
 
-@kernel(
+@device
+def product_rows(
+    out: Floats,
+    x: Floats,
+    fmt: int,
+    data: Bytes,
+    scale: Bytes,
+    groups: int,
+    scratch: Floats,
+    first: int,
+    end: int,
+) -> None:
+    """Rows first ... end - 1 of `matmul`; scratch (>= cols + 4,) f32."""
+    tokens = x.shape[0]
+    cols = x.shape[1] // groups
+    rows_per_group = data.shape[0] // groups
+    row = scratch[:cols]
+    four = scratch[cols : cols + 4]
+    for r in range(first, end):
+        decode_row(row, fmt, data, scale, r)
+        start = (r // rows_per_group) * cols
+        t = 0
+        while t + 4 <= tokens:
+            dot4(four, row, x, t, start)
+            for i in range(4):
+                out[t + i, r] = four[i]
+            t += 4
+        while t < tokens:
+            out[t, r] = dot(row, x[t, start : start + cols])
+            t += 1
+
+
+_MATMUL = (
     "void(f4[:, ::1], f4[:, ::1], i8, Array(u1, 2, 'C', readonly=True),"
-    " Array(u1, 2, 'C', readonly=True), i8, f4[:, ::1])",
-    parallel=True,
+    " Array(u1, 2, 'C', readonly=True), i8, f4[:, ::1])"
 )
+
+
+@kernel(_MATMUL, parallel=True)
 def matmul(
     out: Floats, x: Floats, fmt: int, data: Bytes, scale: Bytes, groups: int, scratch: Floats
 ) -> None:
@@ -64,26 +98,18 @@ def matmul(
     block-diagonal: rows fall into equal groups and each group sees its own slice of x.
     scratch (threads, >= cols + 4) f32: one decoded row per thread.
     """
-    tokens = x.shape[0]
-    rows = data.shape[0]
-    cols = x.shape[1] // groups
-    rows_per_group = rows // groups
-    parts = scratch.shape[0]
+    rows, parts = data.shape[0], scratch.shape[0]
     for part in prange(parts):
-        row = scratch[part, :cols]
-        four = scratch[part, cols : cols + 4]
-        for r in range(rows * part // parts, rows * (part + 1) // parts):
-            decode_row(row, fmt, data, scale, r)
-            start = (r // rows_per_group) * cols
-            t = 0
-            while t + 4 <= tokens:
-                dot4(four, row, x, t, start)
-                for i in range(4):
-                    out[t + i, r] = four[i]
-                t += 4
-            while t < tokens:
-                out[t, r] = dot(row, x[t, start : start + cols])
-                t += 1
+        first, end = rows * part // parts, rows * (part + 1) // parts
+        product_rows(out, x, fmt, data, scale, groups, scratch[part], first, end)
+
+
+@kernel(_MATMUL)
+def matmul_small(
+    out: Floats, x: Floats, fmt: int, data: Bytes, scale: Bytes, groups: int, scratch: Floats
+) -> None:
+    """The same as `matmul` on one thread, for products that cost less than waking others."""
+    product_rows(out, x, fmt, data, scale, groups, scratch[0], 0, data.shape[0])
 
 
 @kernel(

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from localv4.errors import Cancelled
 from localv4.kernels import matmul
 
+SMALL_PRODUCT = 1 << 18
+"""Multiply-adds below which one thread is done before others have woken up."""
+
 F32 = np.float32
 Floats = NDArray[np.float32]
 Packed = NDArray[np.uint8]
@@ -56,7 +59,9 @@ class Numerics:
         if self.cancelled is not None and self.cancelled.is_set():
             raise Cancelled("stopped")
         out = np.empty((x.shape[0], weight.rows), F32)
-        matmul.matmul(out, x, weight.format, weight.data, weight.scale, groups, self._scratch)
+        small = x.shape[0] * weight.rows * weight.cols < SMALL_PRODUCT
+        product = matmul.matmul_small if small else matmul.matmul
+        product(out, x, weight.format, weight.data, weight.scale, groups, self._scratch)
         return out
 
     def key_rows(self, rows: Floats) -> Floats:
