@@ -1,0 +1,1 @@
+"""Which models are known (`registry`) and which are on this machine (`installed`)."""
