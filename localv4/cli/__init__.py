@@ -1,0 +1,1 @@
+"""The command line: parse arguments, print results, and nothing else."""

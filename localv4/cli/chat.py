@@ -1,0 +1,114 @@
+"""`localv4 chat`: a conversation in the terminal."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from localv4 import __version__
+from localv4.cli import options, terminal
+from localv4.errors import LocalV4Error, UsageError
+
+if TYPE_CHECKING:
+    from localv4.cli.line_editor import LineEditor
+    from localv4.cli.repl import Chat
+
+
+def chat(
+    model_argument: options.ModelArgument = None,
+    model: options.Model = None,
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    greedy: options.Greedy = False,
+    think: options.Think = None,
+    think_effort: options.ThinkEffort = None,
+    hide_thinking: options.HideThinking = False,
+    quiet: options.Quiet = False,
+    no_color: options.NoColor = False,
+) -> None:
+    """Talk with a model in the terminal.
+
+    Commands begin with a slash: /help lists them. Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    if not (terminal.is_terminal(sys.stdin) and terminal.is_terminal(sys.stdout)):
+        raise UsageError(
+            "chat needs a terminal for both input and output",
+            hint='in scripts and pipes: localv4 run "PROMPT"',
+        )
+    thinking, effort = options.thinking_mode(think, think_effort)
+    values = {
+        "temp": options.temperature(temp, greedy),
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+
+    from localv4.cli import loading, settings
+    from localv4.cli.repl import Chat
+
+    settings.Settings().with_values(values)  # a mistake shows before the model is loaded
+    loaded = loading.load_engine(
+        options.model_reference(model_argument, model),
+        ctx_size=ctx_size,
+        threads=threads,
+        quiet=quiet,
+        no_color=no_color,
+    )
+    recommended = settings.recommended(loaded.model.path, loaded.engine.checkpoint.metadata)
+    talk(
+        Chat(
+            loaded,
+            terminal.make_console(sys.stdout, no_color=no_color),
+            recommended.with_values(values),
+            system=system,
+            thinking=thinking,
+            effort=effort,
+            hide_thinking=hide_thinking,
+        ),
+        no_color=no_color,
+    )
+
+
+def talk(chat: "Chat", *, no_color: bool) -> None:
+    """Read and answer until the user leaves."""
+    from localv4.cli import commands, loading
+    from localv4.cli.line_editor import LineEditor
+
+    editor = LineEditor(
+        [*commands.COMMANDS, *commands.ALIASES],
+        chat.status,
+        no_color=not terminal.wants_color(sys.stdout, no_color=no_color),
+        warn=loading.warn,
+    )
+    chat.say(f"localv4 {__version__} | {chat.loaded.name} | /help for help, Ctrl-D to leave")
+    while (line := _read_line(chat, editor)) is not None:
+        try:
+            is_command = line.startswith("/")
+            question = commands.execute(chat, line) if is_command else line
+        except EOFError:
+            return
+        except LocalV4Error as error:
+            chat.show_error(error)
+            continue
+        if question is not None and question.strip():
+            chat.ask(question)
+
+
+def _read_line(chat: "Chat", editor: "LineEditor") -> str | None:
+    """Return the next line, or None when the user leaves; Ctrl-C only clears the line."""
+    while True:
+        try:
+            return editor.read()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            chat.say("(Ctrl-D or /exit leaves)")

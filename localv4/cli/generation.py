@@ -1,0 +1,136 @@
+"""One reply, made on the engine thread and watched from the main one."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from localv4.cli import worker
+
+if TYPE_CHECKING:
+    from localv4.engine.engine import Engine
+    from localv4.engine.reply import Reply, ReplyOptions
+    from localv4.engine.session import Session
+    from localv4.text.completion import Delta
+
+
+class Generation:
+    """A reply in the making: how far it is, and how to stop it."""
+
+    def __init__(
+        self,
+        engine: "Engine",
+        session: "Session",
+        prompt_ids: Sequence[int],
+        options: "ReplyOptions",
+    ) -> None:
+        self._engine = engine
+        self._session = session
+        self._prompt_ids = prompt_ids
+        self._options = options
+        self._first_token_at: float | None = None
+        self.cancelled = threading.Event()
+        self.reply: Reply | None = None
+        self.prefill = (0, len(prompt_ids))  # prompt tokens done, and all of them
+        self.tokens = 0
+
+    def deltas(self) -> "Iterator[Delta | None]":
+        """Yield the pieces of the reply, and None now and then while there is nothing new.
+
+        The first Ctrl-C ends the reply early; a second one raises KeyboardInterrupt.
+        """
+        with _stop_on_interrupt(self.cancelled):
+            yield from worker.stream(self._run)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the prompt is still being read."""
+        return self.tokens == 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Speed of the answer so far; 0 before there are two tokens."""
+        if self._first_token_at is None or self.tokens < 2:
+            return 0.0
+        return (self.tokens - 1) / max(time.monotonic() - self._first_token_at, 1e-9)
+
+    def finished(self) -> "Reply":
+        """Return the reply after `deltas` has ended."""
+        assert self.reply is not None
+        return self.reply
+
+    def _run(self) -> "Iterator[Delta]":
+        self.reply = reply = self._engine.reply(
+            self._session,
+            self._prompt_ids,
+            self._options,
+            on_prefill=self._note_prefill,
+            cancelled=self.cancelled,
+        )
+        for delta in reply:
+            self.tokens = len(reply.token_ids)
+            if self._first_token_at is None:
+                self._first_token_at = time.monotonic()
+            yield delta
+        self.tokens = len(reply.token_ids)
+
+    def _note_prefill(self, done: int, total: int) -> None:
+        self.prefill = (done, total)
+
+
+@contextmanager
+def _stop_on_interrupt(cancelled: threading.Event) -> Iterator[None]:
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        if cancelled.is_set():
+            raise KeyboardInterrupt
+        cancelled.set()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stats_line(reply: "Reply") -> str:
+    """Return speed and memory of a finished reply on one line."""
+    stats = reply.stats
+    read = stats.prompt_tokens - stats.reused_tokens
+    prompt = f"prompt {read} tok, {stats.prefill_tok_s:.1f} tok/s"
+    if stats.reused_tokens:
+        prompt += f" (+{stats.reused_tokens} reused)"
+    answer = f"gen {stats.generated_tokens} tok, {stats.decode_tok_s:.1f} tok/s"
+    return f"{prompt} | {answer} | peak RSS {format_bytes(peak_memory_bytes())}"
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held so far, mapped model pages included."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> int:
+    """Return the memory that this process holds now, mapped model pages included."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes with three digits: 25.5 MB is `24.3 MiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB" if value < 1000 else f"{value / 1024:.2f} TiB"

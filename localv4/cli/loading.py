@@ -1,0 +1,81 @@
+"""From what the user named to a loaded engine, with progress and notes on stderr."""
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from localv4.cli import terminal, worker
+from localv4.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from localv4.engine.engine import Engine
+    from localv4.library.installed import InstalledModel
+    from localv4.text.effort import Release
+
+DEMO_NOTE = (
+    "using tiny-v4, the small built-in demo model (a toy); for a real one: "
+    "hf download deepseek-ai/DeepSeek-V4-Flash, then -m v4-flash"
+)
+
+# Marks in the names of models whose prompts have the texts of the July release.
+SUMMER_RELEASES = ("0731", "0813")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine and the model that it was loaded from."""
+
+    engine: "Engine"
+    model: "InstalledModel"
+
+    @property
+    def name(self) -> str:
+        """The model's name, safe to print."""
+        return terminal.sanitize_line(self.model.name)
+
+    @property
+    def release(self) -> "Release":
+        """Which texts ask for more effort; a model outside the registry tells by its name."""
+        if self.model.spec is not None:
+            return self.model.spec.release
+        return "0731" if any(date in self.model.name for date in SUMMER_RELEASES) else "preview"
+
+
+def load_engine(
+    reference: str | None,
+    *,
+    ctx_size: int | None,
+    threads: int | None,
+    quiet: bool,
+    no_color: bool,
+) -> Loaded:
+    """Find and load a model; tell on stderr when the built-in one stands in for a real one."""
+    from localv4.library import installed
+
+    model = installed.resolve(reference)
+    if model.source == "embedded" and reference is None and not quiet:
+        note(DEMO_NOTE)
+
+    def load() -> "Engine":
+        # the import is slow as well: it belongs to the part that Ctrl-C can end at once
+        from localv4.engine.engine import Engine
+        from localv4.kernels.compiler import are_compiled
+
+        if not are_compiled():
+            progress.announce("compiling kernels (first run only)")
+        return Engine.load(model.path, ctx_size=ctx_size, threads=threads, on_progress=progress)
+
+    with Progress(quiet=quiet, no_color=no_color) as progress:
+        return Loaded(worker.call(load), model)
+
+
+def note(text: str) -> None:
+    """Tell the user something on stderr."""
+    sys.stderr.write(f"note: {terminal.sanitize_line(text)}\n")
+    sys.stderr.flush()
+
+
+def warn(text: str) -> None:
+    """Warn the user on stderr."""
+    sys.stderr.write(f"warning: {terminal.sanitize_line(text)}\n")
+    sys.stderr.flush()

@@ -1,0 +1,198 @@
+"""Command-line options that several commands share: one spelling, one help text, one variable."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from localv4.errors import UsageError
+
+MAX_TOKENS = 2**31 - 1  # also the bound of --top-k; real limits are far below
+
+
+class OutputFormat(StrEnum):
+    """How results are written to stdout."""
+
+    AUTO = "auto"
+    HUMAN = "human"
+    JSON = "json"
+
+
+class Effort(StrEnum):
+    """How long the model may think before it answers."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    MAX = "max"
+
+
+def _option(*names: str, panel: str, env: bool = True, **rest: Any) -> Any:
+    """Declare an option in a help panel; its variable is LOCALV4_ and the long spelling."""
+    long_name = names[0].split("/")[0].removeprefix("--") if len(names) == 1 else names[1]
+    variable = "LOCALV4_" + long_name.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        *names,
+        rich_help_panel=panel,
+        envvar=variable if env else None,
+        show_envvar=False,
+        **rest,
+    )
+
+
+def _flag(*names: str, panel: str, **rest: Any) -> Any:
+    """Declare an option without a value."""
+    return _option(*names, panel=panel, metavar="", **rest)
+
+
+MODEL_HELP = "Name of an installed model, or a path: a checkpoint folder or a .gguf file."
+# LOCALV4_MODEL is read where a missing name is resolved: an argument must win over it
+Model = Annotated[str | None, _option("-m", "--model", panel="Model", env=False, help=MODEL_HELP)]
+ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ContextSize = Annotated[
+    int | None,
+    _option(
+        "-c",
+        "--ctx-size",
+        panel="Model",
+        metavar="TOKENS",
+        help="Room for prompt and answer together. Default: what the model allows.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    _option(
+        "-t",
+        "--threads",
+        panel="Model",
+        metavar="N",
+        help="CPU threads. Default: all physical cores.",
+    ),
+]
+
+System = Annotated[
+    str | None, _option("-s", "--system", panel="Prompt", metavar="TEXT", help="System prompt.")
+]
+
+MaxTokens = Annotated[
+    int | None,
+    _option(
+        "-n",
+        "--max-tokens",
+        panel="Sampling",
+        metavar="N",
+        help="Stop after N new tokens. Default: when the context is full.",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    _option(
+        "--temp",
+        panel="Sampling",
+        metavar="X",
+        help="Temperature; 0 always takes the likeliest token. Default: the model's own.",
+    ),
+]
+TopP = Annotated[
+    float | None,
+    _option(
+        "--top-p",
+        panel="Sampling",
+        metavar="X",
+        help="Keep the likeliest tokens that together have probability X.",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    _option("--top-k", panel="Sampling", metavar="N", help="Keep the N likeliest tokens; 0: all."),
+]
+MinP = Annotated[
+    float | None,
+    _option(
+        "--min-p",
+        panel="Sampling",
+        metavar="X",
+        help="Drop tokens less likely than X times the likeliest.",
+    ),
+]
+RepeatPenalty = Annotated[
+    float | None,
+    _option(
+        "--repeat-penalty",
+        panel="Sampling",
+        metavar="X",
+        help="Make recent tokens less likely; 1: off.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    _option("--seed", panel="Sampling", metavar="N", help="Same seed, same answer."),
+]
+Greedy = Annotated[bool, _flag("--greedy", panel="Sampling", help="The same as --temp 0.")]
+Stop = Annotated[
+    list[str] | None,
+    _option(
+        "--stop",
+        panel="Sampling",
+        env=False,
+        metavar="TEXT",
+        help="End the answer before TEXT; may be given several times.",
+    ),
+]
+
+Think = Annotated[
+    bool | None,
+    _flag("--think/--no-think", panel="Thinking", help="Think before answering. Default: no."),
+]
+ThinkEffort = Annotated[
+    Effort | None,
+    _option(
+        "--think-effort",
+        panel="Thinking",
+        metavar="LEVEL",
+        help="low, medium, high or max; implies --think.",
+    ),
+]
+HideThinking = Annotated[
+    bool,
+    _flag("--hide-thinking", panel="Thinking", help="Show only how long the model thought."),
+]
+
+Format = Annotated[
+    OutputFormat,
+    _option("--format", panel="Output", help="auto and human: text; json: one JSON document."),
+]
+Json = Annotated[bool, _flag("--json", panel="Output", help="The same as --format json.")]
+Stats = Annotated[
+    bool, _flag("--stats", panel="Output", help="Print speed and memory to stderr at the end.")
+]
+Quiet = Annotated[
+    bool, _flag("-q", "--quiet", panel="Output", help="No notes and no progress on stderr.")
+]
+NoColor = Annotated[
+    bool, _flag("--no-color", panel="Output", help="No colours (NO_COLOR does the same).")
+]
+
+
+def wants_json(output_format: OutputFormat, as_json: bool) -> bool:
+    """Say whether `--format json` or its short form was given."""
+    return as_json or output_format is OutputFormat.JSON
+
+
+def model_reference(argument: str | None, option: str | None) -> str | None:
+    """Return the model named as an argument or by --model. Raises UsageError for two of them."""
+    if argument is not None and option is not None and argument != option:
+        raise UsageError("two models are named, as an argument and by --model")
+    return argument if argument is not None else option
+
+
+def temperature(value: float | None, greedy: bool) -> float | None:
+    """Return the temperature that was asked for, None for the model's own."""
+    return 0.0 if greedy else value
+
+
+def thinking_mode(think: bool | None, effort: Effort | None) -> tuple[bool, str | None]:
+    """Return whether to think and with which effort. Raises UsageError for a contradiction."""
+    if think is False and effort is not None:
+        raise UsageError("--no-think contradicts --think-effort")
+    return bool(think) or effort is not None, effort.value if effort is not None else None

@@ -1,0 +1,127 @@
+"""The state of a chat, and how one question is answered."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from localv4.cli import generation, terminal
+from localv4.cli.conversation import Conversation
+from localv4.cli.settings import Settings
+from localv4.cli.view import PlainView, TerminalView, View
+from localv4.errors import LocalV4Error
+
+if TYPE_CHECKING:
+    from localv4.cli.loading import Loaded
+    from localv4.engine.reply import Reply
+
+
+class Chat:
+    """A loaded model, a conversation with it, and the settings of both."""
+
+    def __init__(
+        self,
+        loaded: "Loaded",
+        console: Console,
+        settings: Settings,
+        *,
+        system: str | None,
+        thinking: bool,
+        effort: str | None,
+        hide_thinking: bool,
+    ) -> None:
+        self.loaded = loaded
+        self.console = console
+        self.settings = settings
+        self.thinking = thinking
+        self.effort = effort
+        self.hide_thinking = hide_thinking
+        self.conversation = Conversation(system=system)
+        self.session = loaded.engine.new_session()
+        self.last: Reply | None = None
+
+    def ask(self, question: str) -> None:
+        """Put a question, show the answer, keep both; keep neither when there is no answer."""
+        self.conversation.ask(question)
+        try:
+            self._answer()
+        except LocalV4Error as error:
+            self.conversation.take_back()
+            self.show_error(error)
+
+    def clear(self) -> None:
+        """Forget everything that was said."""
+        self.conversation.messages.clear()
+        self.session.reset()
+
+    def say(self, text: str) -> None:
+        """Print a dimmed remark of the program itself."""
+        self.console.print(Text(terminal.sanitize(text), style="dim"))
+
+    def show_error(self, error: LocalV4Error) -> None:
+        """Print an error and its remedy; the chat goes on."""
+        self.console.print(Text(f"error: {terminal.sanitize_line(error.message)}", style="red"))
+        if error.hint:
+            self.say(f"hint: {error.hint}")
+
+    def status(self) -> str:
+        """Return the line below the prompt: model, context, speed, memory; what fits the width."""
+        parts = [
+            self.loaded.name,
+            f"context {self.session.position}/{self.loaded.engine.ctx_size}",
+            f"memory {generation.format_bytes(generation.memory_bytes())}",
+            "/help",
+        ]
+        if self.last is not None and self.last.stats.decode_tok_s:
+            parts.insert(2, f"{self.last.stats.decode_tok_s:.1f} tok/s")
+        while len(parts) > 1 and len(" | ".join(parts)) > self.console.width - 2:
+            parts.pop()
+        return f" {' | '.join(parts)[: max(0, self.console.width - 2)]} "
+
+    def _answer(self) -> None:
+        from localv4.engine.reply import ReplyOptions
+
+        engine = self.loaded.engine
+        prompt = self.conversation.prompt(
+            thinking=self.thinking, effort=self.effort, release=self.loaded.release
+        )
+        options = ReplyOptions(
+            max_tokens=self.settings.max_tokens,
+            sampling=self.settings.sampling(),
+            thinking=self.thinking,
+        )
+        prompt_ids = engine.tokenizer.encode_prompt(prompt)
+        running = generation.Generation(engine, self.session, prompt_ids, options)
+        with self._view() as view:
+            for delta in running.deltas():
+                if delta is not None:
+                    view.show(delta)
+                view.tick(running)
+            view.finish(running.finished())
+        self._keep(running.finished())
+
+    def _view(self) -> View:
+        if terminal.can_move_cursor(sys.stdout):
+            return TerminalView(self.console, hide_thinking=self.hide_thinking)
+        return PlainView(sys.stdout, None if self.hide_thinking else sys.stdout)
+
+    def _keep(self, reply: "Reply") -> None:
+        """Add the answer to the conversation and say why it ended, unless it just did."""
+        self.last = reply
+        completion = reply.completion
+        if reply.finish_reason == "cancelled" and not reply.token_ids:
+            self.conversation.take_back()
+            self.say("(stopped before the answer began; the question is not kept)")
+            return
+        self.conversation.answer(completion)
+        if reply.finish_reason == "cancelled":
+            self.say("(stopped; /retry answers anew, /undo takes the question back)")
+        elif reply.finish_reason == "length":
+            is_full = self.session.position >= self.loaded.engine.ctx_size - 1
+            self.say(
+                "(the context is full: /clear, or start with a larger --ctx-size)"
+                if is_full
+                else f"(stopped after {len(reply.token_ids)} tokens: /set max-tokens)"
+            )
+        self.console.print()

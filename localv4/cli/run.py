@@ -1,0 +1,231 @@
+"""`localv4 run`: one prompt in, one answer out."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from localv4.cli import options, terminal
+from localv4.errors import UsageError
+
+if TYPE_CHECKING:
+    from localv4.cli.generation import Generation
+    from localv4.cli.loading import Loaded
+    from localv4.cli.settings import Settings
+    from localv4.cli.view import View
+    from localv4.engine.reply import Reply
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked, and how."""
+
+    prompt: str
+    system: str | None
+    tools: Path | None
+    raw: bool
+    thinking: bool
+    effort: str | None
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How the answer is shown."""
+
+    as_json: bool
+    as_terminal: bool  # --format human: like on a terminal, also into a pipe
+    hide_thinking: bool
+    stream: bool
+    stats: bool
+    quiet: bool
+    no_color: bool
+
+
+def run(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
+    ] = None,
+    model: options.Model = None,
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
+    prompt_option: Annotated[
+        str | None,
+        typer.Option(
+            "-p", "--prompt", metavar="TEXT", rich_help_panel="Prompt", help="The same as PROMPT."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("-f", "--file", rich_help_panel="Prompt", help="Add the text of a file."),
+    ] = None,
+    system: options.System = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            "--tools",
+            rich_help_panel="Prompt",
+            help="JSON list of tools that the model may call; it calls none itself.",
+        ),
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw",
+            metavar="",
+            rich_help_panel="Prompt",
+            help="Continue the text itself: no chat format.",
+        ),
+    ] = False,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    greedy: options.Greedy = False,
+    stop: options.Stop = None,
+    think: options.Think = None,
+    think_effort: options.ThinkEffort = None,
+    hide_thinking: options.HideThinking = False,
+    output_format: options.Format = options.OutputFormat.AUTO,
+    as_json: options.Json = False,
+    stats: options.Stats = False,
+    no_stream: Annotated[
+        bool,
+        typer.Option(
+            "--no-stream",
+            metavar="",
+            rich_help_panel="Output",
+            help="Print the answer when it is complete.",
+        ),
+    ] = False,
+    quiet: options.Quiet = False,
+    no_color: options.NoColor = False,
+) -> None:
+    """Answer one prompt: an argument, a file and stdin, joined by blank lines.
+
+    stdout carries the answer and nothing else. On a terminal, reasoning is
+    shown dimmed before the answer; a pipe gets the answer alone (all of it
+    with --format human), and --format json has both as fields.
+    """
+    from localv4.cli import inputs, loading, settings
+
+    if prompt is not None and prompt_option is not None:
+        raise UsageError("the prompt is given twice, as an argument and by --prompt")
+    thinking, effort = options.thinking_mode(think, think_effort)
+    if raw and (thinking or system is not None or tools is not None):
+        raise UsageError("--raw has no chat format: no system prompt, no tools, no thinking")
+    given = prompt if prompt is not None else prompt_option
+    text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
+    values = {
+        "temp": options.temperature(temp, greedy),
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+    settings.Settings().with_values(values)  # a mistake shows before the model is loaded
+    loaded = loading.load_engine(
+        model, ctx_size=ctx_size, threads=threads, quiet=quiet, no_color=no_color
+    )
+    chosen = settings.recommended(loaded.model.path, loaded.engine.checkpoint.metadata)
+    request = Request(text, system, tools, raw, thinking, effort, tuple(stop or ()))
+    output = Output(
+        as_json=options.wants_json(output_format, as_json),
+        as_terminal=output_format is options.OutputFormat.HUMAN,
+        hide_thinking=hide_thinking,
+        stream=not no_stream,
+        stats=stats,
+        quiet=quiet,
+        no_color=no_color,
+    )
+    _answer(loaded, request, chosen.with_values(values), output)
+
+
+def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Output) -> None:
+    """Generate and show the answer. Raises typer.Exit(130) when it was interrupted."""
+    from localv4.cli.generation import Generation, stats_line
+    from localv4.engine.reply import ReplyOptions
+
+    reply_options = ReplyOptions(
+        max_tokens=settings.max_tokens,
+        sampling=settings.sampling(),
+        thinking=request.thinking,
+        stop=request.stop,
+    )
+    engine = loaded.engine
+    generation = Generation(
+        engine, engine.new_session(), _prompt_ids(loaded, request), reply_options
+    )
+    reply = _watch(generation, _view(request, output, loaded.model.name), output)
+    if output.stats and not output.quiet:
+        sys.stdout.flush()
+        sys.stderr.write(stats_line(reply) + "\n")
+    if reply.finish_reason == "cancelled":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _prompt_ids(loaded: "Loaded", request: Request) -> list[int]:
+    """Return the token ids of the prompt, in the chat format or plain."""
+    from localv4.cli.conversation import Conversation, read_tools
+
+    tokenizer = loaded.engine.tokenizer
+    if request.raw:
+        return [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
+    tools = read_tools(request.tools) if request.tools is not None else []
+    conversation = Conversation(system=request.system, tools=tools)
+    conversation.ask(request.prompt)
+    prompt = conversation.prompt(
+        thinking=request.thinking, effort=request.effort, release=loaded.release
+    )
+    return tokenizer.encode_prompt(prompt)
+
+
+def _watch(generation: "Generation", view: "View", output: Output) -> "Reply":
+    """Follow the generation to its end."""
+    from localv4.cli.progress import Progress
+
+    quiet = output.quiet or view.shows_progress
+    with Progress(quiet=quiet, no_color=output.no_color) as progress, view:
+        for delta in generation.deltas():
+            if delta is not None:
+                progress.close()
+                view.show(delta)
+            elif generation.is_reading:
+                progress("reading the prompt", *generation.prefill)
+            view.tick(generation)
+        progress.close()
+        view.finish(generation.finished())
+    return generation.finished()
+
+
+def _view(request: Request, output: Output, model: str) -> "View":
+    """Choose how to show the answer: live Markdown only on a terminal that can be redrawn."""
+    from localv4.cli import view
+
+    if output.as_json:
+        return view.JsonView(sys.stdout, model)
+    chosen: View
+    if terminal.can_move_cursor(sys.stdout) and not request.raw:
+        console = terminal.make_console(sys.stdout, no_color=output.no_color)
+        chosen = view.TerminalView(console, hide_thinking=output.hide_thinking)
+    else:
+        chosen = view.PlainView(sys.stdout, _reasoning_stream(output))
+    return chosen if output.stream else view.HeldView(chosen)
+
+
+def _reasoning_stream(output: Output) -> TextIO | None:
+    """Say where plain reasoning goes: never into a pipe, where only the answer is wanted."""
+    if output.hide_thinking:
+        return None
+    if terminal.is_terminal(sys.stdout) or output.as_terminal:
+        return sys.stdout
+    return sys.stderr if terminal.is_terminal(sys.stderr) and not output.quiet else None
