@@ -25,8 +25,8 @@ from localv4.errors import LocalV4Error
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Between kernels the OpenMP helpers shall sleep, not spin: on a machine that is busy with something
-# else, spinning helpers keep the thread that they wait for off its core (measured: 10 times slower).
+# Between kernels the OpenMP helpers shall sleep, not spin: on a machine that is busy otherwise,
+# spinning helpers keep the thread that they wait for off its core (measured: 10 times slower).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _kernels: list[tuple[Any, str]] = []

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+
 from localv4.kernels.arrays import Floats, Scalar
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
