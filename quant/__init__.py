@@ -1,0 +1,1 @@
+"""The offline side: turning published weights into smaller ones. The engine never imports it."""
