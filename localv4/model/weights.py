@@ -208,7 +208,7 @@ class WeightReader:
         if scale_name not in self.table:
             raise self._bad(weight, f"has no scale tensor {scale_name}")
         part = self.table[scale_name]
-        if part.tensor.dtype.name not in ("F8_E8M0", "U8") or part.shape != shape:
+        if part.tensor.dtype.name != "F8_E8M0" or part.shape != shape:
             raise self._bad(
                 part, f"is {part.tensor.dtype.name} {part.shape}, expected F8_E8M0 {shape}"
             )
