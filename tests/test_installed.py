@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from model_folders import empty_home, make_gguf, make_model, names_of, snapshot
 
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
+from localv4.library import installed
 from localv4.library.installed import (
     embedded_model_path,
     list_incomplete,
@@ -53,6 +54,17 @@ def test_a_broken_user_file_does_not_stop_the_embedded_model(home: Path) -> None
     assert resolve(str(embedded_model_path())).source == "path"
     with pytest.raises(BadFileError):
         list_installed()
+
+
+@pytest.mark.parametrize("absent", [(1,), (1, 2)])
+def test_a_damaged_installation_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: tuple[int, ...]
+) -> None:
+    folder = make_model(tmp_path / "package", absent=absent)
+    monkeypatch.setattr(installed, "embedded_model_path", lambda: folder)
+    with pytest.raises(BadFileError, match="missing") as error:
+        resolve(None)
+    assert error.value.hint == "pip install --force-reinstall localv4"
 
 
 # ---- the default

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from localv4 import paths
-from localv4.errors import LocalV4Error, NotFoundError, UsageError
+from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 from localv4.library import hub_cache
 from localv4.library.model_files import WeightSet, find_weight_sets, gguf_set_of
 from localv4.library.registry import ModelSpec, Registry, load_registry
@@ -75,7 +75,11 @@ def resolve(reference: str | None) -> InstalledModel:
 
 def _embedded() -> InstalledModel:
     path = embedded_model_path()
-    [weights] = find_weight_sets(path)
+    sets = _weight_sets(path)
+    if len(sets) != 1 or sets[0].problem is not None:
+        problem = sets[0].problem if sets else "the weight files are missing"
+        raise BadFileError(path, str(problem), hint="pip install --force-reinstall localv4")
+    weights = sets[0]
     return InstalledModel(EMBEDDED_NAME, path, "embedded", weights.format, weights.nbytes, None)
 
 
