@@ -1,0 +1,1 @@
+"""Loaded models and their timelines."""

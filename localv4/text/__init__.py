@@ -1,0 +1,1 @@
+"""Strings and tokens: tokenizer, prompt renderer, completion parser. Knows no tensors."""
