@@ -13,6 +13,9 @@ from localv4.model.matrix import Floats
 from localv4.text.completion import Completion, CompletionStream, Delta
 from localv4.text.tokenizer import Tokenizer
 
+REPEAT_WINDOW = 256
+"""Newest tokens, of prompt and answer, that a repetition penalty looks at."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
@@ -121,7 +124,7 @@ class Reply:
     def _decode(self, logits: Floats) -> Iterator[Delta]:
         start = time.perf_counter()
         while True:
-            token = self._sampler.pick(logits, self._session.tokens)
+            token = self._sampler.pick(logits, self._session.tokens[-REPEAT_WINDOW:])
             self.token_ids.append(token)
             self.stats.generated_tokens += 1
             self.stats.decode_s = time.perf_counter() - start
