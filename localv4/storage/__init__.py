@@ -1,0 +1,10 @@
+"""Bytes on disk: model files of any supported format as validated, memory-mapped tensors.
+
+This package knows no model: names and meanings of tensors belong to `localv4.model`.
+"""
+
+from localv4.storage.checkpoint import Checkpoint, MetaValue, StoredTensor
+from localv4.storage.detection import open_checkpoint
+from localv4.storage.dtypes import DType
+
+__all__ = ["Checkpoint", "DType", "MetaValue", "StoredTensor", "open_checkpoint"]
