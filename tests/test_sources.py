@@ -8,7 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf_writer import ANTIREZ, MAINLINE, OMITTED_KEYS, ROLES, GgufOptions, write_gguf
 from golden.presets import WIDE, Preset
-from golden_files import GoldenModel, load_golden, random_model, write_model
+from golden_files import GoldenModel, load_golden, random_model, write_model, write_stored
 from networks import logits, open_network
 
 from localv4.errors import BadFileError
@@ -79,6 +79,19 @@ def test_gguf_equals_the_oracle(name: str, tmp_path: Path) -> None:
     path, _ = write_gguf(golden, tmp_path / "model.gguf")
     actual = logits(open_network(path), golden.input_ids)
     assert np.abs(actual - golden.logits).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 5])
+def test_weights_at_odd_addresses(shift: int, tmp_path: Path) -> None:
+    golden = load_golden("wide")
+    expected = logits(open_network(write_stored(golden, tmp_path / "even")), IDS)
+    folder = write_stored(golden, tmp_path / "odd", shards=1)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].rstrip() + b" " * shift
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    assert np.array_equal(logits(open_network(folder), IDS), expected)
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
