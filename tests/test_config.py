@@ -16,6 +16,7 @@ from networks import open_network
 
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError
 from localv4.model.config import LayerKind, ModelConfig, Yarn
+from localv4.model.config_gguf import config_from_gguf
 from localv4.model.config_json import config_from_json, read_config
 from localv4.model.names import official_names
 from localv4.model.rotary import compress_rotary
@@ -204,6 +205,29 @@ def assert_loads_or_is_refused(folder: Path, values: Mapping[str, Any]) -> None:
         try:
             config = config_from_json(values, PATH)
             load_weights(checkpoint, official_names(checkpoint), config)
+        except LocalV4Error as error:
+            assert error.exit_code == 5
+            assert "\n" not in error.message
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as GGUF."""
+    path, _ = write_gguf(load_golden("tiny300"), tmp_path_factory.mktemp("tiny") / "m.gguf")
+    return path
+
+
+@settings(max_examples=2000, deadline=None)
+@given(data=st.data())
+def test_any_changed_metadata_loads_or_is_refused(tiny_gguf: Path, data: st.DataObject) -> None:
+    with open_checkpoint(tiny_gguf) as checkpoint:
+        metadata = dict(checkpoint.metadata)
+        names = sorted(name for name in metadata if "tokenizer" not in name)
+        for _ in range(data.draw(st.integers(1, 3))):
+            metadata[data.draw(st.sampled_from(names))] = data.draw(STRANGE)
+        table = official_names(checkpoint)
+        try:
+            load_weights(checkpoint, table, config_from_gguf(metadata, table, tiny_gguf))
         except LocalV4Error as error:
             assert error.exit_code == 5
             assert "\n" not in error.message

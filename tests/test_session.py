@@ -154,6 +154,22 @@ def test_what_does_not_fit_or_make_sense(network: Transformer) -> None:
         session.rollback(11)
 
 
+def test_running_out_of_memory_is_told(
+    network: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session(network)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(network, "forward", full)
+    with pytest.raises(DoesNotFitError, match="out of memory"):
+        session.extend(IDS[:3])
+    monkeypatch.setattr("localv4.engine.session.State", full)
+    with pytest.raises(DoesNotFitError, match="not enough memory"):
+        new_session(network)
+
+
 def test_state_grows_with_the_context_only(network: Transformer) -> None:
     session = new_session(network)
     session.extend(IDS[:1])

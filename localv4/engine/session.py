@@ -30,7 +30,10 @@ class Session:
         self.network = network
         self.ctx_size = ctx_size
         self.tokens: list[int] = []
-        self._state = State(network.config, max(PREFILL_CHUNK, ROLLBACK_TOKENS))
+        try:
+            self._state = State(network.config, max(PREFILL_CHUNK, ROLLBACK_TOKENS))
+        except MemoryError:
+            raise DoesNotFitError("not enough memory for the state of a new session") from None
 
     @property
     def position(self) -> int:

@@ -121,7 +121,10 @@ def _o_groups(fields: Fields, shapes: _Shapes, width: int) -> int:
     columns = shapes.dimension("layers.0.attn.wo_a.weight", 1)
     if columns < 1 or width % columns:
         raise BadFileError(fields.path, f"attn_output_a has {columns} columns, heads {width}")
-    return fields.integer("attention.output_group_count", default=width // columns)
+    groups = fields.integer("attention.output_group_count", default=width // columns)
+    if groups < 1:
+        raise BadFileError(fields.path, f"attention.output_group_count is {groups}")
+    return groups
 
 
 def _expert_width(fields: Fields, shapes: _Shapes) -> int:
