@@ -97,10 +97,13 @@ def write_npy(path: Path, parts: "Iterable[NDArray[np.float32]]", shape: tuple[i
 
 
 def _check_space(folder: Path, need_bytes: int) -> None:
+    from localv4.cli.generation import format_bytes
+
     have_bytes = shutil.disk_usage(folder).free
     if have_bytes < need_bytes:
         raise DoesNotFitError(
-            f"the result needs {need_bytes} bytes, {folder} has {have_bytes} free",
+            f"the result needs {format_bytes(need_bytes)}, "
+            f"{folder} has {format_bytes(have_bytes)} free",
             hint="choose another folder with --out, or give fewer tokens",
         )
 

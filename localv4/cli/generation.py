@@ -1,15 +1,13 @@
 """One reply, made on the engine thread and watched from the main one."""
 
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from localv4.cli import worker
+from localv4.cli.signals import interrupt_sets
 
 if TYPE_CHECKING:
     from localv4.engine.engine import Engine
@@ -43,7 +41,7 @@ class Generation:
 
         The first Ctrl-C ends the reply early; a second one raises KeyboardInterrupt.
         """
-        with _stop_on_interrupt(self.cancelled):
+        with interrupt_sets(self.cancelled):
             yield from worker.stream(self._run)
 
     @property
@@ -80,20 +78,6 @@ class Generation:
 
     def _note_prefill(self, done: int, total: int) -> None:
         self.prefill = (done, total)
-
-
-@contextmanager
-def _stop_on_interrupt(cancelled: threading.Event) -> Iterator[None]:
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        if cancelled.is_set():
-            raise KeyboardInterrupt
-        cancelled.set()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def stats_line(reply: "Reply") -> str:

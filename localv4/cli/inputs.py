@@ -62,15 +62,14 @@ def decode_text(data: bytes, name: str, warn: Warn) -> str:
         if data.startswith(mark):
             data, encoding = data[len(mark) :], marked
             break
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        warn(
-            f"{name} is not valid {encoding.upper()} from byte {error.start} on: replaced by U+FFFD"
-        )
-        text = data.decode(encoding, errors="replace")
+    text = data.decode(encoding, errors="replace")
     if "\0" in text:
         raise UsageError(f"{name} holds NUL bytes: it is a binary file, not text")
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        place = f"{name} is not valid {encoding.upper()} from byte {error.start} on"
+        warn(f"{place}: replaced by U+FFFD")
     return text
 
 

@@ -14,6 +14,7 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from localv4 import paths
+from localv4.cli.signals import Terminated, termination_calls
 from localv4.errors import LocalV4Error
 
 if TYPE_CHECKING:
@@ -53,7 +54,15 @@ class LineEditor:
 
     def read(self) -> str:
         """Return what the user entered. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
-        return unquote(self._session.prompt())
+        with termination_calls(self._leave):
+            return unquote(self._session.prompt())
+
+    def _leave(self) -> None:
+        """End the prompt with Terminated; an exception in its event loop would be swallowed."""
+        app = self._session.app
+        if app.loop is None or app.future is None or app.future.done():
+            raise Terminated
+        app.loop.call_soon_threadsafe(lambda: app.exit(exception=Terminated()))
 
 
 def is_open_quote(text: str) -> bool:

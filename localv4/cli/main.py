@@ -4,13 +4,13 @@ import errno
 import os
 import sys
 import traceback
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
 from localv4 import __version__
 from localv4.cli import chat, evaluate, models, run, show, terminal
+from localv4.cli.signals import Terminated, unwind_on_termination
 from localv4.errors import LocalV4Error
 
 INTERRUPTED = 130
@@ -44,10 +44,6 @@ app.add_typer(evaluate.app, name="eval")
 
 # typer has moved this class between releases; every one of them derives BadParameter from it
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived: unwind, restore the terminal, leave with exit code 143."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -96,7 +92,7 @@ def _guarded() -> int:
     """Run the command; turn every way it can fail into a line on stderr and an exit code."""
     try:
         terminal.prepare_streams()
-        _handle_termination()
+        unwind_on_termination()
         return _dispatch()
     except LocalV4Error as error:
         _print_error(error.message, error.hint, error)
@@ -171,13 +167,3 @@ def _report_output_failure(error: OSError) -> int:
         _print_error(f"cannot write the output: {error.strerror}", None, error)
     terminal.silence_stdout()
     return 1
-
-
-def _handle_termination() -> None:
-    """Make SIGTERM unwind the stack, so that the terminal is restored, before exit code 143."""
-    import signal
-
-    def terminate(_signal: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)

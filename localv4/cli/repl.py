@@ -1,7 +1,6 @@
 """The state of a chat, and how one question is answered."""
 
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -102,9 +101,10 @@ class Chat:
         self._keep(running.finished())
 
     def _view(self) -> View:
-        if terminal.can_move_cursor(sys.stdout):
+        stream = cast(TextIO, self.console.file)
+        if terminal.can_move_cursor(stream):
             return TerminalView(self.console, hide_thinking=self.hide_thinking)
-        return PlainView(sys.stdout, None if self.hide_thinking else sys.stdout)
+        return PlainView(stream, None if self.hide_thinking else stream)
 
     def _keep(self, reply: "Reply") -> None:
         """Add the answer to the conversation and say why it ended, unless it just did."""

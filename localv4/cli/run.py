@@ -136,6 +136,8 @@ def run(
     loaded = loading.load_engine(
         model, ctx_size=ctx_size, threads=threads, quiet=quiet, no_color=no_color
     )
+    if not raw and loaded.model.spec is not None and not loaded.model.spec.chat:
+        loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
     chosen = settings.recommended(loaded.model.path, loaded.engine.checkpoint.metadata)
     request = Request(text, system, tools, raw, thinking, effort, tuple(stop or ()))
     output = Output(

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
@@ -10,7 +11,7 @@ from localv4.cli import terminal
 from localv4.cli.generation import Generation
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.live import Live
 
     from localv4.cli.markdown import Block
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from localv4.text.completion import Delta, ToolCall
 
 REFRESH_S = 0.08
+
+# Only the end of an unfinished block fits the screen; laying out all of it again and again would
+# take time from the engine.
+MAX_PREVIEW_CHARS = 8000
 
 
 class View(Protocol):
@@ -213,13 +218,13 @@ class TerminalView:
         self._quiet_keys = terminal.no_echo()
         self._quiet_keys.__enter__()
         self._live = Live(
+            self,
             console=self._console,
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
             vertical_overflow="crop",
-            get_renderable=self._live_part,
         )
         self._live.start()
         return self
@@ -231,6 +236,7 @@ class TerminalView:
         trace: TracebackType | None,
     ) -> None:
         self._progress = None
+        self._print_rest()  # what an error or a signal cut off is kept on screen
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -258,13 +264,17 @@ class TerminalView:
 
     def finish(self, reply: "Reply") -> None:
         """Print what is left of the last block, then tool calls."""
-        if self._shown == "reasoning":
-            self._end_reasoning()
-        self._print_blocks(self._splitter.finish())
+        self._print_rest()
         calls = [tool_call_line(call) for call in reply.completion.tool_calls]
         raw = reply.completion.raw_tool_text
         for line in [raw] if raw and not calls else calls:
             self._print_text(line, "bold")
+
+    def _print_rest(self) -> None:
+        if self._shown == "reasoning":
+            self._end_reasoning()
+            self._shown = "content"
+        self._print_blocks(self._splitter.finish())
 
     def _show_reasoning(self, text: str) -> None:
         if self._hide_thinking:
@@ -297,24 +307,26 @@ class TerminalView:
         lines = self._renderer.lines(block, preview=preview)
         return [[], *lines] if block.gap and self._anything_printed else lines
 
-    def _live_part(self) -> "RenderableType":
-        """Build the live part: as many lines of the unfinished block as leave room on screen."""
-        from rich.console import Group
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Draw the live part: as many lines of the unfinished block as leave room on screen.
+
+        Drawn anew whenever something is printed above it, so it never shows text twice.
+        """
         from rich.text import Text
 
         from localv4.cli.rendering import Lined
 
-        block = self._splitter.unfinished
+        lines: Lines = []
         if self._thought:
-            lines = Text(terminal.sanitize(self._thought), style="dim", overflow="fold")
-            shown = self._console.render_lines(lines, pad=False)
-        elif block is not None:
-            shown = self._lines(block, preview=True)
-        else:
-            shown = []
-        room = max(1, self._console.height - 3)
-        parts: list[RenderableType] = [Lined(shown[-room:])] if shown else []
-        return Group(*parts, self._progress) if self._progress is not None else Group(*parts)
+            tail_of_thought = terminal.sanitize(self._thought[-MAX_PREVIEW_CHARS:])
+            thought = Text(tail_of_thought, style="dim", overflow="fold")
+            lines = console.render_lines(thought, pad=False)
+        elif (block := self._splitter.unfinished) is not None:
+            tail = replace(block, text=block.text[-MAX_PREVIEW_CHARS:])
+            lines = self._lines(tail, preview=True)
+        yield Lined(lines[-max(1, console.height - 3) :])
+        if self._progress is not None:
+            yield self._progress
 
 
 def _progress(console: "Console", generation: Generation, shown: str | None) -> "RenderableType":
