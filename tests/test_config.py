@@ -192,7 +192,7 @@ def test_any_changed_config_loads_or_is_refused(tiny_folder: Path, data: st.Data
     for _ in range(data.draw(st.integers(1, 3))):
         target: dict[str, Any] = values
         key = data.draw(st.sampled_from(sorted(target)))
-        while isinstance(target.get(key), dict) and data.draw(st.booleans()):
+        while isinstance(target.get(key), dict) and target[key] and data.draw(st.booleans()):
             target = target[key]
             key = data.draw(st.sampled_from(sorted(target)))
         target[key] = data.draw(STRANGE)
