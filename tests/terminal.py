@@ -28,6 +28,9 @@ ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[()][
 # Editors ask a terminal where its cursor is, and show a status line only when it answers.
 CURSOR_QUESTION = b"\x1b[6n"
 
+needs_jit = pytest.mark.skipif(
+    os.environ.get("NUMBA_DISABLE_JIT", "0") != "0", reason="too slow without compiled kernels"
+)
 needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on Windows")
 
 

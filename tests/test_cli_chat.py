@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
-from terminal import Terminal, needs_pty
+from terminal import Terminal, needs_jit, needs_pty
 
 from localv4 import paths
 from localv4.cli import commands, line_editor, terminal
@@ -20,6 +20,8 @@ from localv4.cli.settings import Settings
 from localv4.engine.engine import Engine
 from localv4.errors import LocalV4Error, UsageError
 from localv4.library.installed import resolve
+
+pytestmark = needs_jit
 
 READY = "| /help"  # the end of the line below the prompt
 CAPITAL = "What is the capital of France?"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from terminal import run_here, run_localv4
+from terminal import needs_jit, run_here, run_localv4
 
 from localv4.cli import evaluate
 from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error
@@ -16,6 +16,7 @@ from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error
 CAPITAL = [0, 8179, 1202, 315, 265, 848, 295, 4502, 33, 8180, 8191]
 
 
+@needs_jit
 def test_logits(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     tokens.write_text(json.dumps(CAPITAL))
@@ -51,6 +52,7 @@ def test_bad_token_lists(text: str, tmp_path: Path) -> None:
         evaluate._read_tokens(tokens)
 
 
+@needs_jit
 @pytest.mark.parametrize(
     ("ids", "more", "code", "said"),
     [

@@ -107,11 +107,13 @@ def test_debugging_prints_no_secret(tmp_path: Path) -> None:
     assert b"hf_secret" not in done.stdout + done.stderr
 
 
-def test_hostile_file_name_is_printed_harmlessly(tmp_path: Path) -> None:
-    done = run_localv4("run", "-m", "./\x1b]0;x\x07\n/y", "x", home=tmp_path)
-    assert done.returncode == 1
-    assert b"\x1b" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_hostile_file_name_is_printed_harmlessly(debug: str, tmp_path: Path) -> None:
+    arguments = ("run", "-m", "./\x1b]0;x\x07\n/y", "x")
+    done = run_here(*arguments, home=tmp_path, changes={"LOCALV4_DEBUG": debug})
+    assert done.code == 1
+    assert "\x1b" not in done.stderr
+    assert (len(done.stderr.splitlines()) == 1) is (debug == "0")
 
 
 def test_closed_pipe_is_silent(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from terminal import Terminal, needs_pty, run_here, run_localv4, start_localv4
+from terminal import Terminal, needs_jit, needs_pty, run_here, run_localv4, start_localv4
 
 from localv4.cli import inputs
 from localv4.library.installed import embedded_model_path
+
+pytestmark = needs_jit
 
 CAPITAL = "What is the capital of France?"
 PARIS = "The capital of France is Paris.\n"

@@ -100,6 +100,7 @@ def test_json() -> None:
     assert answer["text"] == "a\u202eb\n"
     assert answer["reasoning"] == "r"
     assert answer["tool_calls"] == [{"id": "1", "name": "search", "arguments": CALL.arguments}]
+    assert answer["raw_tool_text"] is None
     assert answer["usage"] == {"prompt_tokens": 10, "completion_tokens": 5, "reused": 4}
     assert answer["timings"]["prefill_tok_s"] == 12.0
     assert answer["timings"]["decode_tok_s"] == 16.0

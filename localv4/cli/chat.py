@@ -42,33 +42,25 @@ def chat(
             hint='in scripts and pipes: localv4 run "PROMPT"',
         )
     thinking, effort = options.thinking_mode(think, think_effort)
-    values = {
-        "temp": options.temperature(temp, greedy),
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repeat_penalty": repeat_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-    }
+    values = options.sampling_values(
+        temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
+    )
 
-    from localv4.cli import loading, settings
+    from localv4.cli import loading
     from localv4.cli.repl import Chat
 
-    settings.Settings().with_values(values)  # a mistake shows before the model is loaded
     loaded = loading.load_engine(
-        options.model_reference(model_argument, model),
+        options.one_of(model_argument, model, "--model"),
         ctx_size=ctx_size,
         threads=threads,
         quiet=quiet,
         no_color=no_color,
     )
-    recommended = settings.recommended(loaded.model.path, loaded.engine.checkpoint.metadata)
     talk(
         Chat(
             loaded,
             terminal.make_console(sys.stdout, no_color=no_color),
-            recommended.with_values(values),
+            loaded.settings(values),
             system=system,
             thinking=thinking,
             effort=effort,

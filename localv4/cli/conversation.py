@@ -29,7 +29,8 @@ class Conversation:
 
     def answer(self, completion: "Completion") -> None:
         """Add the model's answer, finished or stopped."""
-        message: Message = {"role": "assistant", "content": completion.content}
+        shown = completion.content + (completion.raw_tool_text or "")
+        message: Message = {"role": "assistant", "content": shown}
         if completion.reasoning:
             message["reasoning_content"] = completion.reasoning
         if completion.tool_calls:

@@ -1,11 +1,15 @@
 """From what the user named to a loaded engine, with progress and notes on stderr."""
 
+import shutil
 import sys
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from localv4.cli import terminal, worker
 from localv4.cli.progress import Progress
+from localv4.cli.settings import Settings, recommended
 
 if TYPE_CHECKING:
     from localv4.engine.engine import Engine
@@ -32,6 +36,16 @@ class Loaded:
     def name(self) -> str:
         """The model's name, safe to print."""
         return terminal.sanitize_line(self.model.name)
+
+    @property
+    def knows_chat(self) -> bool:
+        """Whether the model was trained to answer; a base model only continues text."""
+        return self.model.spec is None or self.model.spec.chat
+
+    def settings(self, changes: Mapping[str, float | None]) -> Settings:
+        """Return the settings that come with the model, with those changed that are not None."""
+        own = recommended(self.model.path, self.engine.checkpoint.metadata)
+        return own.with_values(changes)
 
     @property
     def release(self) -> "Release":
@@ -71,11 +85,19 @@ def load_engine(
 
 def note(text: str) -> None:
     """Tell the user something on stderr."""
-    sys.stderr.write(f"note: {terminal.sanitize_line(text)}\n")
-    sys.stderr.flush()
+    _say(f"note: {text}")
 
 
 def warn(text: str) -> None:
     """Warn the user on stderr."""
-    sys.stderr.write(f"warning: {terminal.sanitize_line(text)}\n")
+    _say(f"warning: {text}")
+
+
+def _say(text: str) -> None:
+    """Write one line to stderr, broken between words where a terminal would break it anyhow."""
+    line = terminal.sanitize_line(text)
+    if terminal.is_terminal(sys.stderr):
+        columns = shutil.get_terminal_size().columns
+        line = "\n".join(textwrap.wrap(line, max(columns, 20), break_long_words=False))
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

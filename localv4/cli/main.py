@@ -141,7 +141,7 @@ def _print_usage_error(error: Exception) -> int:
 def _print_error(message: str, hint: str | None, error: BaseException | None) -> None:
     """Write `error: ...` and `hint: ...` to stderr, and the traceback when debugging."""
     if error is not None and os.environ.get("LOCALV4_DEBUG", "0") not in ("", "0"):
-        traceback.print_exception(error)
+        sys.stderr.write(terminal.sanitize("".join(traceback.format_exception(error))))
     sys.stderr.write(f"error: {terminal.sanitize_line(message)}\n")
     if hint:
         sys.stderr.write(f"hint: {terminal.sanitize_line(hint)}\n")

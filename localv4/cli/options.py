@@ -1,6 +1,7 @@
 """Command-line options that several commands share: one spelling, one help text, one variable."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -70,6 +71,31 @@ Threads = Annotated[
     ),
 ]
 
+Prompt = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
+]
+PromptOption = Annotated[
+    str | None,
+    _option(
+        "-p", "--prompt", panel="Prompt", env=False, metavar="TEXT", help="The same as PROMPT."
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    _option("-f", "--file", panel="Prompt", env=False, help="Add the text of a file."),
+]
+Tools = Annotated[
+    Path | None,
+    _option(
+        "--tools",
+        panel="Prompt",
+        env=False,
+        help="JSON list of tools that the model may call; it calls none itself.",
+    ),
+]
+Raw = Annotated[
+    bool, _flag("--raw", panel="Prompt", help="Continue the text itself: no chat format.")
+]
 System = Annotated[
     str | None, _option("-s", "--system", panel="Prompt", metavar="TEXT", help="System prompt.")
 ]
@@ -163,6 +189,9 @@ Format = Annotated[
     _option("--format", panel="Output", help="auto and human: text; json: one JSON document."),
 ]
 Json = Annotated[bool, _flag("--json", panel="Output", help="The same as --format json.")]
+NoStream = Annotated[
+    bool, _flag("--no-stream", panel="Output", help="Print the answer when it is complete.")
+]
 Stats = Annotated[
     bool, _flag("--stats", panel="Output", help="Print speed and memory to stderr at the end.")
 ]
@@ -179,16 +208,40 @@ def wants_json(output_format: OutputFormat, as_json: bool) -> bool:
     return as_json or output_format is OutputFormat.JSON
 
 
-def model_reference(argument: str | None, option: str | None) -> str | None:
-    """Return the model named as an argument or by --model. Raises UsageError for two of them."""
-    if argument is not None and option is not None and argument != option:
-        raise UsageError("two models are named, as an argument and by --model")
+def one_of(argument: str | None, option: str | None, name: str) -> str | None:
+    """Return what was given as an argument or by the option `name`; UsageError for both."""
+    if argument is not None and option is not None:
+        raise UsageError(f"given twice, as an argument and by {name}")
     return argument if argument is not None else option
 
 
-def temperature(value: float | None, greedy: bool) -> float | None:
-    """Return the temperature that was asked for, None for the model's own."""
-    return 0.0 if greedy else value
+def sampling_values(
+    temp: float | None,
+    greedy: bool,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repeat_penalty: float | None,
+    seed: int | None,
+    max_tokens: int | None,
+) -> dict[str, float | None]:
+    """Return the settings that were asked for by name, None where the model's own holds.
+
+    Raises UsageError for a value out of range, long before a model is loaded.
+    """
+    from localv4.cli.settings import Settings
+
+    values = {
+        "temp": 0.0 if greedy else temp,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+    Settings().with_values(values)
+    return values
 
 
 def thinking_mode(think: bool | None, effort: Effort | None) -> tuple[bool, str | None]:

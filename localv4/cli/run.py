@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
@@ -47,40 +47,15 @@ class Output:
 
 
 def run(
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
-    ] = None,
+    prompt: options.Prompt = None,
     model: options.Model = None,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
-    prompt_option: Annotated[
-        str | None,
-        typer.Option(
-            "-p", "--prompt", metavar="TEXT", rich_help_panel="Prompt", help="The same as PROMPT."
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("-f", "--file", rich_help_panel="Prompt", help="Add the text of a file."),
-    ] = None,
+    prompt_option: options.PromptOption = None,
+    file: options.PromptFile = None,
     system: options.System = None,
-    tools: Annotated[
-        Path | None,
-        typer.Option(
-            "--tools",
-            rich_help_panel="Prompt",
-            help="JSON list of tools that the model may call; it calls none itself.",
-        ),
-    ] = None,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw",
-            metavar="",
-            rich_help_panel="Prompt",
-            help="Continue the text itself: no chat format.",
-        ),
-    ] = False,
+    tools: options.Tools = None,
+    raw: options.Raw = False,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
     top_p: options.TopP = None,
@@ -96,15 +71,7 @@ def run(
     output_format: options.Format = options.OutputFormat.AUTO,
     as_json: options.Json = False,
     stats: options.Stats = False,
-    no_stream: Annotated[
-        bool,
-        typer.Option(
-            "--no-stream",
-            metavar="",
-            rich_help_panel="Output",
-            help="Print the answer when it is complete.",
-        ),
-    ] = False,
+    no_stream: options.NoStream = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -114,31 +81,19 @@ def run(
     shown dimmed before the answer; a pipe gets the answer alone (all of it
     with --format human), and --format json has both as fields.
     """
-    from localv4.cli import inputs, loading, settings
+    from localv4.cli import inputs, loading
 
-    if prompt is not None and prompt_option is not None:
-        raise UsageError("the prompt is given twice, as an argument and by --prompt")
+    given = options.one_of(prompt, prompt_option, "--prompt")
     thinking, effort = options.thinking_mode(think, think_effort)
     if raw and (thinking or system is not None or tools is not None):
         raise UsageError("--raw has no chat format: no system prompt, no tools, no thinking")
-    given = prompt if prompt is not None else prompt_option
+    values = options.sampling_values(
+        temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
+    )
     text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
-    values = {
-        "temp": options.temperature(temp, greedy),
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repeat_penalty": repeat_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-    }
-    settings.Settings().with_values(values)  # a mistake shows before the model is loaded
     loaded = loading.load_engine(
         model, ctx_size=ctx_size, threads=threads, quiet=quiet, no_color=no_color
     )
-    if not raw and loaded.model.spec is not None and not loaded.model.spec.chat:
-        loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
-    chosen = settings.recommended(loaded.model.path, loaded.engine.checkpoint.metadata)
     request = Request(text, system, tools, raw, thinking, effort, tuple(stop or ()))
     output = Output(
         as_json=options.wants_json(output_format, as_json),
@@ -149,12 +104,13 @@ def run(
         quiet=quiet,
         no_color=no_color,
     )
-    _answer(loaded, request, chosen.with_values(values), output)
+    _answer(loaded, request, loaded.settings(values), output)
 
 
 def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Output) -> None:
     """Generate and show the answer. Raises typer.Exit(130) when it was interrupted."""
     from localv4.cli.generation import Generation, stats_line
+    from localv4.cli.loading import warn
     from localv4.engine.reply import ReplyOptions
 
     reply_options = ReplyOptions(
@@ -163,6 +119,8 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
         thinking=request.thinking,
         stop=request.stop,
     )
+    if not request.raw and not loaded.knows_chat:
+        warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
     engine = loaded.engine
     generation = Generation(
         engine, engine.new_session(), _prompt_ids(loaded, request), reply_options

@@ -30,7 +30,7 @@ def show(
     from localv4.library import installed
     from localv4.library.registry import load_registry
 
-    reference = options.model_reference(model_argument, model)
+    reference = options.one_of(model_argument, model, "--model")
     wants_json = options.wants_json(output_format, as_json)
     try:
         found = installed.resolve(reference)

@@ -102,6 +102,7 @@ class JsonView(_QuietView):
             "text": reply.completion.content,
             "reasoning": reply.completion.reasoning,
             "tool_calls": calls,
+            "raw_tool_text": reply.completion.raw_tool_text,
             "finish_reason": reply.finish_reason,
             "usage": {
                 "prompt_tokens": stats.prompt_tokens,
