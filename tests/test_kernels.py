@@ -69,6 +69,21 @@ def test_a_token_has_the_same_bits_in_any_company() -> None:
         assert np.array_equal(alone[0], together[t])
 
 
+@pytest.mark.parametrize("fmt", [blocks.F32, blocks.BF16])
+@pytest.mark.parametrize("cols", [16, 48, 50])
+def test_one_token_takes_float_rows_directly_with_the_same_bits(fmt: int, cols: int) -> None:
+    raw = packed_f32(normal(1, 9, cols))
+    if fmt == blocks.BF16:
+        raw = np.ascontiguousarray(raw.view(np.uint16)[:, 1::2]).view(np.uint8)
+    x = normal(2, 4, cols)
+    together, alone = np.empty((4, 9), F32), np.empty((1, 9), F32)
+    scratch = np.empty((2, cols + 4), F32)
+    matmul.matmul(together, x, fmt, raw, NO_SCALE, 1, scratch)
+    for t in range(4):
+        matmul.matmul(alone, x[t : t + 1].copy(), fmt, raw, NO_SCALE, 1, scratch)
+        assert np.array_equal(alone[0], together[t])
+
+
 def test_gather_rows() -> None:
     weight = normal(3, 9, 7)
     rows = np.array([8, 0, 0, 5])

@@ -92,8 +92,11 @@ def are_compiled() -> bool:
 def compile_kernels(on_progress: Callable[[int, int], None] | None = None) -> None:
     """Load every kernel from the cache, compiling what is not there.
 
-    `on_progress(done, total)` is called after each. A damaged cache is wiped and built anew.
+    `on_progress(done, total)` is called at the start and after each. A damaged cache is wiped and
+    built anew.
     """
+    if on_progress is not None:
+        on_progress(0, len(_kernels))
     for done, (dispatcher, signature) in enumerate(_kernels, start=1):
         if not dispatcher.signatures:
             _compile(dispatcher, signature)

@@ -3,10 +3,18 @@
 from numba import prange
 
 from localv4.kernels.arrays import Bytes, Floats, Indices, Scalar
-from localv4.kernels.blocks import decode_row
+from localv4.kernels.blocks import BF16, F32, decode_row
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
-from localv4.kernels.vectors import LANES, load, multiply_add, total, zeros
+from localv4.kernels.vectors import (
+    LANES,
+    load,
+    load_bf16_bytes,
+    load_f32_bytes,
+    multiply_add,
+    total,
+    zeros,
+)
 
 
 @device
@@ -20,6 +28,26 @@ def dot(a: Floats, b: Floats) -> Scalar:
     result: Scalar = total(acc)
     for k in range(body, n):
         result += a[k] * b[k]
+    return result
+
+
+@device
+def dot_f32_row(raw: Bytes, x: Floats) -> Scalar:
+    """dot(row, x) for a stored F32 row, in the same order; raw (4 * k,) u8, x (k,) f32."""
+    acc = zeros()
+    for k in range(0, x.shape[0], LANES):
+        acc = multiply_add(load_f32_bytes(raw, k), load(x, k), acc)
+    result: Scalar = total(acc)
+    return result
+
+
+@device
+def dot_bf16_row(raw: Bytes, x: Floats) -> Scalar:
+    """dot(row, x) for a stored BF16 row, in the same order; raw (2 * k,) u8, x (k,) f32."""
+    acc = zeros()
+    for k in range(0, x.shape[0], LANES):
+        acc = multiply_add(load_bf16_bytes(raw, k), load(x, k), acc)
+    result: Scalar = total(acc)
     return result
 
 
@@ -67,9 +95,17 @@ def product_rows(
     rows_per_group = data.shape[0] // groups
     row = scratch[:cols]
     four = scratch[cols : cols + 4]
+    # float rows need no decoding: for a single token they go from the file into the registers
+    direct = tokens == 1 and cols % LANES == 0
     for r in range(first, end):
-        decode_row(row, fmt, data, scale, r)
         start = (r // rows_per_group) * cols
+        if direct and fmt == BF16:
+            out[0, r] = dot_bf16_row(data[r], x[0, start : start + cols])
+            continue
+        if direct and fmt == F32:
+            out[0, r] = dot_f32_row(data[r], x[0, start : start + cols])
+            continue
+        decode_row(row, fmt, data, scale, r)
         t = 0
         while t + 4 <= tokens:
             dot4(four, row, x, t, start)
