@@ -73,7 +73,10 @@ def load_engine(
     def load() -> "Engine":
         # the import is slow as well: it belongs to the part that Ctrl-C can end at once
         from localv4.engine.engine import Engine
+        from localv4.kernels.compiler import are_compiled
 
+        if not are_compiled():
+            progress.announce("compiling kernels (first run only)")
         return Engine.load(model.path, ctx_size=ctx_size, threads=threads, on_progress=progress)
 
     with Progress(quiet=quiet, no_color=no_color) as progress:
