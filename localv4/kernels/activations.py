@@ -1,0 +1,120 @@
+"""Activations as int8, for products with packed weights of any integer format.
+
+Of n activations (n a multiple of 32) there are three buffers, one entry for each block of 32:
+
+| buffer | bytes        | holds                                                             |
+|--------|--------------|-------------------------------------------------------------------|
+| q      | n            | int8: x * 127 / size, rounded to nearest even                     |
+| d      | n / 32 * 4   | float32 scale: size / 127, size the largest absolute value        |
+| b      | n / 32 * 8   | two int32: -bias * sum of q, for 4-bit and then for 8-bit weights |
+
+The sums are where a product starts: on x86 weights are unsigned, value + bias (`kernels.isa`);
+where they are not, the bias is 0. Sizes below 1e-30 count as 1e-30, so that nothing overflows. A
+block with NaN or infinity gets such a scale, and so do all products with it: no error is lost.
+Several tokens are rows of these buffers, one after another.
+"""
+
+import numpy as np
+
+from localv4.kernels.device import device
+from localv4.kernels.isa import ISA
+from localv4.kernels.packed import BLOCK
+from localv4.kernels.simd import (
+    Vector,
+    add,
+    add_i32,
+    at_least,
+    at_most,
+    divide,
+    largest_size,
+    load_f32,
+    multiply,
+    multiply_add,
+    negative,
+    power_of_two,
+    round_i32,
+    splat_f32,
+    store_i8,
+    sum_i32,
+    to_f32,
+    write_f32,
+    write_i32,
+)
+
+SMALLEST = np.float32(1e-30)
+LEVELS = np.float32(127)
+_PER_LEVEL = np.float32(1 / 127)
+_CODE_BIAS = np.int32(-ISA.code_bias)
+_BYTE_BIAS = np.int32(-ISA.byte_bias)
+
+# exp(x) = 2^n * p(r) with n whole and |r| <= ln(2) / 2 (Cephes `expf`, 2 ulp)
+_LOG2_E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_P5, _P4, _P3 = (
+    np.float32(1.9875691500e-4),
+    np.float32(1.3981999507e-3),
+    np.float32(8.3334519073e-3),
+)
+_P2, _P1, _P0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(0.5)
+_ONE = np.float32(1)
+_EXP_LOW, _EXP_HIGH = np.float32(-87), np.float32(88)
+
+
+def scale_bytes(n: int) -> int:
+    """Return the bytes of the buffer d of n activations."""
+    return n // BLOCK * 4
+
+
+def sum_bytes(n: int) -> int:
+    """Return the bytes of the buffer b of n activations."""
+    return n // BLOCK * 8
+
+
+@device
+def quantize(q: int, d: int, b: int, x: int, first: int, end: int) -> None:
+    """Fill blocks first ... end - 1 of the buffers q, d, b from the float32 at x."""
+    for i in range(first, end):
+        low, high = load_f32(x + 128 * i), load_f32(x + 128 * i + 64)
+        size = block_size(low, high)
+        factor = splat_f32(LEVELS / size)
+        low_q, high_q = round_i32(multiply(low, factor)), round_i32(multiply(high, factor))
+        store_i8(q + 32 * i, low_q)
+        store_i8(q + 32 * i + 16, high_q)
+        write_f32(d + 4 * i, size * _PER_LEVEL)
+        total = sum_i32(add_i32(low_q, high_q))
+        write_i32(b + 8 * i, np.int32(total * _CODE_BIAS))
+        write_i32(b + 8 * i + 4, np.int32(total * _BYTE_BIAS))
+
+
+@device
+def block_size(low: Vector, high: Vector) -> np.float32:
+    """Return the largest absolute value of 32, at least SMALLEST; NaN if there is one."""
+    size, other = largest_size(low), largest_size(high)
+    if other > size or other != other:
+        size = other
+    return SMALLEST if size < SMALLEST else size
+
+
+@device
+def exp(x: Vector) -> Vector:
+    """e^x within 2 ulp; x is taken as -87 ... 88, NaN stays NaN."""
+    x = at_least(at_most(x, splat_f32(_EXP_HIGH)), splat_f32(_EXP_LOW))
+    n = round_i32(multiply(x, splat_f32(_LOG2_E)))
+    whole = negative(to_f32(n))
+    r = multiply_add(whole, splat_f32(_LN2_HIGH), x)
+    r = multiply_add(whole, splat_f32(_LN2_LOW), r)
+    p = multiply_add(splat_f32(_P5), r, splat_f32(_P4))
+    p = multiply_add(p, r, splat_f32(_P3))
+    p = multiply_add(p, r, splat_f32(_P2))
+    p = multiply_add(p, r, splat_f32(_P1))
+    p = multiply_add(p, r, splat_f32(_P0))
+    p = multiply_add(p, multiply(r, r), r)
+    return multiply_add(p, power_of_two(n), power_of_two(n))
+
+
+@device
+def swiglu(gate: Vector, up: Vector, limit: np.float32) -> Vector:
+    """silu(min(gate, limit)) * clip(up, -limit, limit)"""
+    gate = at_most(gate, splat_f32(limit))
+    up = at_least(at_most(up, splat_f32(limit)), splat_f32(-limit))
+    return multiply(divide(gate, add(exp(negative(gate)), splat_f32(_ONE))), up)

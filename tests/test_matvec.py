@@ -1,0 +1,301 @@
+"""Products of one token with packed weights equal float64 on the same rounded activations."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import pytest
+import reference
+from numba.core.codegen import get_host_cpu_features
+from reference_packed import (
+    Bytes,
+    Floats,
+    Quantised,
+    Wide,
+    address,
+    aligned,
+    distance,
+    floats,
+    integers_and_scales,
+    quantise,
+    unpack_f8,
+)
+
+from localv4.kernels import activations, matvec, packed, probes
+from localv4.kernels.buffers import aligned_bytes
+from localv4.kernels.isa import ISA, available_levels
+from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
+
+pytestmark = pytest.mark.skipif(
+    bool(numba.config.DISABLE_JIT), reason="kernels that take addresses need the compiler"
+)
+
+F32 = np.float32
+FORMATS = (MX4, Q4, Q8)
+MATVEC: dict[PackedFormat, Callable[..., None]] = {
+    MX4: matvec.matvec_mx4,
+    Q4: matvec.matvec_q4,
+    Q8: matvec.matvec_q8,
+}
+GATE_UP: dict[PackedFormat, Callable[..., None]] = {
+    MX4: matvec.expert_gate_up_mx4,
+    Q4: matvec.expert_gate_up_q4,
+    Q8: matvec.expert_gate_up_q8,
+}
+DOWN: dict[PackedFormat, Callable[..., None]] = {
+    MX4: matvec.expert_down_mx4,
+    Q4: matvec.expert_down_q4,
+    Q8: matvec.expert_down_q8,
+}
+SHAPES = [(16, 128), (32, 256), (48, 640), (16, 4096)]
+TOLERANCE = 1e-6
+formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+
+
+def random_weights(seed: int, fmt: PackedFormat, rows: int, cols: int) -> Bytes:
+    """Random packed bytes with finite scales of ordinary size and all codes."""
+    rng = np.random.default_rng(seed)
+    size = packed.packed_bytes(fmt, rows, cols)
+    weights = aligned(rng.integers(0, 256, size, dtype=np.uint8))
+    heads = weights.reshape(-1, fmt.superblock_bytes)[:, :64]
+    if fmt is MX4:
+        heads[...] = rng.integers(110, 125, heads.shape)
+    else:
+        scales = rng.normal(0, 0.01, (len(heads), 32)).astype(np.float16)
+        heads[...] = scales.view(np.uint8)
+    return weights
+
+
+def values(fmt: PackedFormat, weights: Bytes, rows: int, cols: int) -> Wide:
+    integers, scales = integers_and_scales(fmt, weights, rows, cols)
+    return integers * np.repeat(scales, 32, axis=1)
+
+
+def quantised(x: Floats) -> Quantised:
+    """The activations as the kernel quantises them, which the twin must confirm."""
+    n = x.size
+    q = aligned_bytes(n).view(np.int8)
+    d = aligned_bytes(activations.scale_bytes(n)).view(F32)
+    b = aligned_bytes(activations.sum_bytes(n)).view(np.int32)
+    activations.quantize(address(q), address(d), address(b), address(x), 0, n // 32)
+    return Quantised(q.reshape(1, -1), d.reshape(1, -1), b.reshape(1, -1, 2))
+
+
+def operands(x: Quantised) -> tuple[int, int, int]:
+    return address(x.q), address(x.d), address(x.b)
+
+
+def inputs(kind: str, n: int) -> Floats:
+    x = np.random.default_rng(n).standard_normal(n).astype(F32)
+    if kind == "blocks of zeros":
+        x.reshape(-1, 32)[::2] = 0
+    if kind == "negative":
+        x = -np.abs(x)
+    if kind == "subnormal":
+        x *= F32(1e-39)
+    if kind == "one subnormal block":
+        x[:32] *= F32(1e-39)
+    if kind == "large":
+        x *= F32(1e30)
+    if kind == "constant":
+        x[:] = 1
+    return x
+
+
+KINDS = (
+    *("normal", "blocks of zeros", "negative", "subnormal"),
+    *("one subnormal block", "large", "constant"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_activations_equal_their_twin(kind: str) -> None:
+    x = inputs(kind, 1024)
+    mine, twin = quantised(x), quantise(x[None], ISA.code_bias, ISA.byte_bias)
+    assert np.array_equal(mine.q, twin.q)
+    assert np.array_equal(mine.d.view(np.uint32), twin.d.view(np.uint32))
+    assert np.array_equal(mine.b, twin.b)
+    if kind != "subnormal":
+        assert distance(mine.values[0], x.astype(np.float64)) < 1e-2
+
+
+def test_quantising_in_parts_is_the_same() -> None:
+    x = inputs("normal", 512)
+    whole, parts = quantised(x), quantised(np.zeros(512, F32))
+    for first, end in ((5, 16), (0, 5)):
+        activations.quantize(*operands(parts), address(x), first, end)
+    for name in ("q", "d", "b"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name))
+
+
+@formats
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_matvec(fmt: PackedFormat, rows: int, cols: int) -> None:
+    weights, x = random_weights(rows, fmt, rows, cols), quantised(inputs("normal", cols))
+    out = floats(rows)
+    MATVEC[fmt](address(out), address(weights), 0, rows // 16, cols, *operands(x))
+    assert distance(out, values(fmt, weights, rows, cols) @ x.values[0]) < TOLERANCE
+
+
+@formats
+@pytest.mark.parametrize("kind", KINDS)
+def test_matvec_of_any_activations(fmt: PackedFormat, kind: str) -> None:
+    weights, x = random_weights(1, fmt, 32, 256), quantised(inputs(kind, 256))
+    out = floats(32)
+    MATVEC[fmt](address(out), address(weights), 0, 2, 256, *operands(x))
+    expected = values(fmt, weights, 32, 256) @ x.values[0]
+    assert distance(out, expected) < (1e-2 if kind == "subnormal" else TOLERANCE)
+
+
+@formats
+def test_matvec_of_extreme_weights(fmt: PackedFormat) -> None:
+    weights = random_weights(1, fmt, 32, 256)
+    lines = weights.reshape(-1, fmt.superblock_bytes)
+    for code in (0x00, 0x77, 0x80, 0xFF, 0x7F, 0x88):
+        lines[:, 64:] = code
+        for sign in (1, -1):
+            x, out = quantised(sign * inputs("constant", 256)), floats(32)
+            MATVEC[fmt](address(out), address(weights), 0, 2, 256, *operands(x))
+            assert distance(out, values(fmt, weights, 32, 256) @ x.values[0]) < TOLERANCE
+
+
+@formats
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 17, 31])
+def test_no_error_in_the_activations_is_lost(fmt: PackedFormat, bad: float, at: int) -> None:
+    x = inputs("normal", 256)
+    x[128 + at] = bad
+    weights, spoilt, out = random_weights(1, fmt, 16, 256), quantised(x), floats(16, fill=0)
+    MATVEC[fmt](address(out), address(weights), 0, 1, 256, *operands(spoilt))
+    assert not np.isfinite(out).any()
+
+
+@formats
+def test_any_split_gives_the_same_bits(fmt: PackedFormat) -> None:
+    rows, cols = 112, 384
+    weights, x = random_weights(5, fmt, rows, cols), quantised(inputs("normal", cols))
+    whole = floats(rows)
+    MATVEC[fmt](address(whole), address(weights), 0, 7, cols, *operands(x))
+    for cuts in ((0, 3, 7), (0, 1, 2, 6, 7), tuple(range(8))):
+        split = floats(rows)
+        for first, end in itertools.pairwise(cuts):
+            MATVEC[fmt](address(split), address(weights), first, end, cols, *operands(x))
+        assert np.array_equal(split, whole)
+    untouched = floats(rows)
+    MATVEC[fmt](address(untouched), address(weights), 2, 4, cols, *operands(x))
+    assert np.isnan(untouched[:32]).all() and np.isnan(untouched[64:]).all()
+    assert np.array_equal(untouched[32:64], whole[32:64])
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(16, 128), (48, 384), (160, 256)])
+def test_f8_matvec_is_exact_in_the_weights(rows: int, cols: int) -> None:
+    rng = np.random.default_rng(rows)
+    weights = rng.integers(0, 256, rows * cols, dtype=np.uint8)
+    weights[weights & 0x7F == 0x7F] = 3
+    weights = aligned(weights)
+    scale = np.ldexp(F32(1), rng.integers(-20, 3, (-(-rows // 128), cols // 128))).astype(F32)
+    x, out = inputs("normal", cols), floats(rows)
+    call = (cols, address(x), address(scale))
+    matvec.matvec_f8(address(out), address(weights), 0, rows // 16, *call)
+    wide = unpack_f8(weights, scale, rows, cols).astype(np.float64)
+    assert distance(out, wide @ x) < TOLERANCE
+    split = floats(rows)
+    for g in range(rows // 16):
+        matvec.matvec_f8(address(split), address(weights), g, g + 1, *call)
+    assert np.array_equal(split, out)
+
+
+def test_f8_matvec_knows_every_code() -> None:
+    cols = 256
+    codes = np.zeros((16, cols), np.uint8)
+    codes[:] = np.arange(256)
+    codes[codes & 0x7F == 0x7F] = 0
+    weights, scale = aligned(codes.T), np.ones((1, 2), F32)
+    wide = unpack_f8(weights, scale, 16, cols)
+    for column in range(cols):
+        x, out = np.zeros(cols, F32), floats(16)
+        x[column] = 1
+        call = (cols, address(x), address(scale))
+        matvec.matvec_f8(address(out), address(weights), 0, 1, *call)
+        assert np.array_equal(out, wide[:, column])
+
+
+@formats
+def test_expert(fmt: PackedFormat) -> None:
+    hidden, inner, limit, weight = 256, 128, F32(1.5), F32(0.37)
+    gate, up, down = (
+        random_weights(seed, fmt, *shape)
+        for seed, shape in enumerate([(inner, hidden), (inner, hidden), (hidden, inner)])
+    )
+    size = packed.group_bytes(fmt, hidden)
+    pairs = np.stack([gate.reshape(-1, size), up.reshape(-1, size)], axis=1)
+    record = aligned(np.concatenate([pairs.reshape(-1), down]))
+    assert record.size == packed.expert_bytes(fmt, hidden, inner)
+
+    x, h = quantised(20 * inputs("normal", hidden)), floats(inner)
+    for first, end in ((0, 3), (3, 8)):
+        GATE_UP[fmt](address(h), address(record), first, end, hidden, *operands(x), limit)
+    products = [values(fmt, part, inner, hidden) @ x.values[0] for part in (gate, up)]
+    assert max(np.abs(products[0])) > limit and max(np.abs(products[1])) > limit
+    assert distance(h, reference.swiglu(products[0], products[1], float(limit))) < 2e-6
+
+    middle, out = quantised(h), floats(hidden)
+    before = inputs("normal", hidden)
+    out[:] = before
+    at = address(record) + packed.down_offset(fmt, hidden, inner)
+    for first, end in ((0, 5), (5, 16)):
+        DOWN[fmt](address(out), at, first, end, inner, *operands(middle), weight)
+    product = values(fmt, down, hidden, inner) @ middle.values[0]
+    assert distance(out, before + float(weight) * product) < TOLERANCE
+
+
+@formats
+def test_expert_passes_nan_on(fmt: PackedFormat) -> None:
+    x = inputs("normal", 256)
+    x[7] = np.nan
+    record, spoilt, h = random_weights(1, fmt, 32, 256), quantised(x), floats(16, fill=0)
+    GATE_UP[fmt](address(h), address(record), 0, 1, 256, *operands(spoilt), F32(10))
+    assert np.isnan(h).all()
+
+
+def test_read_roof_reads_everything() -> None:
+    data = np.random.default_rng(1).integers(0, 1000, 3 * 64, dtype=np.int32)
+    raw = aligned(data)
+    assert probes.read_roof(address(raw), raw.size) == data.sum()
+    assert probes.read_roof(address(raw), 256) == data[:64].sum()
+
+
+def test_dot_roof_does_what_it_counts() -> None:
+    lines = aligned(np.random.default_rng(1).integers(0, 4, 128, dtype=np.uint8))
+    product = int(lines[:64].astype(int) @ lines[64:].astype(int))
+    rounds = 1000
+    operations = probes.dot_roof_operations(rounds)
+    assert probes.dot_roof(address(lines), rounds) * 128 == product * operations
+
+
+def levels_below() -> tuple[str, ...]:
+    names = {name[1:] for name in get_host_cpu_features().split(",") if name[:1] == "+"}
+    return tuple(
+        level for level in available_levels(llvm.get_default_triple(), names) if level != ISA.level
+    )
+
+
+@pytest.mark.skipif("LOCALV4_ISA" in os.environ, reason="is run for each level by itself")
+@pytest.mark.parametrize("level", levels_below())
+def test_products_at_a_lower_level(level: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, "test_matvec.py"],
+        env=dict(os.environ, LOCALV4_ISA=level),
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
