@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf_writer import OMITTED_KEYS, GgufOptions, write_gguf
 from golden.presets import PRESETS
@@ -19,7 +20,7 @@ from localv4.model.config import LayerKind, ModelConfig, Yarn
 from localv4.model.config_gguf import config_from_gguf
 from localv4.model.config_json import config_from_json, read_config
 from localv4.model.names import official_names
-from localv4.model.rotary import compress_rotary
+from localv4.model.rotary import compress_rotary, main_rotary
 from localv4.model.weights import load_weights
 from localv4.storage import open_checkpoint
 
@@ -118,6 +119,16 @@ def test_gguf_metadata_means_the_same(omitted: tuple[str, ...], tmp_path: Path) 
         assert getattr(actual, field) == pytest.approx(getattr(expected, field)), field
 
 
+def yarn(**changes: float) -> dict[str, Any]:
+    """A change of the interpolation."""
+    return {"rope_scaling": FLASH["rope_scaling"] | changes}
+
+
+def rotary_part(factor: float) -> dict[str, Any]:
+    """A change to the newer way to give the rotated channels."""
+    return {"qk_rope_head_dim": None, "partial_rotary_factor": factor}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -141,6 +152,18 @@ def test_gguf_metadata_means_the_same(omitted: tuple[str, ...], tmp_path: Path) 
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"eos_token_id": 129280}, "eos_token_id is 129280"),
+        ({"rope_theta": 10**400}, "rope_theta is too large"),
+        ({"compress_rope_theta": 1}, "compress_rope_theta is 1.0"),
+        ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan"),
+        ({"routed_scaling_factor": 1e308}, "routed_scaling_factor is 1e"),
+        ({"swiglu_limit": float("inf")}, "swiglu_limit is inf"),
+        (yarn(factor=0), "YaRN factor is 0"),
+        (yarn(factor=float("nan")), "YaRN factor is nan"),
+        (yarn(original_max_position_embeddings=0), "YaRN original context is 0"),
+        (yarn(beta_fast=0), "YaRN beta_fast is 0"),
+        (yarn(beta_slow=float("inf")), "YaRN beta_slow is inf"),
+        (rotary_part(float("inf")), "partial_rotary_factor is inf"),
+        (rotary_part(1e308), "partial_rotary_factor is 1e"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
@@ -171,6 +194,7 @@ STRANGE = st.one_of(
     st.integers(-(2**70), 2**70),
     st.integers(0, 600),
     st.floats(),
+    st.just(10**400),
     st.text(max_size=5),
     st.lists(st.integers(-3, 200), max_size=12),
     st.lists(st.text(max_size=4), max_size=9),
@@ -205,9 +229,17 @@ def assert_loads_or_is_refused(folder: Path, values: Mapping[str, Any]) -> None:
         try:
             config = config_from_json(values, PATH)
             load_weights(checkpoint, official_names(checkpoint), config)
+            assert_is_finite(config)
         except LocalV4Error as error:
             assert error.exit_code == 5
             assert "\n" not in error.message
+
+
+def assert_is_finite(config: ModelConfig) -> None:
+    """What is computed from the numbers of a valid configuration overflows nowhere."""
+    for rotary in (main_rotary(config), compress_rotary(config)):
+        assert np.isfinite(rotary.frequencies).all()
+    assert np.isfinite(np.float32(config.routed_scaling))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +259,9 @@ def test_any_changed_metadata_loads_or_is_refused(tiny_gguf: Path, data: st.Data
             metadata[data.draw(st.sampled_from(names))] = data.draw(STRANGE)
         table = official_names(checkpoint)
         try:
-            load_weights(checkpoint, table, config_from_gguf(metadata, table, tiny_gguf))
+            config = config_from_gguf(metadata, table, tiny_gguf)
+            load_weights(checkpoint, table, config)
+            assert_is_finite(config)
         except LocalV4Error as error:
             assert error.exit_code == 5
             assert "\n" not in error.message

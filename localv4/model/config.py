@@ -11,6 +11,7 @@ from localv4.errors import BadFileError
 MAX_LAYERS = 512
 MAX_DIMENSION = 1 << 20
 MAX_CONTEXT = 1 << 24
+BASE_BOUNDS = (2, 1e12)  # of a rotation; the logarithm of 1 is no divisor
 
 
 class LayerKind(Enum):
@@ -91,6 +92,7 @@ class ModelConfig:
 
     def _bounds(self) -> list[tuple[str, float, float, float]]:
         size = (1, MAX_DIMENSION)
+        limits = (*self.swiglu_limits, *self.shared_swiglu_limits)
         return [
             ("vocab_size", self.vocab_size, *size),
             ("hidden_size", self.hidden_size, *size),
@@ -104,8 +106,9 @@ class ModelConfig:
             ("sliding window", self.window, *size),
             ("largest compress ratio", max(self.ratios, default=0), 0, MAX_DIMENSION),
             ("smallest compress ratio", min(self.ratios, default=0), 0, MAX_DIMENSION),
-            ("rope_theta", self.rope_theta, 1, 1e12),
-            ("compress_rope_theta", self.compress_rope_theta, 1, 1e12),
+            ("rope_theta", self.rope_theta, *BASE_BOUNDS),
+            ("compress_rope_theta", self.compress_rope_theta, *BASE_BOUNDS),
+            *self._yarn_bounds(),
             ("index_n_heads", self.index_heads, *size),
             ("index_head_dim", self.index_head_dim, *size),
             ("index_topk", self.index_top_k, *size),
@@ -117,10 +120,22 @@ class ModelConfig:
             ("hc_sinkhorn_iters", self.hc_iterations, 1, 1000),
             ("hc_eps", self.hc_eps, 0, 1),
             ("rms_norm_eps", self.rms_eps, 0, 1),
-            ("smallest swiglu_limit", min(self.swiglu_limits, default=0), 1e-6, 1e30),
+            ("routed_scaling_factor", self.routed_scaling, 1e-6, 1e6),
+            *(("swiglu_limit", limit, 1e-6, 1e30) for limit in limits),
             ("max_position_embeddings", self.max_positions, 1, MAX_CONTEXT),
             ("bos_token_id", self.bos_id, 0, self.vocab_size - 1),
             ("eos_token_id", self.eos_id, 0, self.vocab_size - 1),
+        ]
+
+    def _yarn_bounds(self) -> list[tuple[str, float, float, float]]:
+        yarn = self.yarn
+        if yarn is None:
+            return []
+        return [
+            ("YaRN factor", yarn.factor, 1, 1e6),
+            ("YaRN original context", yarn.original, 1, MAX_CONTEXT),
+            ("YaRN beta_fast", yarn.beta_fast, 1e-6, 1e6),
+            ("YaRN beta_slow", yarn.beta_slow, 1e-6, 1e6),
         ]
 
 
@@ -147,7 +162,10 @@ class Fields:
         value = self._first(keys, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BadFileError(self.path, f"{keys[0]} is {value!r}, expected a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise BadFileError(self.path, f"{keys[0]} is too large") from None
 
     def integers(self, key: str) -> list[int]:
         """Return the list of ints at `key`."""

@@ -118,7 +118,10 @@ def _hashed(fields: Fields, layers: int) -> tuple[bool, ...]:
 def _rope_dim(fields: Fields, head_dim: int) -> int:
     if fields.has("qk_rope_head_dim"):
         return fields.integer("qk_rope_head_dim")
-    return int(head_dim * fields.number("partial_rotary_factor"))
+    factor = fields.number("partial_rotary_factor")
+    if not 0 < factor <= 1:
+        raise BadFileError(fields.path, f"partial_rotary_factor is {factor}, expected 0 to 1")
+    return int(head_dim * factor)
 
 
 def _rope(fields: Fields) -> tuple[float, float, Yarn | None]:
