@@ -17,6 +17,7 @@ def chat(
     model: options.Model = None,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
+    numerics: options.Numerics = options.Arithmetic.EXACT,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
@@ -53,6 +54,7 @@ def chat(
         options.one_of(model_argument, model, "--model"),
         ctx_size=ctx_size,
         threads=threads,
+        numerics=numerics.value,
         quiet=quiet,
         no_color=no_color,
     )

@@ -36,6 +36,7 @@ def logits(
     ] = None,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
+    numerics: options.Numerics = options.Arithmetic.EXACT,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -45,7 +46,12 @@ def logits(
 
     ids = _read_tokens(tokens)
     engine = loading.load_engine(
-        model, ctx_size=ctx_size, threads=threads, quiet=quiet, no_color=no_color
+        model,
+        ctx_size=ctx_size,
+        threads=threads,
+        numerics=numerics.value,
+        quiet=quiet,
+        no_color=no_color,
     ).engine
     vocab = engine.config.vocab_size
     foreign = next((i for i in ids if i >= vocab), None)

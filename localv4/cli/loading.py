@@ -12,7 +12,7 @@ from localv4.cli.progress import Progress
 from localv4.cli.settings import Settings, recommended
 
 if TYPE_CHECKING:
-    from localv4.engine.engine import Engine
+    from localv4.engine.engine import Engine, NumericsName
     from localv4.library.installed import InstalledModel
     from localv4.text.effort import Release
 
@@ -60,6 +60,7 @@ def load_engine(
     *,
     ctx_size: int | None,
     threads: int | None,
+    numerics: "NumericsName",
     quiet: bool,
     no_color: bool,
 ) -> Loaded:
@@ -77,7 +78,13 @@ def load_engine(
 
         if not are_compiled():
             progress.announce("compiling kernels (first run only)")
-        return Engine.load(model.path, ctx_size=ctx_size, threads=threads, on_progress=progress)
+        return Engine.load(
+            model.path,
+            ctx_size=ctx_size,
+            threads=threads,
+            numerics=numerics,
+            on_progress=progress,
+        )
 
     with Progress(quiet=quiet, no_color=no_color) as progress:
         return Loaded(worker.call(load), model)

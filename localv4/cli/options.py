@@ -19,6 +19,13 @@ class OutputFormat(StrEnum):
     JSON = "json"
 
 
+class Arithmetic(StrEnum):
+    """How weights are multiplied."""
+
+    EXACT = "exact"
+    FAST = "fast"
+
+
 class Effort(StrEnum):
     """How long the model may think before it answers."""
 
@@ -68,6 +75,15 @@ Threads = Annotated[
         panel="Model",
         metavar="N",
         help="CPU threads. Default: all physical cores.",
+    ),
+]
+
+Numerics = Annotated[
+    Arithmetic,
+    _option(
+        "--numerics",
+        panel="Model",
+        help="exact: float32 throughout; fast: packed weights, activations rounded to 8 bits.",
     ),
 ]
 

@@ -51,6 +51,7 @@ def run(
     model: options.Model = None,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
+    numerics: options.Numerics = options.Arithmetic.EXACT,
     prompt_option: options.PromptOption = None,
     file: options.PromptFile = None,
     system: options.System = None,
@@ -92,7 +93,12 @@ def run(
     )
     text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
     loaded = loading.load_engine(
-        model, ctx_size=ctx_size, threads=threads, quiet=quiet, no_color=no_color
+        model,
+        ctx_size=ctx_size,
+        threads=threads,
+        numerics=numerics.value,
+        quiet=quiet,
+        no_color=no_color,
     )
     request = Request(text, system, tools, raw, thinking, effort, tuple(stop or ()))
     output = Output(

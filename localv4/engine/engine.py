@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -13,13 +14,20 @@ from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.compiler import are_compiled, compile_kernels
 from localv4.kernels.threads import most_threads
 from localv4.model.config import ModelConfig
+from localv4.model.fast import FastNumerics
 from localv4.model.loading import read_model_config
 from localv4.model.matrix import Floats, Numerics
 from localv4.model.names import official_names
+from localv4.model.packing import pack_dense
 from localv4.model.transformer import Transformer
 from localv4.model.weights import load_weights
 from localv4.storage import Checkpoint, open_checkpoint
 from localv4.text.tokenizer import Tokenizer
+
+NumericsName = Literal["exact", "fast"]
+
+EXPERT_SHARE = 0.6
+"""Share of the free memory that packed experts may take; the rest is for files and programs."""
 
 OnLoad = Callable[[str, int, int], None]
 """Called with (phase, done, total) while kernels compile and weights are found."""
@@ -42,11 +50,14 @@ class Engine:
         *,
         ctx_size: int | None = None,
         threads: int | None = None,
+        numerics: NumericsName = "exact",
         on_progress: OnLoad | None = None,
     ) -> "Engine":
         """Open the model at `path` (a checkpoint folder or a GGUF file).
 
         `ctx_size` in tokens defaults to what the model allows, `threads` to the physical cores.
+        `numerics` "fast" multiplies packed weights with rounded activations; packing needs memory
+        for the dense weights and for the experts in use.
         Raises NotFoundError, BadFileError, UsageError or DoesNotFitError.
         """
         checkpoint = open_checkpoint(path)
@@ -57,8 +68,12 @@ class Engine:
         phase = "loading kernels" if are_compiled() else "compiling kernels (first run only)"
         compile_kernels(_phase(on_progress, phase))
         weights = load_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
-        network = Transformer(config, weights, Numerics(count, weights.widest))
-        return cls(checkpoint, network, size)
+        if numerics == "exact":
+            exact = Numerics(count, weights.widest)
+            return cls(checkpoint, Transformer(config, weights, exact), size)
+        weights = pack_dense(weights, count, _phase(on_progress, "packing weights"))
+        fast = FastNumerics(count, weights.widest, _expert_budget())
+        return cls(checkpoint, Transformer(config, weights, fast), size)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -109,6 +124,11 @@ class Engine:
             yield session.all_logits(part, chunk=size)
             if on_progress is not None:
                 on_progress(start + len(part), len(token_ids))
+
+
+def _expert_budget() -> int:
+    """Return the bytes that packed experts may take: most of the memory that is free now."""
+    return int(psutil.virtual_memory().available * EXPERT_SHARE)
 
 
 def _phase(on_progress: OnLoad | None, phase: str) -> Progress | None:

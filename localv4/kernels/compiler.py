@@ -38,7 +38,9 @@ def _digest() -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     features = sorted(name for name, on in llvm.get_host_cpu_features().items() if on)
-    overrides = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NUMBA_")]
+    overrides = [
+        f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("NUMBA_", "LOCALV4_ISA"))
+    ]
     facts = (
         numba.__version__,
         llvmlite.__version__,

@@ -9,5 +9,5 @@ def most_threads() -> int:
 
 
 def use_threads(count: int) -> None:
-    """Let kernels called from this Python thread use `count` threads, 1 to `most_threads()`."""
-    numba.set_num_threads(count)
+    """Let kernels called from this Python thread use `count` threads, at most `most_threads()`."""
+    numba.set_num_threads(min(count, most_threads()))

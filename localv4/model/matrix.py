@@ -2,12 +2,16 @@
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import Cancelled
-from localv4.kernels import matmul
+from localv4.kernels import elementwise, matmul, routing
+
+if TYPE_CHECKING:
+    from localv4.model.weights import Expert
 
 SMALL_PRODUCT = 1 << 18
 """Multiply-adds below which one thread is done before others have woken up."""
@@ -41,7 +45,8 @@ class Numerics:
     """Arithmetic `exact`: float32 activations and rows, as transformers computes in float32.
 
     Every product and every row that enters the decoder state passes through this object, so another
-    arithmetic (the release's own FP8/FP4 activation rounding) is another class with these methods.
+    arithmetic (`fast.FastNumerics`; the release's own FP8/FP4 activation rounding) is another class
+    with these methods.
     """
 
     name = "exact"
@@ -56,12 +61,44 @@ class Numerics:
 
         Raises Cancelled when the event `cancelled` is set: products take nearly all the time.
         """
-        if self.cancelled is not None and self.cancelled.is_set():
-            raise Cancelled("stopped")
+        self.check_cancelled()
         out = np.empty((x.shape[0], weight.rows), F32)
         small = x.shape[0] * weight.rows * weight.cols < SMALL_PRODUCT
         product = matmul.matmul_small if small else matmul.matmul
         product(out, x, weight.format, weight.data, weight.scale, groups, self._scratch)
+        return out
+
+    def check_cancelled(self) -> None:
+        """Raise Cancelled when the event `cancelled` is set."""
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise Cancelled("stopped")
+
+    def run_expert(self, x: Floats, expert: "Expert", limit: np.float32) -> Floats:
+        """Return w2 . swiglu(w1 . x, w3 . x) for each token, clamped; x (tokens, hidden)."""
+        gate = self.linear(x, expert.w1)
+        elementwise.swiglu(gate, self.linear(x, expert.w3), limit)
+        return self.linear(gate, expert.w2)
+
+    def mix_experts(
+        self,
+        x: Floats,
+        chosen: NDArray[np.int64],
+        weights: Floats,
+        layer: int,
+        experts: "tuple[Expert, ...]",
+        limit: np.float32,
+    ) -> Floats:
+        """Return the weighted sum of each token's chosen experts (tokens, hidden).
+
+        chosen, weights (tokens, k); experts: all of `layer`. Experts are visited in ascending
+        order, so a token's sum does not depend on its neighbours.
+        """
+        out = np.zeros_like(x)
+        for expert in np.unique(chosen):
+            slots = np.flatnonzero(chosen == expert)
+            tokens = slots // chosen.shape[1]
+            rows = self.run_expert(x[tokens], experts[expert], limit)
+            routing.add_rows(out, rows, tokens, weights.ravel()[slots])
         return out
 
     def key_rows(self, rows: Floats) -> Floats:

@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.kernels import elementwise, routing
+from localv4.kernels import routing
 from localv4.model.config import ModelConfig
 from localv4.model.matrix import F32, Floats, Numerics
-from localv4.model.weights import Expert, Layer, Router
+from localv4.model.weights import Layer, Router
 
 
 class RouterBlock:
@@ -36,6 +36,7 @@ class MoeBlock:
 
     def __init__(self, layer: Layer, index: int, config: ModelConfig, numerics: Numerics) -> None:
         self.router = RouterBlock(layer.router, config, numerics)
+        self.index = index
         self.shared = layer.shared
         self.experts = layer.experts
         self.limit = F32(config.swiglu_limits[index])
@@ -43,21 +44,8 @@ class MoeBlock:
         self.numerics = numerics
 
     def __call__(self, x: Floats, token_ids: NDArray[np.int64]) -> Floats:
-        """Return the output (tokens, hidden) for normed inputs x (tokens, hidden).
-
-        Experts are visited in ascending order, so a token's sum does not depend on its neighbours.
-        """
-        experts, weights = self.router(x, token_ids)
-        out = np.zeros_like(x)
-        for expert in np.unique(experts):
-            slots = np.flatnonzero(experts == expert)
-            tokens = slots // experts.shape[1]
-            rows = self._run(self.experts[expert], x[tokens], self.limit)
-            routing.add_rows(out, rows, tokens, weights.ravel()[slots])
-        out += self._run(self.shared, x, self.shared_limit)
+        """Return the output (tokens, hidden) for normed inputs x (tokens, hidden)."""
+        chosen, weights = self.router(x, token_ids)
+        out = self.numerics.mix_experts(x, chosen, weights, self.index, self.experts, self.limit)
+        out += self.numerics.run_expert(x, self.shared, self.shared_limit)
         return out
-
-    def _run(self, expert: Expert, x: Floats, limit: np.float32) -> Floats:
-        gate = self.numerics.linear(x, expert.w1)
-        elementwise.swiglu(gate, self.numerics.linear(x, expert.w3), limit)
-        return self.numerics.linear(gate, expert.w2)

@@ -1,0 +1,197 @@
+"""A team of threads that runs one compiled program together: start once, spin briefly, then sleep.
+
+`prange` costs 3 to 100 microseconds per loop, by threading layer. Here helpers stay inside one
+compiled function and wait for the next program by spinning, so that starting one costs about a
+microsecond; after a while without work they leave it and sleep until they are woken.
+"""
+
+import ctypes
+import os
+import threading
+import time
+import weakref
+
+import numpy as np
+
+from localv4.kernels.atomics import atomic_add, atomic_load, atomic_store, call_address, pause
+from localv4.kernels.compiler import kernel
+from localv4.kernels.device import device
+from localv4.kernels.program import ALONGSIDE, COUNTER, WORDS, run_operation
+
+_LINE = 64
+"""Bytes of a cache line; every control word has a line of its own."""
+
+# control words, as byte offsets
+EPOCH, STOPPED, PROGRAM, LENGTH, ARRIVED, TURN, ASLEEP, YIELD = (_LINE * i for i in range(8))
+_CONTROL_BYTES = _LINE * 9
+
+SPINS = 30_000
+"""Turns that a helper waits for work before it sleeps: about a millisecond."""
+
+WAKING_S = 20e-6
+"""Seconds between two looks at helpers that are waking up."""
+
+MISSED_CALL_S = 0.1
+"""Seconds after which a sleeper looks for work by itself."""
+
+SPINS_AT_BARRIER = 2_000
+"""Turns between two offers to the system to run somebody else: a member may lack a core."""
+
+
+@device
+def wait_for_all(control: int, members: int) -> None:
+    """Return when every member has called this for the same time."""
+    turn = atomic_load(control + TURN)
+    if atomic_add(control + ARRIVED, 1) == members - 1:
+        atomic_store(control + ARRIVED, 0)
+        atomic_store(control + TURN, turn + 1)
+        return
+    spins = 0
+    while atomic_load(control + TURN) == turn:
+        pause()
+        spins += 1
+        if spins == SPINS_AT_BARRIER:
+            spins = 0
+            call_address(atomic_load(control + YIELD))
+
+
+@device
+def take_part(control: int, members: int) -> None:
+    """Do a member's share of the posted program."""
+    program = atomic_load(control + PROGRAM)
+    last = atomic_load(control + LENGTH) - 1
+    for i in range(last + 1):
+        operation = program + 8 * WORDS * i
+        run_operation(operation, members)
+        if members > 1 and (i == last or atomic_load(operation + 8 * ALONGSIDE) == 0):
+            wait_for_all(control, members)
+
+
+@kernel("i8(i8, i8, i8)")
+def help_out(control: int, members: int, epoch: int) -> int:
+    """Take part in every program after `epoch`; return the last one's epoch when it gets quiet.
+
+    Returns -1 when the team was dismissed.
+    """
+    spins = 0
+    while spins < SPINS:
+        if atomic_load(control + EPOCH) == epoch:
+            spins += 1
+            pause()
+            continue
+        if atomic_load(control + STOPPED) != 0:
+            return -1
+        take_part(control, members)
+        epoch += 1
+        spins = 0
+    return epoch
+
+
+@kernel("i8(i8, i8, i8, i8)")
+def run_program(control: int, members: int, program: int, length: int) -> int:
+    """Run a program with all helpers and return 0; if some sleep, return their number instead.
+
+    Posting and leading are one call: an exception between them would leave the helpers waiting.
+    """
+    asleep: int = atomic_load(control + ASLEEP)
+    if asleep > 0:
+        return asleep
+    atomic_store(control + PROGRAM, program)
+    atomic_store(control + LENGTH, length)
+    atomic_add(control + EPOCH, 1)
+    take_part(control, members)
+    return 0
+
+
+@kernel("i8(i8, i8)")
+def fall_asleep(control: int, change: int) -> int:
+    """Count a sleeper in (1) or out (-1); return the epoch, read after the count."""
+    atomic_add(control + ASLEEP, change)
+    epoch: int = atomic_load(control + EPOCH)
+    return epoch
+
+
+class _Shared:
+    """What helpers and team have in common; helpers must not keep the team itself alive."""
+
+    def __init__(self, members: int) -> None:
+        self.members = members
+        self.wake = threading.Condition()
+        self._calls = 0
+        self._memory = np.zeros(_CONTROL_BYTES // 8 + 8, np.int64)
+        self.control = -(-self._memory.ctypes.data // _LINE) * _LINE
+        self._word(YIELD)[0] = _yield_address()
+
+    def _word(self, at: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        start = (self.control + at - self._memory.ctypes.data) // 8
+        return self._memory[start : start + 1]
+
+    def dismiss(self) -> None:
+        """Let all helpers end."""
+        self._word(STOPPED)[0] = 1
+        self._word(EPOCH)[0] += 1
+        self.rouse()
+
+    def rouse(self) -> None:
+        """Wake the sleepers."""
+        with self.wake:
+            self._calls += 1
+            self.wake.notify_all()
+
+    def help(self) -> None:
+        """Be a helper until the team is dismissed."""
+        epoch = 0
+        while epoch >= 0:
+            epoch = help_out(self.control, self.members, epoch)
+            if epoch >= 0:
+                self._sleep(epoch)
+
+    def _sleep(self, epoch: int) -> None:
+        with self.wake:
+            calls = self._calls
+            # The time-out is for a program that was posted between the leader's look at the
+            # sleepers and this count: the epoch tells.
+            while fall_asleep(self.control, 1) == epoch and calls == self._calls:
+                self.wake.wait(MISSED_CALL_S)
+                fall_asleep(self.control, -1)
+            fall_asleep(self.control, -1)
+
+
+class Team:
+    """`members` threads, the caller's included. One program at a time."""
+
+    def __init__(self, members: int) -> None:
+        self.members = members
+        self._shared = _Shared(members)
+        for member in range(1, members):
+            threading.Thread(
+                target=self._shared.help, name=f"kernels-{member}", daemon=True
+            ).start()
+        self._dismiss = weakref.finalize(self, self._shared.dismiss)
+
+    def run(self, program: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+        """Run a program (operations, WORDS) to its end.
+
+        The arrays behind its addresses must be kept alive by the caller.
+        """
+        program[:, COUNTER] = 0
+        shared, address = self._shared, program.ctypes.data
+        while run_program(shared.control, self.members, address, program.shape[0]) > 0:
+            shared.rouse()
+            time.sleep(WAKING_S)
+
+    def close(self) -> None:
+        """Let the helpers end; the team cannot be used any more."""
+        self._dismiss()
+
+
+def _yield_address() -> int:
+    """Return the address of a function that lets another thread run, 0 where none is known."""
+    try:
+        if os.name == "nt":
+            function = ctypes.windll.kernel32.SwitchToThread  # type: ignore[attr-defined]
+        else:
+            function = ctypes.CDLL(None).sched_yield
+    except (AttributeError, OSError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
