@@ -1,6 +1,7 @@
 """Sampling settings: ranges, /set, and what a model recommends."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,13 @@ def test_recommended_by_gguf(tmp_path: Path) -> None:
 def test_damaged_config(tmp_path: Path, text: str) -> None:
     with pytest.raises(BadFileError, match="generation_config"):
         recommended(write_config(tmp_path, text), {})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_config_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(BadFileError, match="not a regular file"):
+        recommended(tmp_path, {})
 
 
 def test_sampling() -> None:

@@ -216,7 +216,7 @@ def test_a_newer_schema_comes_with_a_remedy(write_user_file: WriteUserFile) -> N
 
 def test_a_folder_in_place_of_the_file(write_user_file: WriteUserFile, tmp_path: Path) -> None:
     (tmp_path / "models.toml").mkdir()
-    with pytest.raises(BadFileError, match="cannot be read"):
+    with pytest.raises(BadFileError, match="not a regular file"):
         load_registry()
 
 

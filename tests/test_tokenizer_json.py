@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from localv4.errors import BadFileError
+from localv4.errors import BadFileError, NotFoundError
 from localv4.text import byte_alphabet, vocabulary
 from localv4.text.pre_split import PRE_SPLITS, pre_name
 from localv4.text.prompt import Message, render
@@ -145,9 +145,10 @@ def test_unknown_split_pattern_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(BadFileError, match=str(path.name)):
-            Tokenizer.from_file(path)
+    with pytest.raises(NotFoundError, match=r"none\.json"):
+        Tokenizer.from_file(tmp_path / "none.json")
+    with pytest.raises(BadFileError, match=tmp_path.name):
+        Tokenizer.from_file(tmp_path)
 
 
 def test_large_files_are_refused_quickly(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_large_files_are_refused_quickly(tmp_path: Path) -> None:
     started = time.monotonic()
     with path.open("wb") as file:
         file.truncate(200 << 20)
-    with pytest.raises(BadFileError, match="larger than 32 MiB"):
+    with pytest.raises(BadFileError, match="larger than"):
         Tokenizer.from_file(path)
     path.write_bytes(b'{"x": [' + b"[]," * 3_000_000)
     with pytest.raises(BadFileError, match="lists and objects"):

@@ -88,7 +88,11 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 def read_json(path: Path) -> Any:
     """Return the JSON value in a file of at most MAX_JSON_BYTES. Raises BadFileError."""
-    data = read_limited(path, MAX_JSON_BYTES)
+    return parse_json(path, read_limited(path, MAX_JSON_BYTES))
+
+
+def parse_json(path: Path, data: bytes) -> Any:
+    """Return the JSON value that `data`, the content of `path`, stands for. Raises BadFileError."""
     try:
         return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from localv4.cli import inputs
 from localv4.cli.options import MAX_TOKENS
 from localv4.errors import BadFileError, UsageError
+from localv4.small_file import read_small_file
 
 if TYPE_CHECKING:
     from localv4.engine.sampler import Sampling
@@ -121,7 +122,7 @@ def recommended(path: Path, metadata: Mapping[str, Any]) -> Settings:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = inputs.read_json(path)
+    config = inputs.parse_json(path, read_small_file(path, inputs.MAX_JSON_BYTES))
     if not isinstance(config, dict):
         raise BadFileError(path, "not a JSON object")
     if config.get("do_sample") is False:
@@ -141,5 +142,6 @@ def _checked(name: str, value: Any) -> int | float:
 
 def _describe(name: str) -> str:
     rule = RANGES[name]
-    kind = "a whole number" if rule.kind is int else "a number"
-    return f"{kind} from {rule.low:g} to {rule.high:g}"
+    if rule.kind is int:
+        return f"a whole number from {rule.low:.0f} to {rule.high:.0f}"
+    return f"a number from {rule.low:g} to {rule.high:g}"

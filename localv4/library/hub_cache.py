@@ -5,7 +5,11 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from localv4.errors import LocalV4Error
 from localv4.library.model_files import model_type
+from localv4.small_file import read_small_file
+
+MAX_REF_BYTES = 256  # a commit has 40
 
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _FOLDER = re.compile(r"^models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)$", re.ASCII)
@@ -73,6 +77,6 @@ def _open_entry(entry: Path) -> CachedRepo | None:
 
 def _main_commit(entry: Path) -> str | None:
     try:
-        return (entry / "refs" / "main").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
+        return read_small_file(entry / "refs" / "main", MAX_REF_BYTES).decode("ascii").strip()
+    except (LocalV4Error, ValueError):
         return None

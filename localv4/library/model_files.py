@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from localv4.errors import LocalV4Error
+from localv4.small_file import read_small_file
+
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 64 << 20  # the largest published index (145,116 tensors) has about 14 MB
 MAX_FOLDER_FILES = 20_000  # a folder with more is no model folder
@@ -171,8 +174,6 @@ def _limited(folder: Path) -> Iterator[Path]:
 def _read_json(file: Path, limit: int) -> Any:
     """Return the parsed file; None when it is absent, too large or no JSON."""
     try:
-        if file.stat().st_size > limit:
-            return None
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(read_small_file(file, limit))
+    except (LocalV4Error, ValueError, RecursionError):
         return None

@@ -24,6 +24,7 @@ from pydantic import (
 
 from localv4 import paths
 from localv4.errors import BadFileError
+from localv4.small_file import read_small_file
 
 SCHEMA_VERSION = 1
 MAX_REGISTRY_BYTES = 128 * 1024  # the built-in file has under 20 kB
@@ -201,13 +202,7 @@ def _read(path: Path) -> dict[str, ModelSpec]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_REGISTRY_BYTES + 1)
-    except OSError as error:
-        raise BadFileError(path, f"cannot be read: {error.strerror or error}") from error
-    if len(raw) > MAX_REGISTRY_BYTES:
-        raise BadFileError(path, f"larger than {MAX_REGISTRY_BYTES // 1024} KiB")
+    raw = read_small_file(path, MAX_REGISTRY_BYTES)
     try:
         text = raw.decode("utf-8")
         for number, line in enumerate(text.split("\n"), start=1):

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from localv4.errors import BadFileError, NotFoundError
+from localv4.errors import BadFileError
 from localv4.model.config import Fields, LayerKind, ModelConfig, Yarn
+from localv4.small_file import read_small_file
 
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -19,12 +20,9 @@ def read_config(path: Path) -> ModelConfig:
 
 def read_json(path: Path) -> Mapping[str, object]:
     """Read a small JSON object from a file; raise NotFoundError or BadFileError."""
-    if not path.is_file():
-        raise NotFoundError(f"no {path.name} in {path.parent}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise BadFileError(path, f"larger than {MAX_CONFIG_BYTES} bytes")
+    data = read_small_file(path, MAX_CONFIG_BYTES)
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadFileError(path, f"not JSON: {error}") from error
     if not isinstance(values, dict):

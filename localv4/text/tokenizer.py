@@ -49,7 +49,10 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`; raise BadFileError if it is damaged or of a foreign kind."""
+        """Read a `tokenizer.json`.
+
+        Raises NotFoundError, or BadFileError if it is damaged or of a foreign kind.
+        """
         return cls(read_tokenizer_json(path))
 
     @classmethod

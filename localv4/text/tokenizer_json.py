@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from localv4.errors import BadFileError
+from localv4.small_file import read_small_file
 from localv4.text.pre_split import pre_name
 from localv4.text.special_tokens import BOS, EOS
 from localv4.text.vocabulary import Vocabulary, check
@@ -82,20 +83,17 @@ class _TokenizerFile(_Lenient):
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
-    """Return the vocabulary of a `tokenizer.json`; raise BadFileError if it is not one we know."""
+    """Return the vocabulary of a `tokenizer.json`.
+
+    Raises NotFoundError, or BadFileError if it is not one we know.
+    """
     document = _parse(path, _read(path))
     return check(_vocabulary(path, document))
 
 
 def _read(path: Path) -> bytes:
     """Return the bytes of a file of acceptable size."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise BadFileError(path, error.strerror or "cannot be read") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise BadFileError(path, f"tokenizer is larger than {MAX_FILE_BYTES >> 20} MiB")
+    content = read_small_file(path, MAX_FILE_BYTES)
     if content.count(b"[") + content.count(b"{") > MAX_NODES:
         raise BadFileError(path, f"tokenizer has more than {MAX_NODES} lists and objects")
     return content
