@@ -189,6 +189,17 @@ def test_a_nan_in_the_weights_ends_in_an_error(tmp_path: Path) -> None:
         answer(Engine.load(folder), REFERENCES["capital"]["prompt_ids"])
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = copy_of_the_model(tmp_path)
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    last = document["added_tokens"][-1]
+    document["added_tokens"].append({**last, "id": 8192, "content": "<more>"})
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BadFileError, match="8193 tokens, the model 8192"):
+        _ = Engine.load(folder).tokenizer
+
+
 def test_a_file_that_shrinks_while_in_use_is_noticed(tmp_path: Path) -> None:
     engine = Engine.load(copy_of_the_model(tmp_path))
     assert engine.tokenizer.eos_id == 1

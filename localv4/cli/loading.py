@@ -74,10 +74,12 @@ def load_engine(
     def load() -> "Engine":
         # the import is slow as well: it belongs to the part that Ctrl-C can end at once
         from localv4.engine.engine import Engine
+        from localv4.kernels.bus_error import end_with_a_line
         from localv4.kernels.compiler import are_compiled
 
         if not are_compiled():
             progress.announce("compiling kernels (first run only)")
+        end_with_a_line()
         return Engine.load(
             model.path,
             ctx_size=ctx_size,

@@ -10,7 +10,7 @@ import psutil
 
 from localv4.engine.reply import Reply, ReplyOptions
 from localv4.engine.session import PREFILL_CHUNK, Progress, Session
-from localv4.errors import DoesNotFitError, UsageError
+from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.kernels.compiler import are_compiled, compile_kernels
 from localv4.kernels.threads import most_threads
 from localv4.model.config import ModelConfig
@@ -83,6 +83,11 @@ class Engine:
         else:
             folder = self.path if self.path.is_dir() else self.path.parent
             tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise BadFileError(
+                tokenizer.path,
+                f"tokenizer has {tokenizer.vocab_size} tokens, the model {self.config.vocab_size}",
+            )
         return tokenizer
 
     def new_session(self) -> Session:
@@ -104,7 +109,15 @@ class Engine:
         BadFileError when the model's files changed under us.
         """
         self.checkpoint.check_unchanged()
-        return Reply(session, self.tokenizer, prompt_ids, options, on_prefill, cancelled)
+        return Reply(
+            session,
+            self.tokenizer,
+            prompt_ids,
+            options,
+            on_prefill,
+            cancelled,
+            self.checkpoint.check_unchanged,
+        )
 
     def logits(
         self,
@@ -121,7 +134,9 @@ class Engine:
         size = PREFILL_CHUNK if chunk is None else chunk
         for start in range(0, len(token_ids), size):
             part = token_ids[start : start + size]
-            yield session.all_logits(part, chunk=size)
+            rows = session.all_logits(part, chunk=size)
+            self.checkpoint.check_unchanged()
+            yield rows
             if on_progress is not None:
                 on_progress(start + len(part), len(token_ids))
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,6 +68,7 @@ class Reply:
         options: ReplyOptions,
         on_prefill: Progress | None,
         cancelled: threading.Event | None,
+        check_files: Callable[[], None],
     ) -> None:
         self.finish_reason: FinishReason = "cancelled"
         self.token_ids: list[int] = []
@@ -80,6 +81,7 @@ class Reply:
         self._stream = CompletionStream(tokenizer, options.thinking, options.stop)
         self._on_prefill = on_prefill
         self._cancelled = cancelled
+        self._check_files = check_files
         self._budget = self._token_budget(options.max_tokens)
 
     def _token_budget(self, max_tokens: int | None) -> int:
@@ -124,6 +126,7 @@ class Reply:
     def _decode(self, logits: Floats) -> Iterator[Delta]:
         start = time.perf_counter()
         while True:
+            self._check_files()  # of changed weights no token may come
             token = self._sampler.pick(logits, self._session.tokens[-REPEAT_WINDOW:])
             self.token_ids.append(token)
             self.stats.generated_tokens += 1

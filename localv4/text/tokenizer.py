@@ -119,7 +119,7 @@ class Tokenizer:
             raise BadFileError(
                 self.path,
                 f"tokenizer has no {name} token, which this kind of prompt needs",
-                hint="the model cannot chat; give it plain text to continue",
+                hint="the model cannot chat; let it continue plain text with --raw",
             )
         return token_id
 
