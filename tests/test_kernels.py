@@ -51,21 +51,20 @@ def test_matmul(tokens: int, groups: int, cols: int) -> None:
         ],
         1,
     )
-    for product in (matmul.matmul, matmul.matmul_small):
-        out = np.full((tokens, 12), np.nan, F32)
-        scratch = np.empty((2, cols + 4), F32)
-        product(out, x, blocks.F32, packed_f32(weight), NO_SCALE, groups, scratch)
-        close(out, expected)
+    out = np.full((tokens, 12), np.nan, F32)
+    scratch = np.empty(cols + 4, F32)
+    matmul.matmul(out, x, blocks.F32, packed_f32(weight), NO_SCALE, groups, scratch)
+    close(out, expected)
 
 
 def test_a_token_has_the_same_bits_in_any_company() -> None:
     weight, x = normal(1, 33, 200), normal(2, 11, 200)
     together, alone = np.empty((11, 33), F32), np.empty((1, 33), F32)
-    scratch = np.empty((2, 204), F32)
+    scratch = np.empty(204, F32)
     matmul.matmul(together, x, blocks.F32, packed_f32(weight), NO_SCALE, 1, scratch)
     for t in range(11):
         row = x[t : t + 1].copy()
-        matmul.matmul_small(alone, row, blocks.F32, packed_f32(weight), NO_SCALE, 1, scratch)
+        matmul.matmul(alone, row, blocks.F32, packed_f32(weight), NO_SCALE, 1, scratch)
         assert np.array_equal(alone[0], together[t])
 
 
@@ -77,7 +76,7 @@ def test_one_token_takes_float_rows_directly_with_the_same_bits(fmt: int, cols: 
         raw = np.ascontiguousarray(raw.view(np.uint16)[:, 1::2]).view(np.uint8)
     x = normal(2, 4, cols)
     together, alone = np.empty((4, 9), F32), np.empty((1, 9), F32)
-    scratch = np.empty((2, cols + 4), F32)
+    scratch = np.empty(cols + 4, F32)
     matmul.matmul(together, x, fmt, raw, NO_SCALE, 1, scratch)
     for t in range(4):
         matmul.matmul(alone, x[t : t + 1].copy(), fmt, raw, NO_SCALE, 1, scratch)

@@ -73,15 +73,15 @@ def test_sleeping_helpers_wake_up() -> None:
 
 
 def test_helpers_end_with_their_team() -> None:
-    before, work = threading.active_count(), Rounding(1)
+    others, work = set(threading.enumerate()), Rounding(1)
     team = Team(4)
     team.run(work.program)
-    assert threading.active_count() == before + 3
+    helpers = set(threading.enumerate()) - others
+    assert len(helpers) == 3
     del team
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for helper in helpers:
+        helper.join(10)
+        assert not helper.is_alive()
 
 
 def test_many_teams_take_turns() -> None:

@@ -1,7 +1,5 @@
 """Products with packed weight matrices: rows are decoded one at a time, never the whole matrix."""
 
-from numba import prange
-
 from localv4.kernels.arrays import Bytes, Floats, Indices, Scalar
 from localv4.kernels.blocks import BF16, F32, decode_row
 from localv4.kernels.compiler import kernel
@@ -117,13 +115,10 @@ def product_rows(
             t += 1
 
 
-_MATMUL = (
+@kernel(
     "void(f4[:, ::1], f4[:, ::1], i8, Array(u1, 2, 'C', readonly=True),"
-    " Array(u1, 2, 'C', readonly=True), i8, f4[:, ::1])"
+    " Array(u1, 2, 'C', readonly=True), i8, f4[::1])"
 )
-
-
-@kernel(_MATMUL, parallel=True)
 def matmul(
     out: Floats, x: Floats, fmt: int, data: Bytes, scale: Bytes, groups: int, scratch: Floats
 ) -> None:
@@ -132,20 +127,9 @@ def matmul(
     out (tokens, rows) f32; x (tokens, groups * cols) f32; data (rows, row_bytes) u8 and scale u8:
     a packed matrix as `blocks.decode_row` reads it. With `groups` > 1 the product is
     block-diagonal: rows fall into equal groups and each group sees its own slice of x.
-    scratch (threads, >= cols + 4) f32: one decoded row per thread.
+    scratch (>= cols + 4,) f32 holds a decoded row. One thread; a team runs `product_rows`.
     """
-    rows, parts = data.shape[0], scratch.shape[0]
-    for part in prange(parts):
-        first, end = rows * part // parts, rows * (part + 1) // parts
-        product_rows(out, x, fmt, data, scale, groups, scratch[part], first, end)
-
-
-@kernel(_MATMUL)
-def matmul_small(
-    out: Floats, x: Floats, fmt: int, data: Bytes, scale: Bytes, groups: int, scratch: Floats
-) -> None:
-    """The same as `matmul` on one thread, for products that cost less than waking others."""
-    product_rows(out, x, fmt, data, scale, groups, scratch[0], 0, data.shape[0])
+    product_rows(out, x, fmt, data, scale, groups, scratch, 0, data.shape[0])
 
 
 @kernel(

@@ -9,20 +9,27 @@ computed by one member in one order, so who took it changes nothing.
 
 | operation | operands |
 |---|---|
+| STORED | see below: any storage format, decoded row by row, any number of tokens |
 | QUANTIZE | x, blocks of 32 values, q, d, b |
 | MATVEC | format, matrix, row groups, columns, q (F8: x), d (F8: scale), b, out |
 | GATE_UP | format, records, count, row groups, columns, q, d, b, h, limit as f32 bits |
 | DOWN | format, records, count, row groups, columns, q, d, b, out, weights, offset in a record |
 
-A format is an index into `packed.FORMATS`. `records` is the address of `count` addresses of packed
-experts; h (count, width) f32 is their hidden layer, `weights` (count,) f32 their share in `out`.
+Words of STORED: format, data, rows, bytes of a row, scale, its columns, x, tokens, columns of x,
+groups, out, scratch, columns of scratch. Scratch has a row for each member.
+
+A format of the others is an index into `packed.FORMATS`. `records` is the address of `count`
+addresses of packed experts; h (count, width) f32 is their hidden layer, `weights` (count,) f32
+their share in `out`.
 """
 
 import numpy as np
+from numba import carray
 
 from localv4.kernels import activations, packed
-from localv4.kernels.atomics import atomic_add, atomic_load
+from localv4.kernels.blocks import FP4
 from localv4.kernels.device import device
+from localv4.kernels.matmul import product_rows
 from localv4.kernels.matvec import (
     expert_down_mx4,
     expert_down_q4,
@@ -35,11 +42,12 @@ from localv4.kernels.matvec import (
     matvec_q4,
     matvec_q8,
 )
+from localv4.kernels.memory import atomic_add, atomic_load, pointer_to
 from localv4.kernels.simd import read_u32, store_f32, zeros_f32
 
 WORDS = 16
 ALONGSIDE, COUNTER = 14, 15
-QUANTIZE, MATVEC, GATE_UP, DOWN = range(4)
+QUANTIZE, MATVEC, GATE_UP, DOWN, STORED = range(5)
 _MX4, _Q4, _Q8, _F8 = range(4)
 assert (packed.MX4, packed.Q4, packed.Q8, packed.F8) == packed.FORMATS
 
@@ -78,7 +86,7 @@ def chunk_groups(groups: int, members: int) -> int:
 
 
 @device
-def run_operation(operation: int, members: int) -> None:
+def run_operation(operation: int, member: int, members: int) -> None:
     """Do a member's share of the operation at an address."""
     kind = word(operation, 0)
     if kind == QUANTIZE:
@@ -89,6 +97,27 @@ def run_operation(operation: int, members: int) -> None:
         gate_up(operation, members)
     elif kind == DOWN:
         down(operation, members)
+    elif kind == STORED:
+        stored(operation, member, members)
+
+
+@device
+def stored(operation: int, member: int, members: int) -> None:
+    """out = matrix . x for all tokens, in the arithmetic of `matmul`."""
+    fmt, rows, row_bytes = word(operation, 1), word(operation, 3), word(operation, 4)
+    tokens, width, groups = word(operation, 8), word(operation, 9), word(operation, 10)
+    scale_rows = rows if fmt == FP4 else -(-rows // packed.F8_SPAN)
+    data = carray(pointer_to(word(operation, 2)), (rows, row_bytes), np.uint8)
+    scale = carray(pointer_to(word(operation, 5)), (scale_rows, word(operation, 6)), np.uint8)
+    x = carray(pointer_to(word(operation, 7)), (tokens, width), np.float32)
+    out = carray(pointer_to(word(operation, 11)), (tokens, rows), np.float32)
+    scratch = carray(pointer_to(word(operation, 12)), (members, word(operation, 13)), np.float32)
+    chunk = max(1, min(LARGEST_CHUNK * packed.GROUP_ROWS, rows // (4 * members)))
+    first = take_chunk(operation) * chunk
+    while first < rows:
+        end = min(first + chunk, rows)
+        product_rows(out, x, fmt, data, scale, groups, scratch[member], first, end)
+        first = take_chunk(operation) * chunk
 
 
 @device

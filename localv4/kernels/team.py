@@ -13,9 +13,9 @@ import weakref
 
 import numpy as np
 
-from localv4.kernels.atomics import atomic_add, atomic_load, atomic_store, call_address, pause
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
+from localv4.kernels.memory import atomic_add, atomic_load, atomic_store, call_address, pause
 from localv4.kernels.program import ALONGSIDE, COUNTER, WORDS, run_operation
 
 _LINE = 64
@@ -56,19 +56,19 @@ def wait_for_all(control: int, members: int) -> None:
 
 
 @device
-def take_part(control: int, members: int) -> None:
+def take_part(control: int, member: int, members: int) -> None:
     """Do a member's share of the posted program."""
     program = atomic_load(control + PROGRAM)
     last = atomic_load(control + LENGTH) - 1
     for i in range(last + 1):
         operation = program + 8 * WORDS * i
-        run_operation(operation, members)
+        run_operation(operation, member, members)
         if members > 1 and (i == last or atomic_load(operation + 8 * ALONGSIDE) == 0):
             wait_for_all(control, members)
 
 
-@kernel("i8(i8, i8, i8)")
-def help_out(control: int, members: int, epoch: int) -> int:
+@kernel("i8(i8, i8, i8, i8)")
+def help_out(control: int, member: int, members: int, epoch: int) -> int:
     """Take part in every program after `epoch`; return the last one's epoch when it gets quiet.
 
     Returns -1 when the team was dismissed.
@@ -81,7 +81,7 @@ def help_out(control: int, members: int, epoch: int) -> int:
             continue
         if atomic_load(control + STOPPED) != 0:
             return -1
-        take_part(control, members)
+        take_part(control, member, members)
         epoch += 1
         spins = 0
     return epoch
@@ -99,7 +99,7 @@ def run_program(control: int, members: int, program: int, length: int) -> int:
     atomic_store(control + PROGRAM, program)
     atomic_store(control + LENGTH, length)
     atomic_add(control + EPOCH, 1)
-    take_part(control, members)
+    take_part(control, 0, members)
     return 0
 
 
@@ -138,11 +138,11 @@ class _Shared:
             self._calls += 1
             self.wake.notify_all()
 
-    def help(self) -> None:
+    def help(self, member: int) -> None:
         """Be a helper until the team is dismissed."""
         epoch = 0
         while epoch >= 0:
-            epoch = help_out(self.control, self.members, epoch)
+            epoch = help_out(self.control, member, self.members, epoch)
             if epoch >= 0:
                 self._sleep(epoch)
 
@@ -165,7 +165,7 @@ class Team:
         self._shared = _Shared(members)
         for member in range(1, members):
             threading.Thread(
-                target=self._shared.help, name=f"kernels-{member}", daemon=True
+                target=self._shared.help, args=(member,), name=f"kernels-{member}", daemon=True
             ).start()
         self._dismiss = weakref.finalize(self, self._shared.dismiss)
 

@@ -19,7 +19,6 @@ from localv4.kernels.packed import (
     group_bytes,
 )
 from localv4.kernels.program import ALONGSIDE, DOWN, GATE_UP, MATVEC, QUANTIZE
-from localv4.kernels.team import Team
 from localv4.model.matrix import F32, Floats, Matrix, Numerics
 from localv4.model.packing import ExpertCache, ExpertRecord, PackedMatrix, record_addresses
 from localv4.model.weights import Expert
@@ -52,7 +51,6 @@ class FastNumerics(Numerics):
 
     def __init__(self, threads: int, widest: int, expert_budget_bytes: int) -> None:
         super().__init__(threads, widest)
-        self._team = Team(threads)
         self._experts = ExpertCache(expert_budget_bytes)
 
     def linear(self, x: Floats, weight: Matrix, groups: int = 1) -> Floats:
@@ -65,7 +63,7 @@ class FastNumerics(Numerics):
         steps = _matvecs(out, x, weight, groups, inputs)
         if weight.form is not F8:
             steps = np.concatenate([_quantize(x, inputs), steps])
-        self._team.run(steps)
+        self.team.run(steps)
         return out
 
     def mix_experts(
@@ -119,7 +117,7 @@ class FastNumerics(Numerics):
             *(DOWN, *common, hidden // GROUP_ROWS, inner, *inner_inputs.addresses()),
             *(out.ctypes.data, weights.ctypes.data, down_offset(form, hidden, inner)),
         )
-        self._team.run(steps)
+        self.team.run(steps)
 
 
 def _can_split(weight: PackedMatrix, groups: int) -> bool:

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import Cancelled
-from localv4.kernels import elementwise, matmul, routing
+from localv4.kernels import elementwise, matmul, program, routing
+from localv4.kernels.team import Team
 
 if TYPE_CHECKING:
     from localv4.model.weights import Expert
 
 SMALL_PRODUCT = 1 << 18
-"""Multiply-adds below which one thread is done before others have woken up."""
+"""Multiply-adds that one thread does before others would have joined in."""
 
 F32 = np.float32
 Floats = NDArray[np.float32]
@@ -53,6 +54,7 @@ class Numerics:
 
     def __init__(self, threads: int, widest: int) -> None:
         self.threads = threads
+        self.team = Team(threads)
         self.cancelled: threading.Event | None = None
         self._scratch = np.empty((threads, widest + 4), F32)
 
@@ -63,9 +65,11 @@ class Numerics:
         """
         self.check_cancelled()
         out = np.empty((x.shape[0], weight.rows), F32)
-        small = x.shape[0] * weight.rows * weight.cols < SMALL_PRODUCT
-        product = matmul.matmul_small if small else matmul.matmul
-        product(out, x, weight.format, weight.data, weight.scale, groups, self._scratch)
+        if x.shape[0] * weight.rows * weight.cols < SMALL_PRODUCT:
+            scratch = self._scratch[0]
+            matmul.matmul(out, x, weight.format, weight.data, weight.scale, groups, scratch)
+        else:
+            self.team.run(_stored_product(out, x, weight, groups, self._scratch))
         return out
 
     def check_cancelled(self) -> None:
@@ -108,6 +112,19 @@ class Numerics:
     def index_rows(self, rows: Floats) -> Floats:
         """Return indexer rows (rows, index_head_dim) as the state shall hold them."""
         return rows
+
+
+def _stored_product(
+    out: Floats, x: Floats, weight: Matrix, groups: int, scratch: Floats
+) -> NDArray[np.int64]:
+    """Return the program that multiplies with a matrix as it is stored."""
+    steps = np.zeros((1, program.WORDS), np.int64)
+    steps[0, :14] = (
+        *(program.STORED, weight.format, weight.data.ctypes.data, *weight.data.shape),
+        *(weight.scale.ctypes.data, weight.scale.shape[1], x.ctypes.data, *x.shape, groups),
+        *(out.ctypes.data, scratch.ctypes.data, scratch.shape[1]),
+    )
+    return steps
 
 
 def decode(weight: Matrix) -> Floats:

@@ -1,4 +1,4 @@
-"""Atomic words in memory, by address: what threads need to agree without a lock.
+"""Words and arrays in memory by address: what threads need to share work without a lock.
 
 Without the compiler (NUMBA_DISABLE_JIT) there are no threads in kernels and none of this is used.
 """
@@ -46,6 +46,16 @@ def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def pointer_to(typing_context: Any, address: Any) -> Any:
+    """pointer_to(address) -> a pointer that `numba.carray` makes an array of."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), emit
 
 
 @intrinsic
