@@ -1,6 +1,17 @@
-"""`python -m localv4` is the same as the `localv4` command."""
+"""The `localv4` command, also as `python -m localv4`."""
 
-from localv4.cli.main import main
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line; Ctrl-C is quiet from the first import on."""
+    try:
+        from localv4.cli.main import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

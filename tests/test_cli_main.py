@@ -73,6 +73,8 @@ def test_no_arguments_show_the_help(tmp_path: Path) -> None:
         (["run", "--raw", "--think", "x"], "--raw", ""),
         (["run", "--no-think", "--think-effort", "max", "x"], "contradicts", ""),
         (["run", "--temp", "nan", "x"], "temp must be", ""),
+        (["run", "-n", "0", "x"], "from 1 to 2147483647", ""),
+        (["run", "--format", "xml", "x"], "'--format': 'xml' is not", "localv4 run --help"),
     ],
 )
 def test_wrong_usage(arguments: list[str], said: str, hint: str, tmp_path: Path) -> None:
@@ -169,6 +171,23 @@ def test_completion_script(tmp_path: Path) -> None:
     }
     done = run_localv4(home=tmp_path, changes=shell)
     assert b"show" in done.stdout
+
+
+INTERRUPTED_IMPORT = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "localv4.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from localv4.__main__ import main
+main()
+"""
+
+
+def test_interrupt_during_the_imports_is_quiet() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_module_and_command_are_the_same() -> None:

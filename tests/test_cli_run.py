@@ -156,6 +156,49 @@ def test_flags_beat_the_environment(tmp_path: Path) -> None:
     assert free.stdout == PARIS
 
 
+@pytest.mark.parametrize(
+    ("environment", "typed"),
+    [
+        ({"LOCALV4_THINK_EFFORT": "max"}, ["--no-think", "--greedy"]),
+        ({"LOCALV4_FORMAT": "json"}, ["--format", "human", "--greedy"]),
+        ({"LOCALV4_JSON": "1"}, ["--format", "human", "--greedy"]),
+        ({"LOCALV4_TEMP": "2"}, ["--greedy"]),
+        ({"LOCALV4_RAW": "1"}, ["--system", "", "--greedy"]),
+    ],
+)
+def test_typed_options_beat_contradictions_in_the_environment(
+    environment: dict[str, str], typed: list[str], tmp_path: Path
+) -> None:
+    done = run_here("run", "-q", *typed, CAPITAL, home=tmp_path, changes=environment)
+    assert (done.code, done.stdout) == (0, PARIS)
+
+
+def test_temperature_beats_greedy_in_the_environment(tmp_path: Path) -> None:
+    arguments = ("run", "-q", "--temp", "50", "--seed", "1", CAPITAL, "-n", "8")
+    done = run_here(*arguments, home=tmp_path, changes={"LOCALV4_GREEDY": "1"})
+    assert done.code == 0
+    assert done.stdout != PARIS
+
+
+def test_raw_forgets_the_chat_settings_of_the_environment(tmp_path: Path) -> None:
+    chat = {"LOCALV4_SYSTEM": "Be brief.", "LOCALV4_THINK": "1", "LOCALV4_THINK_EFFORT": "low"}
+    done = run_here("run", "-q", "--raw", "-n", "2", "The", home=tmp_path, changes=chat)
+    assert done.code == 0
+    assert run_here("run", "--raw", "-s", "Be brief.", "The", home=tmp_path).code == 2
+
+
+def test_note_only_when_nothing_was_chosen(tmp_path: Path) -> None:
+    chosen = {"LOCALV4_MODEL": "tiny-v4"}
+    done = run_here("run", "--greedy", CAPITAL, home=tmp_path, changes=chosen)
+    assert "tiny-v4" not in done.stderr
+    assert "tiny-v4" in run_here("run", "-m", "", "--greedy", CAPITAL, home=tmp_path).stderr
+
+
+def test_bad_tools_are_refused_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    done = run_here("run", "-m", "./missing", "--tools", "none.json", "x", home=tmp_path)
+    assert "none.json" in done.stderr
+
+
 def test_seed(tmp_path: Path) -> None:
     story = ("run", "--temp", "1.5", "-n", "20", "Tell me a short story about a fox.")
     first, second = (run_here(*story, "--seed", "5", home=tmp_path).stdout for _ in range(2))

@@ -267,3 +267,10 @@ def test_any_text_is_a_model_or_a_clear_error(home: Path, reference: str) -> Non
         assert error.message
     else:
         assert model.problem is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_model(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(UsageError, match="neither a file nor a folder"):
+        resolve(str(tmp_path / "model.gguf"))

@@ -1,5 +1,6 @@
 """From what the user named to a loaded engine, with progress and notes on stderr."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -68,7 +69,8 @@ def load_engine(
     from localv4.library import installed
 
     model = installed.resolve(reference)
-    if model.source == "embedded" and reference is None and not quiet:
+    was_chosen = reference or os.environ.get("LOCALV4_MODEL")
+    if model.source == "embedded" and not was_chosen and not quiet:
         note(DEMO_NOTE)
 
     def load() -> "Engine":

@@ -10,6 +10,7 @@ import typer
 
 from localv4 import __version__
 from localv4.cli import chat, evaluate, models, run, show, terminal
+from localv4.cli.precedence import Command
 from localv4.cli.signals import Terminated, unwind_on_termination
 from localv4.errors import LocalV4Error
 
@@ -35,11 +36,11 @@ app = typer.Typer(
         "token_normalize_func": lambda name: SPELLINGS.get(name, name),
     },
 )
-app.command("run")(run.run)
-app.command("chat")(chat.chat)
-app.command("list")(models.list_models)
+app.command("run", cls=Command)(run.run)
+app.command("chat", cls=Command)(chat.chat)
+app.command("list", cls=Command)(models.list_models)
 app.command("ls", hidden=True)(models.list_models)
-app.command("show")(show.show)
+app.command("show", cls=Command)(show.show)
 app.add_typer(evaluate.app, name="eval")
 
 # typer has moved this class between releases; every one of them derives BadParameter from it
@@ -134,7 +135,8 @@ def _print_usage_error(error: Exception) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         sys.stderr.write(message)  # empty when typer has printed the help itself
     else:
-        _print_error(" ".join(message.split()), f"{path} --help", None)
+        line = " ".join(message.split()).replace("Value error, ", "")  # pydantic's own words
+        _print_error(line, f"{path} --help", None)
     return 2
 
 

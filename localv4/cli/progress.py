@@ -79,13 +79,15 @@ class Progress:
         self._bar.update(self._tasks[text], completed=done, total=total)
 
     def _make_bar(self) -> "Bar":
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         return Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f}%", markup=False),
+            TimeElapsedColumn(),  # moves during the longest step: nothing hangs
+            TextColumn("left", markup=False),
             TimeRemainingColumn(compact=True),
             console=terminal.make_console(sys.stderr, no_color=self._no_color),
             transient=True,

@@ -2,8 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -26,7 +25,7 @@ class Request:
 
     prompt: str
     system: str | None
-    tools: Path | None
+    tools: tuple[dict[str, Any], ...]
     raw: bool
     thinking: bool
     effort: str | None
@@ -83,6 +82,7 @@ def run(
     with --format human), and --format json has both as fields.
     """
     from localv4.cli import inputs, loading
+    from localv4.cli.conversation import read_tools
 
     given = options.one_of(prompt, prompt_option, "--prompt")
     thinking, effort = options.thinking_mode(think, think_effort)
@@ -91,6 +91,7 @@ def run(
     values = options.sampling_values(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
+    known_tools = tuple(read_tools(tools)) if tools is not None else ()
     text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
     loaded = loading.load_engine(
         model,
@@ -100,7 +101,7 @@ def run(
         quiet=quiet,
         no_color=no_color,
     )
-    request = Request(text, system, tools, raw, thinking, effort, tuple(stop or ()))
+    request = Request(text, system, known_tools, raw, thinking, effort, tuple(stop or ()))
     output = Output(
         as_json=options.wants_json(output_format, as_json),
         as_terminal=output_format is options.OutputFormat.HUMAN,
@@ -141,13 +142,12 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
 
 def _prompt_ids(loaded: "Loaded", request: Request) -> list[int]:
     """Return the token ids of the prompt, in the chat format or plain."""
-    from localv4.cli.conversation import Conversation, read_tools
+    from localv4.cli.conversation import Conversation
 
     tokenizer = loaded.engine.tokenizer
     if request.raw:
         return [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
-    tools = read_tools(request.tools) if request.tools is not None else []
-    conversation = Conversation(system=request.system, tools=tools)
+    conversation = Conversation(system=request.system, tools=list(request.tools))
     conversation.ask(request.prompt)
     prompt = conversation.prompt(
         thinking=request.thinking, effort=request.effort, release=loaded.release

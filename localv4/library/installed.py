@@ -211,6 +211,8 @@ def _from_path(path: Path) -> InstalledModel:
             raise NotFoundError(f"no such file or folder: {path}", hint=_similar_path(path))
         if path.is_file():
             return _from_file(path)
+        if not path.is_dir():
+            raise UsageError(f"{path} is neither a file nor a folder", hint="localv4 list")
         sets = find_weight_sets(path)
     except OSError as error:
         raise LocalV4Error(f"cannot read {path}: {error.strerror or error}") from error
