@@ -51,6 +51,29 @@ def test_cache_life(tmp_path: Path) -> None:
     assert run(START, tmp_path) == f"True {folder}"
 
 
+FULL_DISK = """
+import errno
+from unittest import mock
+from numba.core import caching
+from localv4.kernels import compiler, compression, routing
+full = OSError(errno.ENOSPC, "No space left on device")
+with mock.patch.object(caching.IndexDataCacheFile, "save", side_effect=full):
+    compiler.compile_kernels()
+print(compiler.are_compiled(), compiler.can_keep())
+"""
+
+
+def test_a_full_disk_is_no_failure_and_no_complete_cache(tmp_path: Path) -> None:
+    assert run(FULL_DISK, tmp_path) == "False True"
+
+
+def test_a_file_in_place_of_the_cache_folder(tmp_path: Path) -> None:
+    home = tmp_path / "file"
+    home.touch()
+    code = "from localv4.kernels import compiler; print(compiler.can_keep())"
+    assert run(code, home) == "False"
+
+
 def test_a_different_compiler_setting_has_its_own_cache(tmp_path: Path) -> None:
     code = "from localv4.kernels import compiler; print(compiler.CACHE_FOLDER)"
     assert run(code, tmp_path) != run(code, tmp_path, NUMBA_OPT="1")

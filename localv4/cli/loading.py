@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from localv4 import paths
 from localv4.cli import terminal, worker
 from localv4.cli.progress import Progress
 from localv4.cli.settings import Settings, recommended
@@ -77,9 +78,11 @@ def load_engine(
         # the import is slow as well: it belongs to the part that Ctrl-C can end at once
         from localv4.engine.engine import Engine
         from localv4.kernels.bus_error import end_with_a_line
-        from localv4.kernels.compiler import are_compiled
+        from localv4.kernels.compiler import are_compiled, can_keep
 
         if not are_compiled():
+            if not can_keep() and not quiet:
+                warn(f"cannot write to {paths.cache_dir()}: every run compiles its kernels anew")
             progress.announce("compiling kernels (first run only)")
         end_with_a_line()
         return Engine.load(

@@ -12,6 +12,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +87,11 @@ def kernel(signature: str, *, parallel: bool = False) -> Callable[[Function], Fu
     return declare
 
 
+def can_keep() -> bool:
+    """Say whether machine code outlives this process: its folder can be written."""
+    return CACHE_FOLDER.is_relative_to(paths.cache_dir())
+
+
 def are_compiled() -> bool:
     """Say whether the cache holds a complete build, so that a start will be quick."""
     return bool(numba.config.DISABLE_JIT) or (CACHE_FOLDER / "complete").exists()
@@ -99,21 +105,29 @@ def compile_kernels(on_progress: Callable[[int, int], None] | None = None) -> No
     """
     if on_progress is not None:
         on_progress(0, len(_kernels))
+    all_kept = True
     for done, (dispatcher, signature) in enumerate(_kernels, start=1):
         if not dispatcher.signatures:
-            _compile(dispatcher, signature)
+            all_kept &= _compile(dispatcher, signature)
         if on_progress is not None:
             on_progress(done, len(_kernels))
-    (CACHE_FOLDER / "complete").touch()
+    if all_kept:
+        with suppress(OSError):
+            (CACHE_FOLDER / "complete").touch()
 
 
-def _compile(dispatcher: Any, signature: str) -> None:
+def _compile(dispatcher: Any, signature: str) -> bool:
+    """Make a kernel ready; return False when the disk did not take its machine code."""
+    kept = True
     try:
         dispatcher.compile(signature)
     except Exception:
-        # Numba passes on whatever a cut or altered cache file makes pickle raise
-        shutil.rmtree(CACHE_FOLDER, ignore_errors=True)
-        paths.private_dir(CACHE_FOLDER)
-        dispatcher.compile(signature)
+        kept = not dispatcher.signatures
+        if kept:
+            # Numba passes on whatever a cut or altered cache file makes pickle raise
+            shutil.rmtree(CACHE_FOLDER, ignore_errors=True)
+            paths.private_dir(CACHE_FOLDER)
+            dispatcher.compile(signature)
     # a call with other types is a bug of the caller, not a reason to compile for seconds
     dispatcher.disable_compile()
+    return kept
