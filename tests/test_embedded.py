@@ -217,6 +217,11 @@ def test_logits_do_not_depend_on_the_chunk(engine: Engine) -> None:
         assert np.array_equal(np.concatenate(list(engine.logits(ids, chunk=chunk))), whole)
 
 
+def test_logits_come_in_parts_of_bounded_size(engine: Engine) -> None:
+    parts = [part.shape[0] for part in engine.logits([5] * 600, chunk=10**6)]
+    assert parts == [256, 256, 88]
+
+
 def test_perplexity_of_the_first_held_out_windows(engine: Engine) -> None:
     # the numbers that transformers measured for these windows of the model's held-out book text
     reference = json.loads((GOLDEN / "perplexity.json").read_text(encoding="utf-8"))

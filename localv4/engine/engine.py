@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 
 from localv4.engine.reply import Reply, ReplyOptions
-from localv4.engine.session import PREFILL_CHUNK, Progress, Session
+from localv4.engine.session import PREFILL_CHUNK, ROLLBACK_TOKENS, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.kernels.compiler import are_compiled, compile_kernels
 from localv4.kernels.threads import most_threads
@@ -127,11 +127,12 @@ class Engine:
     ) -> Iterator[Floats]:
         """Yield the logits after every token, as arrays (some tokens, vocab) in order.
 
-        `chunk` tokens are processed at a time; 1 decodes token by token.
+        `chunk` tokens are processed at a time; 1 decodes token by token. More than ROLLBACK_TOKENS
+        are taken in parts, which changes no bit.
         """
         self.checkpoint.check_unchanged()
         session = self.new_session()
-        size = PREFILL_CHUNK if chunk is None else chunk
+        size = PREFILL_CHUNK if chunk is None else min(chunk, ROLLBACK_TOKENS)
         for start in range(0, len(token_ids), size):
             part = token_ids[start : start + size]
             rows = session.all_logits(part, chunk=size)

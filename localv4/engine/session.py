@@ -1,7 +1,7 @@
 """One mutable timeline over an immutable network: tokens in, logits out, and back again."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -88,13 +88,15 @@ class Session:
         speed but no result. `on_progress(done, total)` is called after each chunk. Raises Cancelled
         when the event is set; finished chunks stay.
         """
-        vectors = self._process(token_ids, chunk, on_progress, cancelled)
-        last: Floats = self.network.logits(vectors[-1:])[0]
-        return last
+        for vectors in self._process(token_ids, chunk, on_progress, cancelled):
+            last = vectors[-1:]
+        logits: Floats = self.network.logits(last)[0]
+        return logits
 
     def all_logits(self, token_ids: Sequence[int], *, chunk: int | None = None) -> Floats:
         """Process tokens and return the logits (tokens, vocab) after each of them."""
-        return self.network.logits(self._process(token_ids, chunk, None, None))
+        vectors = list(self._process(token_ids, chunk, None, None))
+        return self.network.logits(np.concatenate(vectors))
 
     def _process(
         self,
@@ -102,20 +104,20 @@ class Session:
         chunk: int | None,
         on_progress: Progress | None,
         cancelled: threading.Event | None,
-    ) -> Floats:
-        """Return the final vectors (tokens, hidden)."""
+    ) -> Iterator[Floats]:
+        """Yield the final vectors (tokens, hidden) of each chunk; there is at least one."""
         ids = self._checked(token_ids)
         size = PREFILL_CHUNK if chunk is None else min(max(chunk, 1), self._state.slack)
         use_threads(self.network.numerics.threads)
         self.network.numerics.cancelled = cancelled
-        vectors = []
         try:
             for start in range(0, ids.shape[0], size):
                 part = ids[start : start + size]
-                vectors.append(self.network.forward(part, self._state))
+                vectors = self.network.forward(part, self._state)
                 self.tokens.extend(part.tolist())
                 if on_progress is not None:
                     on_progress(start + part.shape[0], ids.shape[0])
+                yield vectors
         except MemoryError:
             raise DoesNotFitError(
                 f"out of memory at token {self.position} of the context",
@@ -123,7 +125,6 @@ class Session:
             ) from None
         finally:
             self.network.numerics.cancelled = None
-        return np.concatenate(vectors)
 
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return the ids as an array, all in the vocabulary and within the context."""
