@@ -84,14 +84,15 @@ def load_engine(
             if not can_keep() and not quiet:
                 warn(f"cannot write to {paths.cache_dir()}: every run compiles its kernels anew")
             progress.announce("compiling kernels (first run only)")
-        end_with_a_line()
-        return Engine.load(
+        engine = Engine.load(
             model.path,
             ctx_size=ctx_size,
             threads=threads,
             numerics=numerics,
             on_progress=progress,
         )
+        end_with_a_line()
+        return engine
 
     with Progress(quiet=quiet, no_color=no_color) as progress:
         return Loaded(worker.call(load), model)
