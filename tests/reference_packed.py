@@ -122,3 +122,23 @@ def distance(actual: NDArray[np.floating], expected: Wide) -> float:
     """Relative L2 distance."""
     size = float(np.linalg.norm(expected))
     return float(np.linalg.norm(actual - expected)) / (size or 1.0)
+
+
+def random_weights(seed: int, fmt: PackedFormat, rows: int, cols: int) -> Bytes:
+    """Random packed bytes with finite scales of ordinary size and all codes."""
+    rng = np.random.default_rng(seed)
+    size = packed_bytes(fmt, rows, cols)
+    weights = aligned(rng.integers(0, 256, size, dtype=np.uint8))
+    heads = weights.reshape(-1, fmt.superblock_bytes)[:, :64]
+    if fmt is MX4:
+        heads[...] = rng.integers(110, 125, heads.shape)
+    else:
+        scales = rng.normal(0, 0.01, (len(heads), 32)).astype(np.float16)
+        heads[...] = scales.view(np.uint8)
+    return weights
+
+
+def weight_values(fmt: PackedFormat, weights: Bytes, rows: int, cols: int) -> Wide:
+    """The values of a packed MX4, Q4 or Q8 matrix in float64."""
+    integers, scales = integers_and_scales(fmt, weights, rows, cols)
+    return integers * np.repeat(scales, 32, axis=1)

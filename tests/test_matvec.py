@@ -1,35 +1,28 @@
 """Products of one token with packed weights equal float64 on the same rounded activations."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
 import reference
-from numba.core.codegen import get_host_cpu_features
 from reference_packed import (
-    Bytes,
     Floats,
     Quantised,
-    Wide,
     address,
     aligned,
     distance,
     floats,
-    integers_and_scales,
     quantise,
+    random_weights,
     unpack_f8,
+    weight_values,
 )
 
 from localv4.kernels import activations, matvec, packed, probes
 from localv4.kernels.buffers import aligned_bytes
-from localv4.kernels.isa import ISA, available_levels
+from localv4.kernels.isa import ISA
 from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
 
 pytestmark = pytest.mark.skipif(
@@ -56,25 +49,6 @@ DOWN: dict[PackedFormat, Callable[..., None]] = {
 SHAPES = [(16, 128), (32, 256), (48, 640), (16, 4096)]
 TOLERANCE = 1e-6
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-
-
-def random_weights(seed: int, fmt: PackedFormat, rows: int, cols: int) -> Bytes:
-    """Random packed bytes with finite scales of ordinary size and all codes."""
-    rng = np.random.default_rng(seed)
-    size = packed.packed_bytes(fmt, rows, cols)
-    weights = aligned(rng.integers(0, 256, size, dtype=np.uint8))
-    heads = weights.reshape(-1, fmt.superblock_bytes)[:, :64]
-    if fmt is MX4:
-        heads[...] = rng.integers(110, 125, heads.shape)
-    else:
-        scales = rng.normal(0, 0.01, (len(heads), 32)).astype(np.float16)
-        heads[...] = scales.view(np.uint8)
-    return weights
-
-
-def values(fmt: PackedFormat, weights: Bytes, rows: int, cols: int) -> Wide:
-    integers, scales = integers_and_scales(fmt, weights, rows, cols)
-    return integers * np.repeat(scales, 32, axis=1)
 
 
 def quantised(x: Floats) -> Quantised:
@@ -140,7 +114,7 @@ def test_matvec(fmt: PackedFormat, rows: int, cols: int) -> None:
     weights, x = random_weights(rows, fmt, rows, cols), quantised(inputs("normal", cols))
     out = floats(rows)
     MATVEC[fmt](address(out), address(weights), 0, rows // 16, cols, *operands(x))
-    assert distance(out, values(fmt, weights, rows, cols) @ x.values[0]) < TOLERANCE
+    assert distance(out, weight_values(fmt, weights, rows, cols) @ x.values[0]) < TOLERANCE
 
 
 @formats
@@ -149,7 +123,7 @@ def test_matvec_of_any_activations(fmt: PackedFormat, kind: str) -> None:
     weights, x = random_weights(1, fmt, 32, 256), quantised(inputs(kind, 256))
     out = floats(32)
     MATVEC[fmt](address(out), address(weights), 0, 2, 256, *operands(x))
-    expected = values(fmt, weights, 32, 256) @ x.values[0]
+    expected = weight_values(fmt, weights, 32, 256) @ x.values[0]
     assert distance(out, expected) < (1e-2 if kind == "subnormal" else TOLERANCE)
 
 
@@ -162,7 +136,7 @@ def test_matvec_of_extreme_weights(fmt: PackedFormat) -> None:
         for sign in (1, -1):
             x, out = quantised(sign * inputs("constant", 256)), floats(32)
             MATVEC[fmt](address(out), address(weights), 0, 2, 256, *operands(x))
-            assert distance(out, values(fmt, weights, 32, 256) @ x.values[0]) < TOLERANCE
+            assert distance(out, weight_values(fmt, weights, 32, 256) @ x.values[0]) < TOLERANCE
 
 
 @formats
@@ -241,7 +215,7 @@ def test_expert(fmt: PackedFormat) -> None:
     x, h = quantised(20 * inputs("normal", hidden)), floats(inner)
     for first, end in ((0, 3), (3, 8)):
         GATE_UP[fmt](address(h), address(record), first, end, hidden, *operands(x), limit)
-    products = [values(fmt, part, inner, hidden) @ x.values[0] for part in (gate, up)]
+    products = [weight_values(fmt, part, inner, hidden) @ x.values[0] for part in (gate, up)]
     assert max(np.abs(products[0])) > limit and max(np.abs(products[1])) > limit
     assert distance(h, reference.swiglu(products[0], products[1], float(limit))) < 2e-6
 
@@ -251,7 +225,7 @@ def test_expert(fmt: PackedFormat) -> None:
     at = address(record) + packed.down_offset(fmt, hidden, inner)
     for first, end in ((0, 5), (5, 16)):
         DOWN[fmt](address(out), at, first, end, inner, *operands(middle), weight)
-    product = values(fmt, down, hidden, inner) @ middle.values[0]
+    product = weight_values(fmt, down, hidden, inner) @ middle.values[0]
     assert distance(out, before + float(weight) * product) < TOLERANCE
 
 
@@ -277,25 +251,3 @@ def test_dot_roof_does_what_it_counts() -> None:
     rounds = 1000
     operations = probes.dot_roof_operations(rounds)
     assert probes.dot_roof(address(lines), rounds) * 128 == product * operations
-
-
-def levels_below() -> tuple[str, ...]:
-    names = {name[1:] for name in get_host_cpu_features().split(",") if name[:1] == "+"}
-    return tuple(
-        level for level in available_levels(llvm.get_default_triple(), names) if level != ISA.level
-    )
-
-
-@pytest.mark.skipif("LOCALV4_ISA" in os.environ, reason="is run for each level by itself")
-@pytest.mark.parametrize("level", levels_below())
-def test_products_at_a_lower_level(level: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, "test_matvec.py"],
-        env=dict(os.environ, LOCALV4_ISA=level),
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]

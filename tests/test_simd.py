@@ -44,6 +44,8 @@ HOST_FEATURES = frozenset(
     name[1:] for name in get_host_cpu_features().split(",") if name.startswith("+")
 )
 HOST_LEVELS = available_levels(llvm.get_default_triple(), HOST_FEATURES)
+# what the compiler of this process may use: less than the host has where a level is forced
+LEVELS_HERE = HOST_LEVELS[HOST_LEVELS.index(ISA.level) :]
 
 
 @pytest.mark.parametrize("cpu", MACHINES)
@@ -104,7 +106,7 @@ def bound(level: str) -> Isa:
 
 @needs_jit
 @pytest.mark.parametrize("kind", ["mx4", "q4", "q8"])
-@pytest.mark.parametrize("level", HOST_LEVELS)
+@pytest.mark.parametrize("level", LEVELS_HERE)
 def test_block_products(level: str, kind: str) -> None:
     isa = bound(level)
     decode = {
@@ -223,11 +225,11 @@ def test_bounds_rounding_and_sizes_know_nan() -> None:
     x[8:] = 0
     out = floats(16)
     rounded(address(out), address(x))
-    assert out[:8].tolist() == [0, 2, 2, 0, -2, 126, 0, 2.0**31]
+    assert out[:8].tolist() == [0, 2, 2, 0, -2, 126, 2.0**30, 2.0**30]
 
     @njit
     def size(x: int) -> Any:
-        return simd.largest_size(simd.load_f32(x))
+        return simd.largest_magnitude(simd.magnitudes(simd.load_f32(x)))
 
     for place in range(16):
         x[:] = np.linspace(-1, 1, 16)

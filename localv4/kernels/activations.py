@@ -26,8 +26,10 @@ from localv4.kernels.simd import (
     at_least,
     at_most,
     divide,
-    largest_size,
+    largest_i32,
+    largest_magnitude,
     load_f32,
+    magnitudes,
     multiply,
     multiply_add,
     negative,
@@ -43,7 +45,7 @@ from localv4.kernels.simd import (
 
 SMALLEST = np.float32(1e-30)
 LEVELS = np.float32(127)
-_PER_LEVEL = np.float32(1 / 127)
+PER_LEVEL = np.float32(1 / 127)
 _CODE_BIAS = np.int32(-ISA.code_bias)
 _BYTE_BIAS = np.int32(-ISA.byte_bias)
 
@@ -75,23 +77,20 @@ def quantize(q: int, d: int, b: int, x: int, first: int, end: int) -> None:
     """Fill blocks first ... end - 1 of the buffers q, d, b from the float32 at x."""
     for i in range(first, end):
         low, high = load_f32(x + 128 * i), load_f32(x + 128 * i + 64)
-        size = block_size(low, high)
+        size = at_least_smallest(largest_magnitude(largest_i32(magnitudes(low), magnitudes(high))))
         factor = splat_f32(LEVELS / size)
         low_q, high_q = round_i32(multiply(low, factor)), round_i32(multiply(high, factor))
         store_i8(q + 32 * i, low_q)
         store_i8(q + 32 * i + 16, high_q)
-        write_f32(d + 4 * i, size * _PER_LEVEL)
+        write_f32(d + 4 * i, size * PER_LEVEL)
         total = sum_i32(add_i32(low_q, high_q))
         write_i32(b + 8 * i, np.int32(total * _CODE_BIAS))
         write_i32(b + 8 * i + 4, np.int32(total * _BYTE_BIAS))
 
 
 @device
-def block_size(low: Vector, high: Vector) -> np.float32:
-    """Return the largest absolute value of 32, at least SMALLEST; NaN if there is one."""
-    size, other = largest_size(low), largest_size(high)
-    if other > size or other != other:
-        size = other
+def at_least_smallest(size: np.float32) -> np.float32:
+    """Return the size of a block, SMALLEST if it is less; NaN stays NaN."""
     return SMALLEST if size < SMALLEST else size
 
 

@@ -14,87 +14,54 @@ import numpy as np
 from localv4.kernels import packed
 from localv4.kernels.activations import swiglu
 from localv4.kernels.device import device
-from localv4.kernels.packed import MX4, Q4, Q8
+from localv4.kernels.readers import (
+    HEAD_BYTES,
+    MX4_READER,
+    Q4_READER,
+    Q8_READER,
+    Reader,
+    prefetch_lines,
+)
 from localv4.kernels.simd import (
     Vector,
     add,
-    add_byte_dots,
-    add_code_dots,
-    add_f8_dots,
     broadcast_f32,
     broadcast_i32,
-    load_e8m0,
-    load_f16,
     load_f32,
     multiply,
     multiply_add,
-    mx4_codes,
-    prefetch,
-    q4_codes,
-    q8_bytes,
     splat_f32,
     store_f32,
     to_f32,
     zeros_f32,
 )
+from localv4.kernels.simd_blocks import add_f8_dots
 
-# How far ahead of its reads a kernel asks for memory. The hardware alone leaves 10 to 15 % of the
-# bandwidth unused; 2 to 8 KiB were measured equal.
-AHEAD_BYTES = 4352
-MX4_BYTES, Q4_BYTES, Q8_BYTES = (fmt.superblock_bytes for fmt in (MX4, Q4, Q8))
-MX4_COLUMNS, Q4_COLUMNS, Q8_COLUMNS = (fmt.columns for fmt in (MX4, Q4, Q8))
-_HALF = np.float32(0.5)
 _F8_UNIT = np.float32(256)
 
 
-@device
-def prefetch_lines(address: int, count: int) -> None:
-    """Ask for the `count` cache lines that lie AHEAD_BYTES behind an address."""
-    for line in range(count):
-        prefetch(address + AHEAD_BYTES + 64 * line)
+def _row_products(reader: Reader) -> Any:
+    """Make the function that multiplies one group of sixteen rows with one token."""
+    decode, add_dots, load_scale = reader.decode, reader.add_dots, reader.load_scale
+    columns, superblock_bytes = reader.fmt.columns, reader.fmt.superblock_bytes
+    blocks, block_bytes, scale_bytes = reader.blocks, reader.block_bytes, reader.scale_bytes
+    sum_offset, factor = reader.sum_offset, np.float32(reader.factor)
 
+    @device
+    def rows(w: int, cols: int, q: int, d: int, b: int) -> Vector:
+        acc = zeros_f32()
+        for _ in range(cols // columns):
+            prefetch_lines(w, 1)
+            for i in range(blocks):
+                prefetch_lines(w + HEAD_BYTES + block_bytes * i, block_bytes // 64)
+                start = broadcast_i32(b + 8 * i + sum_offset)
+                dots = add_dots(start, decode(w + HEAD_BYTES + block_bytes * i), q + 32 * i)
+                scale = multiply(load_scale(w + scale_bytes * i), broadcast_f32(d + 4 * i))
+                acc = multiply_add(to_f32(dots), scale, acc)
+            w, q, d, b = w + superblock_bytes, q + columns, d + 4 * blocks, b + 8 * blocks
+        return multiply(acc, splat_f32(factor))
 
-@device
-def mx4_rows(w: int, cols: int, q: int, d: int, b: int) -> Vector:
-    """Return the products of one group of MX4."""
-    acc = zeros_f32()
-    for _ in range(cols // MX4_COLUMNS):
-        prefetch_lines(w, MX4_BYTES // 64)
-        for i in range(4):
-            dots = add_code_dots(broadcast_i32(b + 8 * i), mx4_codes(w + 64 + 256 * i), q + 32 * i)
-            scale = multiply(load_e8m0(w + 16 * i), broadcast_f32(d + 4 * i))
-            acc = multiply_add(to_f32(dots), scale, acc)
-        w, q, d, b = w + MX4_BYTES, q + 128, d + 16, b + 32
-    return multiply(acc, splat_f32(_HALF))  # the codes were decoded to twice their value
-
-
-@device
-def q4_rows(w: int, cols: int, q: int, d: int, b: int) -> Vector:
-    """Return the products of one group of Q4."""
-    acc = zeros_f32()
-    for _ in range(cols // Q4_COLUMNS):
-        prefetch_lines(w, Q4_BYTES // 64)
-        for i in range(2):
-            dots = add_code_dots(broadcast_i32(b + 8 * i), q4_codes(w + 64 + 256 * i), q + 32 * i)
-            scale = multiply(load_f16(w + 32 * i), broadcast_f32(d + 4 * i))
-            acc = multiply_add(to_f32(dots), scale, acc)
-        w, q, d, b = w + Q4_BYTES, q + 64, d + 8, b + 16
-    return acc
-
-
-@device
-def q8_rows(w: int, cols: int, q: int, d: int, b: int) -> Vector:
-    """Return the products of one group of Q8."""
-    acc = zeros_f32()
-    for _ in range(cols // Q8_COLUMNS):
-        prefetch_lines(w, Q8_BYTES // 64)
-        for i in range(2):
-            start = broadcast_i32(b + 8 * i + 4)
-            dots = add_byte_dots(start, q8_bytes(w + 64 + 512 * i), q + 32 * i)
-            scale = multiply(load_f16(w + 32 * i), broadcast_f32(d + 4 * i))
-            acc = multiply_add(to_f32(dots), scale, acc)
-        w, q, d, b = w + Q8_BYTES, q + 64, d + 8, b + 16
-    return acc
+    return rows
 
 
 @device
@@ -126,9 +93,10 @@ def matvec_f8(out: int, w: int, g0: int, g1: int, cols: int, x: int, scale: int)
         store_f32(out + 64 * g, rows)
 
 
-def _products(rows: Any, fmt: packed.PackedFormat) -> tuple[Any, Any, Any]:
-    """Make the functions of a format from the one that multiplies a group."""
-    columns, superblock_bytes = fmt.columns, fmt.superblock_bytes
+def _products(reader: Reader) -> tuple[Any, Any, Any]:
+    """Make the functions of a format: a matrix, gate and up of an expert, down of an expert."""
+    rows = _row_products(reader)
+    columns, superblock_bytes = reader.fmt.columns, reader.fmt.superblock_bytes
 
     @device
     def matvec(out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int) -> None:
@@ -172,6 +140,6 @@ expert_down_mx4: Expert
 expert_down_q4: Expert
 expert_down_q8: Expert
 
-matvec_mx4, expert_gate_up_mx4, expert_down_mx4 = _products(mx4_rows, MX4)
-matvec_q4, expert_gate_up_q4, expert_down_q4 = _products(q4_rows, Q4)
-matvec_q8, expert_gate_up_q8, expert_down_q8 = _products(q8_rows, Q8)
+matvec_mx4, expert_gate_up_mx4, expert_down_mx4 = _products(MX4_READER)
+matvec_q4, expert_gate_up_q4, expert_down_q4 = _products(Q4_READER)
+matvec_q8, expert_gate_up_q8, expert_down_q8 = _products(Q8_READER)

@@ -8,7 +8,7 @@ from localv4.kernels import simd_dots, simd_ir
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
 from localv4.kernels.isa import ISA
-from localv4.kernels.matvec import prefetch_lines
+from localv4.kernels.readers import prefetch_lines
 from localv4.kernels.simd import add_i32, i32x16, load_i32, operation, sum_i32, zeros_i32
 from localv4.kernels.simd_ir import BYTES, INTS, Builder, Value
 

@@ -39,7 +39,6 @@ class _LanesModel(models.PrimitiveModel):
 
 
 i8x64, i32x16 = _Lanes("i8", 64), _Lanes("i32", 16)
-block = types.UniTuple(i8x64, simd_dots.VECTORS)
 _address, _int, _float = types.int64, types.int32, types.float32
 
 
@@ -99,6 +98,12 @@ def load_e8m0(b: Builder, address: Value) -> Value:
 
 
 @operation(i32x16, _address)
+def load_u8(b: Builder, address: Value) -> Value:
+    """Read sixteen bytes as int32."""
+    return b.zext(simd_ir.load(b, simd_ir.vector(I8, LANES), address), INTS)
+
+
+@operation(i32x16, _address)
 def broadcast_i32(b: Builder, address: Value) -> Value:
     """Read one int32 into all lanes."""
     return simd_ir.splat(b, simd_ir.load(b, I32, address))
@@ -114,6 +119,16 @@ def broadcast_f32(b: Builder, address: Value) -> Value:
 def store_f32(b: Builder, address: Value, value: Value) -> None:
     """Write sixteen float32."""
     simd_ir.store(b, value, address)
+
+
+@operation(types.void, _address, _address, i32x16)
+def scatter_i8(b: Builder, address: Value, stride: Value, value: Value) -> None:
+    """Write the low bytes of sixteen int32, four to a word, words `stride` bytes apart."""
+    narrow = b.trunc(value, simd_ir.vector(I8, LANES))
+    words = b.bitcast(narrow, simd_ir.vector(I32, 4))
+    for i in range(4):
+        word = b.extract_element(words, ir.Constant(I32, i))
+        simd_ir.store(b, word, b.add(address, b.mul(stride, ir.Constant(simd_ir.I64, i))))
 
 
 @operation(types.void, _address, i32x16)
@@ -140,6 +155,12 @@ def read_u32(b: Builder, address: Value) -> Value:
     return simd_ir.load(b, I32, address)
 
 
+@operation(_address, _address)
+def read_i64(b: Builder, address: Value) -> Value:
+    """Read an int64."""
+    return simd_ir.load(b, simd_ir.I64, address)
+
+
 @operation(types.void, _address, types.uint8)
 def write_u8(b: Builder, address: Value, value: Value) -> None:
     """Write one byte."""
@@ -164,6 +185,12 @@ def write_i32(b: Builder, address: Value, value: Value) -> None:
     simd_ir.store(b, value, address)
 
 
+@operation(types.void, _address, _address)
+def write_i64(b: Builder, address: Value, value: Value) -> None:
+    """Write an int64."""
+    simd_ir.store(b, value, address)
+
+
 @operation(types.void, _address, _float)
 def write_f32(b: Builder, address: Value, value: Value) -> None:
     """Write a float32."""
@@ -172,8 +199,14 @@ def write_f32(b: Builder, address: Value, value: Value) -> None:
 
 @operation(types.void, _address)
 def prefetch(b: Builder, address: Value) -> None:
-    """Ask for a cache line to be read soon; any address is harmless."""
-    simd_dots.prefetch(b, address)
+    """Ask for a cache line to be in the first cache soon; any address is harmless."""
+    simd_dots.prefetch(b, address, 3)
+
+
+@operation(types.void, _address)
+def prefetch_far(b: Builder, address: Value) -> None:
+    """Ask for a cache line to be in the second cache soon; any address is harmless."""
+    simd_dots.prefetch(b, address, 2)
 
 
 # --- arithmetic ---
@@ -197,10 +230,34 @@ def splat_f32(b: Builder, value: Value) -> Value:
     return simd_ir.splat(b, value)
 
 
+@operation(i32x16, _int)
+def splat_i32(b: Builder, value: Value) -> Value:
+    """Put one int32 in all lanes."""
+    return simd_ir.splat(b, value)
+
+
 @operation(i32x16, i32x16, i32x16)
 def add_i32(b: Builder, x: Value, y: Value) -> Value:
     """x + y"""
     return b.add(x, y)
+
+
+@operation(i32x16, i32x16, i32x16)
+def subtract_i32(b: Builder, x: Value, y: Value) -> Value:
+    """x - y"""
+    return b.sub(x, y)
+
+
+@operation(i32x16, i32x16, i32x16)
+def largest_i32(b: Builder, x: Value, y: Value) -> Value:
+    """max(x, y)"""
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
+@operation(i32x16, i32x16, i32x16)
+def smallest_i32(b: Builder, x: Value, y: Value) -> Value:
+    """min(x, y)"""
+    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 @operation(f32x16, f32x16, f32x16)
@@ -253,9 +310,20 @@ def to_f32(b: Builder, x: Value) -> Value:
 
 @operation(i32x16, f32x16)
 def round_i32(b: Builder, x: Value) -> Value:
-    """Round to the nearest int32, ties to even; NaN becomes 0, too large ones the largest."""
+    """Round to the nearest int32, ties to even; beyond +-2^30 that number, and 2^30 for NaN."""
     rounded = simd_ir.call(b, "llvm.rint.v16f32", FLOATS, x)
-    return simd_ir.call(b, "llvm.fptosi.sat.v16i32.v16f32", INTS, rounded)
+    # The conversion is undefined for what int32 cannot hold. Written as comparisons, each bound is
+    # one instruction; LLVM's saturating conversion becomes scalar code.
+    high, low = simd_ir.filled(FLOATS, 2.0**30), simd_ir.filled(FLOATS, -(2.0**30))
+    rounded = b.select(b.fcmp_ordered("<", rounded, high), rounded, high)
+    rounded = b.select(b.fcmp_ordered(">", rounded, low), rounded, low)
+    return b.fptosi(rounded, INTS)
+
+
+@operation(f32x16, i32x16)
+def e8m0_to_f32(b: Builder, codes: Value) -> Value:
+    """Convert sixteen UE8M0 scales; code 0 (2^-127) is 0, 255 infinity."""
+    return b.bitcast(b.shl(codes, simd_ir.filled(INTS, 23)), FLOATS)
 
 
 @operation(f32x16, i32x16)
@@ -277,53 +345,22 @@ def sum_i32(b: Builder, x: Value) -> Value:
     return simd_ir.fold(b, x, b.add)
 
 
-@operation(_float, f32x16)
-def largest_size(b: Builder, x: Value) -> Value:
-    """Return the largest absolute value; NaN if there is one."""
-    # As integers the sizes have the order of the floats, with NaN above infinity.
-    sizes = b.and_(b.bitcast(x, INTS), simd_ir.filled(INTS, 0x7FFFFFFF))
+@operation(_int, i32x16)
+def highest_i32(b: Builder, x: Value) -> Value:
+    """Return the largest lane."""
+    return simd_ir.fold(b, x, lambda low, high: b.select(b.icmp_signed(">", low, high), low, high))
+
+
+@operation(i32x16, f32x16)
+def magnitudes(b: Builder, x: Value) -> Value:
+    """Return the bits of the absolute values: they have the order of the floats, NaN on top."""
+    return b.and_(b.bitcast(x, INTS), simd_ir.filled(INTS, 0x7FFFFFFF))
+
+
+@operation(_float, i32x16)
+def largest_magnitude(b: Builder, bits: Value) -> Value:
+    """Return the largest of sixteen absolute values, given as bits; NaN if there is one."""
     largest = simd_ir.fold(
-        b, sizes, lambda low, high: b.select(b.icmp_unsigned(">", low, high), low, high)
+        b, bits, lambda low, high: b.select(b.icmp_signed(">", low, high), low, high)
     )
     return b.bitcast(largest, F32)
-
-
-# --- packed weights ---
-
-
-@operation(block, _address)
-def mx4_codes(b: Builder, address: Value) -> list[Value]:
-    """Decode the 256 bytes of an MX4 block: twice its values."""
-    return simd_dots.mx4_codes(b, ISA, address)
-
-
-@operation(block, _address)
-def q4_codes(b: Builder, address: Value) -> list[Value]:
-    """Decode the 256 bytes of a Q4 block."""
-    return simd_dots.q4_codes(b, ISA, address)
-
-
-@operation(block, _address)
-def q8_bytes(b: Builder, address: Value) -> list[Value]:
-    """Load the 512 bytes of a Q8 block."""
-    return simd_dots.q8_bytes(b, ISA, address)
-
-
-@operation(i32x16, i32x16, block, _address)
-def add_code_dots(b: Builder, acc: Value, weights: Value, q: Value) -> Value:
-    """acc + products of a block of 4-bit weights with 32 int8 at address q"""
-    columns = simd_dots.activations(b, q)
-    return simd_dots.add_code_dots(b, ISA, acc, cgutils.unpack_tuple(b, weights), columns)
-
-
-@operation(i32x16, i32x16, block, _address)
-def add_byte_dots(b: Builder, acc: Value, weights: Value, q: Value) -> Value:
-    """acc + products of a block of 8-bit weights with 32 int8 at address q"""
-    columns = simd_dots.activations(b, q)
-    return simd_dots.add_byte_dots(b, ISA, acc, cgutils.unpack_tuple(b, weights), columns)
-
-
-@operation(f32x16, f32x16, _address, _address)
-def add_f8_dots(b: Builder, acc: Value, address: Value, x: Value) -> Value:
-    """acc + 2^-8 * products of four columns of E4M3 codes with four float32 at address x"""
-    return simd_dots.add_f8_dots(b, ISA, acc, address, x)

@@ -71,6 +71,23 @@ def q8_bytes(b: Builder, isa: Isa, address: Value) -> list[Value]:
     return [b.xor(line, filled(BYTES, 128)) for line in lines] if isa.byte_bias else lines
 
 
+def shifted_codes(
+    b: Builder, isa: Isa, weights: list[Value], shift: Value, bias: int
+) -> list[Value]:
+    """Return weight * 2^shift[lane] + bias for decoded 4-bit weights, as bytes.
+
+    The weights are shifted as value + 12, at most 192, so that no bit crosses to the next byte.
+    """
+    correction = b.sub(filled(INTS, bias), b.shl(filled(INTS, 12), shift))
+    correction = b.mul(b.and_(correction, filled(INTS, 255)), filled(INTS, 0x01010101))
+    shifted = []
+    for weight in weights:
+        positive = b.add(weight, filled(BYTES, 12 - isa.code_bias))
+        words = b.shl(b.bitcast(positive, INTS), shift)
+        shifted.append(b.add(b.bitcast(words, BYTES), b.bitcast(correction, BYTES)))
+    return shifted
+
+
 def activations(b: Builder, address: Value) -> list[Value]:
     """Load 32 int8, four to a vector that repeats them in each lane."""
     words = [load(b, I32, offset(b, address, 4 * j)) for j in range(VECTORS)]
@@ -93,8 +110,15 @@ def add_byte_dots(
     if isa.level != "avx2":
         return _add_chained(b, isa, acc, weights, columns)
     for weight, column in zip(weights, columns, strict=True):
-        acc = _add_signed_dot(b, acc, weight, column)
+        acc = add_byte_dot(b, isa, acc, weight, column)
     return acc
+
+
+def add_byte_dot(b: Builder, isa: Isa, acc: Value, weight: Value, column: Value) -> Value:
+    """The same as `add_dot` for any 8-bit weight: biased by 128, or signed where there is none."""
+    if isa.level == "avx2":
+        return _add_signed_dot(b, acc, weight, column)
+    return add_dot(b, isa, acc, weight, column)
 
 
 def add_dot(b: Builder, isa: Isa, acc: Value, weight: Value, column: Value) -> Value:
@@ -269,9 +293,8 @@ def _add_wide_dot(b: Builder, acc: Value, weight: Value, column: Value) -> Value
     return acc
 
 
-def prefetch(b: Builder, address: Value) -> None:
-    """Ask for a cache line to be read soon; any address is harmless."""
+def prefetch(b: Builder, address: Value, locality: int) -> None:
+    """Ask for a cache line to be read soon; any address is harmless. Locality 3: L1, 2: L2."""
     pointer = b.inttoptr(address, I8.as_pointer())
-    read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    kind = ir.VoidType()
-    call(b, "llvm.prefetch.p0", kind, pointer, read, keep, data)
+    read, keep, data = (ir.Constant(I32, value) for value in (0, locality, 1))
+    call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)

@@ -1,0 +1,103 @@
+"""The register tile of large products: integer sums of some rows times some tokens.
+
+A tile is TILE_GROUPS groups of sixteen rows times TILE_TOKENS tokens, as many sums as the registers
+hold. Its weights are lines of 64 bytes, four columns of sixteen rows; its activations are words of
+four int8. Integer sums run over a segment of columns that shares one scale of each row and token;
+then they are scaled and added to float32 sums in memory.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from localv4.kernels import simd_dots, simd_ir
+from localv4.kernels.isa import ISA
+from localv4.kernels.simd import i32x16, operation
+from localv4.kernels.simd_ir import BYTES, F32, FLOATS, I32, I64, Builder, Value
+
+# Sums that fit the registers together with the weights of a step and an activation.
+TILE_GROUPS, TILE_TOKENS = {
+    "avx512-vnni": (4, 6),
+    "avx-vnni": (1, 6),
+    "avx2": (1, 6),
+    "neon-dotprod": (1, 6),
+    "generic": (1, 2),
+}[ISA.level]
+STEP = 2
+"""Lines of each group in one call of the `add` operations."""
+
+LINE = 64 * TILE_GROUPS
+"""Bytes from a line of a group to the next one of the same group."""
+
+WORD = 4 * TILE_TOKENS
+"""Bytes from an entry of a token to the next one of the same token, four bytes each."""
+
+_sums = types.UniTuple(i32x16, TILE_GROUPS * TILE_TOKENS)
+_address, _int = types.int64, types.int32
+
+
+@operation(_sums, _address, _address, _int)
+def start_sums(b: Builder, before: Value, after: Value, bias: Value) -> list[Value]:
+    """Return bias * (before[token] - after[token]) in all lanes: int32 at two addresses."""
+    sums = []
+    for token in range(TILE_TOKENS):
+        first, last = (
+            simd_ir.load(b, I32, simd_ir.offset(b, address, 4 * token))
+            for address in (before, after)
+        )
+        sums += [simd_ir.splat(b, b.mul(b.sub(first, last), bias))] * TILE_GROUPS
+    return sums
+
+
+def _adder(add_dot: Any) -> Any:
+    """Make the operation that adds the products of STEP lines to the sums."""
+
+    @operation(_sums, _sums, _address, _address)
+    def add_products(b: Builder, sums: Value, lines: Value, words: Value) -> Value:
+        """Return sums + products of the lines of weights with the words of activations."""
+        totals = cgutils.unpack_tuple(b, sums)
+        for step in range(STEP):
+            weights = [
+                simd_ir.load(b, BYTES, simd_ir.offset(b, lines, LINE * step + 64 * group))
+                for group in range(TILE_GROUPS)
+            ]
+            for token in range(TILE_TOKENS):
+                word = simd_ir.load(b, I32, simd_ir.offset(b, words, WORD * step + 4 * token))
+                column = b.bitcast(simd_ir.splat(b, word), BYTES)
+                for group, weight in enumerate(weights):
+                    i = TILE_GROUPS * token + group
+                    totals[i] = add_dot(b, ISA, totals[i], weight, column)
+        return totals
+
+    return add_products
+
+
+add_code_products = _adder(simd_dots.add_dot)
+add_byte_products = _adder(simd_dots.add_byte_dot)
+
+
+@operation(types.void, _address, _address, _sums, _address, _address)
+def flush_sums(
+    b: Builder, out: Value, stride: Value, sums: Value, scales: Value, factors: Value
+) -> None:
+    """out[token][row] += sums * scales[row] * factors[token]
+
+    out: float32, tokens `stride` bytes apart; scales: sixteen float32 for each group; factors: one
+    float32 for each token.
+    """
+    totals = cgutils.unpack_tuple(b, sums)
+    rows = [
+        simd_ir.load(b, FLOATS, simd_ir.offset(b, scales, 64 * group))
+        for group in range(TILE_GROUPS)
+    ]
+    for token in range(TILE_TOKENS):
+        factor = simd_ir.splat(b, simd_ir.load(b, F32, simd_ir.offset(b, factors, 4 * token)))
+        start = b.add(out, b.mul(stride, ir.Constant(I64, token)))
+        for group, scale in enumerate(rows):
+            address = simd_ir.offset(b, start, 64 * group)
+            total = b.sitofp(totals[TILE_GROUPS * token + group], FLOATS)
+            before = simd_ir.load(b, FLOATS, address)
+            result = simd_ir.multiply_add(b, total, b.fmul(scale, factor), before)
+            simd_ir.store(b, result, address)

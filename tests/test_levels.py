@@ -1,0 +1,46 @@
+"""The products are right at every level of instructions that this machine can run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numba
+import pytest
+from numba.core.codegen import get_host_cpu_features
+
+from localv4.kernels.isa import ISA, VARIABLE, available_levels
+
+# those whose code differs between levels
+SOME = (
+    "test_matvec.py::test_matvec",
+    "test_matvec.py::test_matvec_of_extreme_weights",
+    "test_matvec.py::test_f8_matvec_knows_every_code",
+    "test_gemm.py::test_many_tokens_have_the_bits_of_one[80-384-13-Q8]",
+    "test_gemm.py::test_coarse_products_are_exact_for_any_exponents",
+)
+
+
+def lower_levels() -> tuple[str, ...]:
+    names = {name[1:] for name in get_host_cpu_features().split(",") if name.startswith("+")}
+    levels = available_levels(llvm.get_default_triple(), names)
+    return levels[levels.index(ISA.level) + 1 :]
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="needs the compiler")
+def test_products_at_lower_levels() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SOME]
+    running = {
+        level: subprocess.Popen(
+            command,
+            env=dict(os.environ, **{VARIABLE: level}),
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for level in lower_levels()
+    }
+    output = {level: process.communicate(timeout=600)[0] for level, process in running.items()}
+    failed = [level for level, process in running.items() if process.returncode]
+    assert failed == [], output[failed[0]][-3000:]
