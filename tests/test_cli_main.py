@@ -46,7 +46,7 @@ def test_short_help(arguments: list[str], tmp_path: Path) -> None:
 
 
 def test_unfinished_commands_are_not_there(tmp_path: Path) -> None:
-    for command in ("pull", "serve", "batch", "quantize", "bench", "doctor"):
+    for command in ("pull", "serve", "batch", "quantize", "doctor"):
         assert run_here(command, home=tmp_path).code == 2
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from localv4 import __version__
-from localv4.cli import chat, evaluate, models, run, show, terminal
+from localv4.cli import bench, chat, evaluate, models, run, show, terminal
 from localv4.cli.precedence import Command
 from localv4.cli.signals import Terminated, unwind_on_termination
 from localv4.errors import LocalV4Error
@@ -41,6 +41,7 @@ app.command("chat", cls=Command)(chat.chat)
 app.command("list", cls=Command)(models.list_models)
 app.command("ls", hidden=True)(models.list_models)
 app.command("show", cls=Command)(show.show)
+app.command("bench", cls=Command)(bench.bench)
 app.add_typer(evaluate.app, name="eval")
 
 # typer has moved this class between releases; every one of them derives BadParameter from it

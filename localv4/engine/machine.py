@@ -1,0 +1,163 @@
+"""The machine under a benchmark: what it is, what it can do at best, and who else uses it."""
+
+import ctypes
+import ctypes.util
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from localv4 import __version__
+from localv4.kernels import probes
+from localv4.kernels.buffers import aligned_bytes
+from localv4.kernels.isa import ISA
+
+ROOF_BYTES = 1 << 30
+"""Memory that the read roof is measured on: larger than the last-level caches."""
+
+PASSES = 5
+"""Times that a roof is measured; the best one counts."""
+
+SHORTEST_PASS_S = 0.02
+"""The integer peak is measured over at least this time."""
+
+MAX_CPU_INFO_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Roof:
+    """What all threads reach together: bytes read per second, int8 operations per second."""
+
+    read_bytes_s: float
+    int8_ops_s: float
+
+
+class RoofProbe:
+    """Measures the roofs with `threads` threads; holds a buffer of `nbytes` all the while.
+
+    Raises MemoryError if there is no memory for the buffer.
+    """
+
+    def __init__(self, threads: int, nbytes: int) -> None:
+        self._threads = threads
+        self._buffer = aligned_bytes(nbytes)
+        self._buffer.fill(1)  # untouched pages would all be one page of zeros, in the cache
+        self._rounds = 1 << 12
+
+    def measure(self) -> Roof:
+        """Return the best of a few passes of each probe."""
+        part = self._buffer.nbytes // self._threads // 256 * 256
+        start = self._buffer.ctypes.data
+
+        def read(thread: int) -> None:
+            probes.read_roof(start + thread * part, part)
+
+        def multiply(thread: int) -> None:
+            probes.dot_roof(start, self._rounds)
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            read_s = min(self._pass_s(pool, read) for _ in range(PASSES))
+            while self._pass_s(pool, multiply) < SHORTEST_PASS_S:
+                self._rounds *= 2
+            multiply_s = min(self._pass_s(pool, multiply) for _ in range(PASSES))
+        operations = self._threads * probes.dot_roof_operations(self._rounds)
+        return Roof(self._threads * part / read_s, operations / multiply_s)
+
+    def _pass_s(self, pool: ThreadPoolExecutor, work: Callable[[int], None]) -> float:
+        """Return the seconds from the common start of all threads to the end of the last."""
+        ready = threading.Barrier(self._threads)
+
+        def one(thread: int) -> tuple[float, float]:
+            ready.wait()
+            start = time.perf_counter()
+            work(thread)
+            return start, time.perf_counter()
+
+        times = list(pool.map(one, range(self._threads)))
+        return max(end for _, end in times) - min(start for start, _ in times)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """Seconds since some start: wall clock, this process, everybody, and what was withheld."""
+
+    wall_s: float
+    own_s: float
+    busy_s: float
+    stolen_s: float
+
+
+def cpu_times() -> CpuTimes:
+    """Return where processor time has gone so far."""
+    everybody, own = psutil.cpu_times()._asdict(), psutil.Process().cpu_times()
+    names = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
+    return CpuTimes(
+        wall_s=time.perf_counter(),
+        own_s=own.user + own.system,
+        busy_s=sum(everybody.get(name, 0.0) for name in names),
+        stolen_s=everybody.get("steal", 0.0),  # by the hypervisor; only Linux tells
+    )
+
+
+def foreign_cores(before: CpuTimes, after: CpuTimes) -> float:
+    """Return how many cores' worth of time others used or the hypervisor withheld in between."""
+    wall_s = max(after.wall_s - before.wall_s, 1e-9)
+    foreign_s = (after.busy_s - before.busy_s) - (after.own_s - before.own_s)
+    return (max(0.0, foreign_s) + after.stolen_s - before.stolen_s) / wall_s
+
+
+def machine_facts() -> dict[str, str | int | None]:
+    """Return what a reader of figures must know of this machine; no names of host or user."""
+    return {
+        "cpu": cpu_name(),
+        "isa": ISA.level,
+        "physical_cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "ram_bytes": int(psutil.virtual_memory().total),
+        "os": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "localv4": __version__,
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "numba": version("numba"),
+        "llvmlite": version("llvmlite"),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's own name, or the best that the system tells."""
+    name = None
+    if sys.platform == "linux":
+        name = _linux_cpu_name(Path("/proc/cpuinfo"))
+    elif sys.platform == "darwin":
+        name = _darwin_cpu_name()
+    elif sys.platform == "win32":
+        name = os.environ.get("PROCESSOR_IDENTIFIER")
+    return name or platform.processor() or platform.machine()
+
+
+def _linux_cpu_name(path: Path) -> str | None:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            lines = file.read(MAX_CPU_INFO_BYTES).splitlines()
+    except OSError:
+        return None
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)
+
+
+def _darwin_cpu_name() -> str | None:
+    system = ctypes.CDLL(ctypes.util.find_library("c"))
+    text, size = ctypes.create_string_buffer(256), ctypes.c_size_t(256)
+    failed = system.sysctlbyname(
+        b"machdep.cpu.brand_string", text, ctypes.byref(size), None, ctypes.c_size_t(0)
+    )
+    return None if failed else text.value.decode("utf-8", "replace")
