@@ -89,13 +89,18 @@ def test_the_cache_keeps_to_its_budget(official: Transformer) -> None:
     record = pack_expert(experts[0])
     assert record is not None
     cache = ExpertCache(2 * record.data.nbytes)
-    first = cache.get(0, 0, experts[0])
-    assert cache.get(0, 0, experts[0]) is first
-    cache.get(0, 1, experts[1])
-    assert cache.get(0, 0, experts[0]) is first
-    cache.get(0, 2, experts[2])
-    assert cache.get(0, 0, experts[0]) is first
+    first = cache.get_all(0, [0], experts)
+    assert first is not None and cache.get_all(0, [0], experts) == first
+    cache.get_all(0, [1], experts)
+    again = cache.get_all(0, [0], experts)
+    assert again is not None and again[0] is first[0]
+    cache.get_all(0, [2], experts)
     assert cache.held_bytes == 2 * record.data.nbytes
+    again = cache.get_all(0, [0], experts)
+    assert again is not None and again[0] is first[0]
+    everything = cache.get_all(0, range(len(experts)), experts)
+    assert everything is not None and len(everything) == len(experts)
+    assert cache.held_bytes <= 2 * record.data.nbytes
 
 
 @pytest.mark.parametrize("name", ["tiny300", "odd"])

@@ -12,8 +12,8 @@ if os.environ.get("NUMBA_DISABLE_JIT") == "1":
     pytest.skip("threads in kernels need the compiler", allow_module_level=True)
 
 from localv4.kernels import activations
+from localv4.kernels.operation import ALONGSIDE, QUANTIZE, WORDS
 from localv4.kernels.packed import BLOCK
-from localv4.kernels.program import ALONGSIDE, QUANTIZE, WORDS
 from localv4.kernels.team import MISSED_CALL_S, Team
 
 COUNT = 64 * BLOCK

@@ -16,7 +16,8 @@ import numpy as np
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
 from localv4.kernels.memory import atomic_add, atomic_load, atomic_store, call_address, pause
-from localv4.kernels.program import ALONGSIDE, COUNTER, WORDS, run_operation
+from localv4.kernels.operation import ALONGSIDE, COUNTER, WORDS
+from localv4.kernels.program import run_operation
 
 _LINE = 64
 """Bytes of a cache line; every control word has a line of its own."""

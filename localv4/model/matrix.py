@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import Cancelled
-from localv4.kernels import elementwise, matmul, program, routing
+from localv4.kernels import elementwise, matmul, operation, routing
 from localv4.kernels.team import Team
 
 if TYPE_CHECKING:
@@ -118,9 +118,9 @@ def _stored_product(
     out: Floats, x: Floats, weight: Matrix, groups: int, scratch: Floats
 ) -> NDArray[np.int64]:
     """Return the program that multiplies with a matrix as it is stored."""
-    steps = np.zeros((1, program.WORDS), np.int64)
+    steps = np.zeros((1, operation.WORDS), np.int64)
     steps[0, :14] = (
-        *(program.STORED, weight.format, weight.data.ctypes.data, *weight.data.shape),
+        *(operation.STORED, weight.format, weight.data.ctypes.data, *weight.data.shape),
         *(weight.scale.ctypes.data, weight.scale.shape[1], x.ctypes.data, *x.shape, groups),
         *(out.ctypes.data, scratch.ctypes.data, scratch.shape[1]),
     )

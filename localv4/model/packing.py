@@ -5,7 +5,7 @@ no packed form (other storage types, odd shapes) stays in the file and is multip
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -153,29 +153,42 @@ def _rebuild(node: Any, packed: dict[int, Matrix]) -> Any:
 class ExpertCache:
     """Packed experts by (layer, number), the least recently used given up beyond `budget` bytes."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, threads: int = 1) -> None:
         self.budget_bytes = budget_bytes
-        self._records: OrderedDict[tuple[int, int], ExpertRecord | None] = OrderedDict()
+        self._pool = ThreadPoolExecutor(threads, "packing")
+        self._records: OrderedDict[tuple[int, int], ExpertRecord] = OrderedDict()
         self.held_bytes = 0
 
-    def get(self, layer: int, number: int, expert: Expert) -> ExpertRecord | None:
-        """Return the record of an expert, packing it if need be; None if it has no packed form."""
-        key = (layer, number)
-        if key in self._records:
-            self._records.move_to_end(key)
-            return self._records[key]
-        record = pack_expert(expert)
-        if record is not None:
-            self._make_room(record.data.nbytes)
-            self.held_bytes += record.data.nbytes
-        self._records[key] = record
-        return record
+    def get_all(
+        self, layer: int, numbers: Sequence[int], experts: Sequence[Expert]
+    ) -> dict[int, ExpertRecord] | None:
+        """Return the records of some experts of a layer; None if any has no packed form.
 
-    def _make_room(self, nbytes: int) -> None:
-        while self._records and self.held_bytes + nbytes > self.budget_bytes:
+        What is not there is packed by all threads. The caller's references keep the records
+        alive, even when they do not fit into the budget together.
+        """
+        missing = [number for number in numbers if (layer, number) not in self._records]
+        packed = self._pool.map(pack_expert, [experts[number] for number in missing])
+        fresh = dict(zip(missing, packed, strict=True))
+        found: dict[int, ExpertRecord] = {}
+        for number in numbers:
+            key = (layer, number)
+            record = fresh[number] if number in fresh else self._records[key]
+            if record is None:
+                return None
+            found[number] = record
+        for number in numbers:
+            self._keep((layer, number), found[number])
+        return found
+
+    def _keep(self, key: tuple[int, int], record: ExpertRecord) -> None:
+        """Put a record at the young end, giving up the oldest ones for it."""
+        if self._records.pop(key, None) is None:
+            self.held_bytes += record.data.nbytes
+        while self._records and self.held_bytes > self.budget_bytes:
             _, oldest = self._records.popitem(last=False)
-            if oldest is not None:
-                self.held_bytes -= oldest.data.nbytes
+            self.held_bytes -= oldest.data.nbytes
+        self._records[key] = record
 
 
 def record_addresses(records: list[ExpertRecord]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
