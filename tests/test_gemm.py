@@ -21,7 +21,7 @@ from reference_packed import (
     weight_values,
 )
 
-from localv4.kernels import activations, gemm, matvec, packed, panels, small_batches, tiles
+from localv4.kernels import activations, gemm, gemm_f8, matvec, packed, panels, small_batches, tiles
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.isa import ISA
 from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
@@ -271,6 +271,43 @@ def expert_one_by_one(
         place = address(record) + offset
         kernels.down(at, place, 0, hidden // 16, 128, *middle.at(i), weights[i])
     return h, out
+
+
+def random_f8(seed: int, rows: int, cols: int) -> tuple[Bytes, Floats]:
+    """Packed E4M3 codes that are numbers, and their scales."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 256, rows * cols, dtype=np.uint8)
+    codes[codes & 0x7F == 0x7F] = 3
+    scale = np.exp2(rng.integers(-12, 3, (-(-rows // 128), cols // 128))).astype(F32)
+    return aligned(codes), scale
+
+
+@pytest.mark.parametrize(("rows", "cols", "tokens"), [*SHAPES, (272, 256, 5)])
+def test_f8_has_the_bits_of_one_token(rows: int, cols: int, tokens: int) -> None:
+    (weights, scale), x = random_f8(rows, rows, cols), normal(cols, tokens + 1, cols)
+    order = np.arange(tokens + 1)[:0:-1].copy()
+    tiled = aligned_bytes(gemm_f8.x_bytes(tokens, cols))
+    source = (address(tiled), address(x), address(order), tokens, cols)
+    total = panels.tiles(tokens)
+    for first, end in ((total // 2, total), (0, total // 2)):
+        gemm_f8.copy_tiles(*source, first, end)
+    out, memory = floats(tokens, rows), aligned_bytes(gemm.SCRATCH_BYTES)
+    for panel in reversed(range(gemm.panels(rows))):
+        for first in range(0, tokens, gemm.BATCH_TOKENS):
+            count = min(gemm.BATCH_TOKENS, tokens - first)
+            memory[:] = 0xFF
+            place = (address(memory), address(weights), panel, rows // 16, cols)
+            gemm_f8.sums_f8(*place, address(tiled), address(scale), first, count)
+            gemm.store_sums(
+                *(address(out), 4 * rows, address(memory), panel, rows // 16, first, count)
+            )
+    for i, t in enumerate(order.tolist()):
+        expected = floats(rows)
+        at = address(x) + 4 * cols * t
+        matvec.matvec_f8(
+            *(address(expected), address(weights), 0, rows // 16, cols, at, address(scale))
+        )
+        assert np.array_equal(out[i], expected)
 
 
 # --- coarse activations and merged segments ---

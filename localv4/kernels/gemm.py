@@ -24,7 +24,7 @@ import numpy as np
 from localv4.kernels.activations import swiglu
 from localv4.kernels.device import device
 from localv4.kernels.isa import ISA
-from localv4.kernels.packed import BLOCK, PackedFormat
+from localv4.kernels.packed import BLOCK, F8_SPAN, PackedFormat
 from localv4.kernels.panels import expand_mx4, expander
 from localv4.kernels.readers import MX4_READER, Q4_READER, Q8_READER
 from localv4.kernels.simd import (
@@ -60,10 +60,14 @@ SUMS_ROW = 4 * PANEL_ROWS
 # Columns expanded at a time: at most 16 KiB of lines, which stay in the first cache beside the
 # activations of a tile.
 _CHUNK = 256
-_LINES = BATCH_TOKENS * SUMS_ROW
-_SCALES = _LINES + _CHUNK // 4 * LINE
+LINES_OFFSET = BATCH_TOKENS * SUMS_ROW
+"""Where the expanded weights stand in the scratch memory."""
+
+_SCALES = LINES_OFFSET + _CHUNK // 4 * LINE
 _SEGMENTS = _SCALES + _CHUNK // BLOCK * LINE
-SCRATCH_BYTES = _SEGMENTS + _CHUNK // BLOCK * 8
+# Float32 weights (`kernels.gemm_f8`) need more: a span and two sets of sums of a tile.
+_FLOATS = LINES_OFFSET + F8_SPAN * LINE + 2 * LINE * TILE_TOKENS
+SCRATCH_BYTES = max(_SEGMENTS + _CHUNK // BLOCK * 8, _FLOATS)
 """Memory that each thread needs for itself."""
 
 
@@ -87,7 +91,7 @@ def _summer(fmt: PackedFormat, expand: Any, add_products: Any, bias: int) -> Any
     @device
     def add_tile(out: int, scratch: int, count: int, q: int, d: int, s: int) -> None:
         """Add the expanded superblocks times a tile of tokens to the sums at out."""
-        lines, scales = scratch + _LINES, scratch + _SCALES
+        lines, scales = scratch + LINES_OFFSET, scratch + _SCALES
         for i in range(count):
             parts = read_i64(scratch + _SEGMENTS + 8 * i)
             steps, skip = columns // (4 * STEP) // parts, blocks // parts * WORD
@@ -114,7 +118,7 @@ def _summer(fmt: PackedFormat, expand: Any, add_products: Any, bias: int) -> Any
     ) -> None:
         superblocks, first_tile = cols // columns, first // TILE_TOKENS
         size, tiles = superblocks * superblock_bytes, (count + TILE_TOKENS - 1) // TILE_TOKENS
-        lines, scales, segments = scratch + _LINES, scratch + _SCALES, scratch + _SEGMENTS
+        lines, scales, segments = scratch + LINES_OFFSET, scratch + _SCALES, scratch + _SEGMENTS
         for i in range(tiles * TILE_TOKENS * PANEL_GROUPS):
             store_f32(scratch + 64 * i, zeros_f32())
         for start in range(0, superblocks, chunk):

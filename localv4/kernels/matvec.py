@@ -37,7 +37,8 @@ from localv4.kernels.simd import (
 )
 from localv4.kernels.simd_blocks import add_f8_dots
 
-_F8_UNIT = np.float32(256)
+F8_UNIT = np.float32(256)
+"""What decoded F8 codes are to be multiplied with."""
 
 
 def _row_products(reader: Reader) -> Any:
@@ -77,8 +78,9 @@ def f8_rows(w: int, cols: int, x: int, scale: int) -> Vector:
             a2 = add_f8_dots(a2, w + 128, x + 32)
             a3 = add_f8_dots(a3, w + 192, x + 48)
             w, x = w + 256, x + 64
-        acc = multiply_add(add(add(a0, a1), add(a2, a3)), broadcast_f32(scale + 4 * span), acc)
-    return multiply(acc, splat_f32(_F8_UNIT))
+        factor = multiply(broadcast_f32(scale + 4 * span), splat_f32(F8_UNIT))
+        acc = multiply_add(add(add(a0, a1), add(a2, a3)), factor, acc)
+    return acc
 
 
 @device

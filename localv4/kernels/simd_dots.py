@@ -146,20 +146,26 @@ def add_dot(b: Builder, isa: Isa, acc: Value, weight: Value, column: Value) -> V
     return _add_wide_dot(b, acc, weight, column)
 
 
-def add_f8_dots(b: Builder, isa: Isa, acc: Value, address: Value, x: Value) -> Value:
-    """acc[lane] += 2^-8 * sum over four columns of E4M3 weight and float32 activation.
+def f8_columns(b: Builder, isa: Isa, address: Value) -> list[Value]:
+    """Read four columns of sixteen E4M3 codes as float32, times 2^-8.
 
-    An E4M3 code shifted into a half is its value times 2^-8, exactly, subnormals included: the
+    A code shifted into a half is its value times 2^-8, exactly, subnormals included: the
     conversion to float32 then costs no assist of the processor.
     """
+    columns = []
     for half in range(2):
         codes = load(b, vector(I8, 32), offset(b, address, 32 * half))
         shifted = b.shl(b.sext(codes, SHORTS), filled(SHORTS, 7))
         bits = b.and_(shifted, filled(SHORTS, 0xBFFF))
-        for i in range(2):
-            activation = splat(b, load(b, F32, offset(b, x, 8 * half + 4 * i)))
-            weight = halves_to_floats(b, isa.fast_half, part(b, bits, i, LANES))
-            acc = multiply_add(b, weight, activation, acc)
+        columns += [halves_to_floats(b, isa.fast_half, part(b, bits, i, LANES)) for i in range(2)]
+    return columns
+
+
+def add_f8_dots(b: Builder, isa: Isa, acc: Value, address: Value, x: Value) -> Value:
+    """acc[lane] += 2^-8 * sum over four columns of E4M3 weight and float32 activation."""
+    for i, weight in enumerate(f8_columns(b, isa, address)):
+        activation = splat(b, load(b, F32, offset(b, x, 4 * i)))
+        acc = multiply_add(b, weight, activation, acc)
     return acc
 
 
