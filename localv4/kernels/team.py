@@ -57,51 +57,55 @@ def wait_for_all(control: int, members: int) -> None:
 
 
 @device
-def take_part(control: int, member: int, members: int) -> None:
-    """Do a member's share of the posted program."""
-    program = atomic_load(control + PROGRAM)
-    last = atomic_load(control + LENGTH) - 1
-    for i in range(last + 1):
-        operation = program + 8 * WORDS * i
-        run_operation(operation, member, members)
-        if members > 1 and (i == last or atomic_load(operation + 8 * ALONGSIDE) == 0):
-            wait_for_all(control, members)
+def wait_for_program(control: int, epoch: int) -> bool:
+    """Spin until a program after `epoch` is posted; return False when it gets quiet."""
+    for _ in range(SPINS):
+        if atomic_load(control + EPOCH) != epoch:
+            return True
+        pause()
+    return False
 
 
-@kernel("i8(i8, i8, i8, i8)")
-def help_out(control: int, member: int, members: int, epoch: int) -> int:
-    """Take part in every program after `epoch`; return the last one's epoch when it gets quiet.
-
-    Returns -1 when the team was dismissed.
-    """
-    spins = 0
-    while spins < SPINS:
-        if atomic_load(control + EPOCH) == epoch:
-            spins += 1
-            pause()
-            continue
-        if atomic_load(control + STOPPED) != 0:
-            return -1
-        take_part(control, member, members)
-        epoch += 1
-        spins = 0
-    return epoch
-
-
-@kernel("i8(i8, i8, i8, i8)")
-def run_program(control: int, members: int, program: int, length: int) -> int:
-    """Run a program with all helpers and return 0; if some sleep, return their number instead.
-
-    Posting and leading are one call: an exception between them would leave the helpers waiting.
-    """
-    asleep: int = atomic_load(control + ASLEEP)
-    if asleep > 0:
-        return asleep
+@device
+def post(control: int, program: int, length: int) -> None:
+    """Give the helpers a program to run."""
     atomic_store(control + PROGRAM, program)
     atomic_store(control + LENGTH, length)
     atomic_add(control + EPOCH, 1)
-    take_part(control, 0, members)
-    return 0
+
+
+@kernel("i8(i8, i8, i8, i8, i8, i8)")
+def take_part(
+    control: int, member: int, members: int, epoch: int, program: int, length: int
+) -> int:
+    """Member 0 runs a program with all others; they take part in every program after `epoch`.
+
+    Member 0 gets 0, or, having done nothing, the number of members that are asleep. The others get
+    the epoch of their last program when it gets quiet, -1 when the team was dismissed. Both are one
+    function, since all operations are compiled into it; and posting and running a program are one
+    call, since an exception between them would leave the helpers waiting.
+    """
+    if member == 0:
+        asleep: int = atomic_load(control + ASLEEP)
+        if asleep > 0:
+            return asleep
+        post(control, program, length)
+    while True:
+        if member > 0:
+            if not wait_for_program(control, epoch):
+                return epoch
+            if atomic_load(control + STOPPED) != 0:
+                return -1
+            epoch += 1
+        first = atomic_load(control + PROGRAM)
+        last = atomic_load(control + LENGTH) - 1
+        for i in range(last + 1):
+            operation = first + 8 * WORDS * i
+            run_operation(operation, member, members)
+            if members > 1 and (i == last or atomic_load(operation + 8 * ALONGSIDE) == 0):
+                wait_for_all(control, members)
+        if member == 0:
+            return 0
 
 
 @kernel("i8(i8, i8)")
@@ -143,7 +147,7 @@ class _Shared:
         """Be a helper until the team is dismissed."""
         epoch = 0
         while epoch >= 0:
-            epoch = help_out(self.control, member, self.members, epoch)
+            epoch = take_part(self.control, member, self.members, epoch, 0, 0)
             if epoch >= 0:
                 self._sleep(epoch)
 
@@ -177,7 +181,8 @@ class Team:
         """
         program[:, COUNTER] = 0
         shared, address = self._shared, program.ctypes.data
-        while run_program(shared.control, self.members, address, program.shape[0]) > 0:
+        length = program.shape[0]
+        while take_part(shared.control, 0, self.members, 0, address, length) > 0:
             shared.rouse()
             time.sleep(WAKING_S)
 
