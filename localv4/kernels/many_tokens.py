@@ -17,9 +17,11 @@ from localv4.kernels.gemm import (
     sums_q4,
     sums_q8,
 )
+from localv4.kernels.gemm_f8 import copy_tiles, sums_f8
 from localv4.kernels.matmul import product_rows
 from localv4.kernels.memory import pointer_to
 from localv4.kernels.operation import (
+    F8,
     GEMM,
     GEMM_DOWN,
     GEMM_GATE_UP,
@@ -45,6 +47,17 @@ def prepare_tiles(operation: int) -> None:
     tile = take_chunk(operation)
     while tile * TILE_TOKENS < count:
         quantize_tiles(q, d, s, x, rows, count, cols, FINE, tile, tile + 1)
+        tile = take_chunk(operation)
+
+
+@device
+def prepare_float_tiles(operation: int) -> None:
+    """Sort the activations of many tokens into tiles, for FP8 weights."""
+    tiles, x, rows = word(operation, 1), word(operation, 2), word(operation, 3)
+    count, cols = word(operation, 4), word(operation, 5)
+    tile = take_chunk(operation)
+    while tile * TILE_TOKENS < count:
+        copy_tiles(tiles, x, rows, count, cols, tile, tile + 1)
         tile = take_chunk(operation)
 
 
@@ -76,6 +89,8 @@ def sum_tiles(operation: int, scratch: int, panel: int, first: int, tokens: int)
         sums_q4(scratch, w, panel, groups, cols, q, d, s, first, tokens)
     elif fmt == Q8:
         sums_q8(scratch, w, panel, groups, cols, q, d, s, first, tokens)
+    elif fmt == F8:
+        sums_f8(scratch, w, panel, groups, cols, q, d, first, tokens)
 
 
 @device

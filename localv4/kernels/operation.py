@@ -8,7 +8,8 @@ from localv4.kernels.simd import read_u32
 
 WORDS = 17
 INPUTS, ALONGSIDE, COUNTER = 14, 15, 16
-QUANTIZE, MATVEC, GATE_UP, DOWN, STORED, TILES, GEMM, GEMM_GATE_UP, GEMM_DOWN = range(9)
+QUANTIZE, MATVEC, GATE_UP, DOWN, STORED = range(5)
+TILES, FLOAT_TILES, GEMM, GEMM_GATE_UP, GEMM_DOWN = range(5, 10)
 
 # indices into `packed.FORMATS`, as constants of the compiler
 MX4, Q4, Q8, F8 = range(4)

@@ -14,6 +14,7 @@ computed by one member in one order, so who took it changes nothing.
 | GATE_UP | format, records, count, row groups, columns, q, d, b, h, limit as f32 bits |
 | DOWN | format, records, count, row groups, columns, q, d, b, out, weights, offset in a record |
 | TILES | q, d, s, x, rows, tokens, columns |
+| FLOAT_TILES | tiles of float32, x, rows, tokens, columns |
 | GEMM | format, matrix, row groups, columns, q, d, s, tokens, out, stride, scratch, 0, 0, inputs |
 | GEMM_GATE_UP | as GEMM, with h for out; limit as f32 bits, 0, inputs |
 | GEMM_DOWN | as GEMM; rows, weights, inputs |
@@ -26,7 +27,8 @@ QUANTIZE to DOWN work on one token. `records` is the address of `count` addresse
 h (count, width) f32 is their hidden layer, `weights` (count,) f32 their share in `out`.
 
 TILES to GEMM_DOWN work on many tokens at once, with the same bits for each. `rows` (tokens,) i64
-names the rows of x that TILES prepares and the rows of out that GEMM_DOWN adds to, multiplied by
+names the rows of x that TILES prepares (for F8 it is FLOAT_TILES, and q, d are its tiles and the
+scales of the matrix) and the rows of out that GEMM_DOWN adds to, multiplied by
 `weights` (tokens,) f32. `inputs` is 0 for tokens in tiles; else q, d, s are those of QUANTIZE for
 any number of tokens, and `inputs` (tokens,) i64 names the ones to take: faster for a few. The
 scratch has `gemm.SCRATCH_BYTES` for each member.
@@ -36,8 +38,17 @@ member.
 """
 
 from localv4.kernels.device import device
-from localv4.kernels.many_tokens import multiply_panels, prepare_tiles, stored
-from localv4.kernels.operation import DOWN, GATE_UP, MATVEC, QUANTIZE, STORED, TILES, word
+from localv4.kernels.many_tokens import multiply_panels, prepare_float_tiles, prepare_tiles, stored
+from localv4.kernels.operation import (
+    DOWN,
+    FLOAT_TILES,
+    GATE_UP,
+    MATVEC,
+    QUANTIZE,
+    STORED,
+    TILES,
+    word,
+)
 from localv4.kernels.single_token import down, gate_up, matvec, quantize
 
 
@@ -57,5 +68,7 @@ def run_operation(operation: int, member: int, members: int) -> None:
         stored(operation, member, members)
     elif kind == TILES:
         prepare_tiles(operation)
+    elif kind == FLOAT_TILES:
+        prepare_float_tiles(operation)
     else:
         multiply_panels(operation, kind, member)

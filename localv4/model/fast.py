@@ -10,12 +10,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.kernels import activations, panels
+from localv4.kernels import activations, gemm_f8, panels
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.gemm import SCRATCH_BYTES
 from localv4.kernels.operation import (
     ALONGSIDE,
     DOWN,
+    FLOAT_TILES,
     GATE_UP,
     GEMM,
     GEMM_DOWN,
@@ -46,6 +47,9 @@ from localv4.model.packing import (
 from localv4.model.weights import Expert
 
 Program = NDArray[np.int64]
+
+FEW_FLOAT_TOKENS = 3
+"""Tokens up to which FP8 weights are multiplied one token at a time."""
 
 FEW_TOKENS = 8
 """Tokens of an expert up to which rows of activations are faster than tiles."""
@@ -82,6 +86,17 @@ class Tiles:
         return self.q.ctypes.data, self.d.ctypes.data, self.s.ctypes.data
 
 
+class FloatTiles:
+    """A buffer of float32 activations of many tokens; layout in `kernels.gemm_f8`."""
+
+    def __init__(self, tokens: int, cols: int) -> None:
+        self.x = aligned_bytes(gemm_f8.x_bytes(tokens, cols))
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Return (tiles, 0, 0)."""
+        return self.x.ctypes.data, 0, 0
+
+
 class FastNumerics(Numerics):
     """Products with packed weights by a team of threads; everything else as in `exact`."""
 
@@ -98,28 +113,31 @@ class FastNumerics(Numerics):
             return super().linear(x, weight, groups)
         self.check_cancelled()
         out = np.empty((x.shape[0], weight.rows), F32)
-        if weight.form is F8:
+        if x.shape[0] > (FEW_FLOAT_TOKENS if weight.form is F8 else 1):
+            self._multiply_many(out, x, weight, groups)
+        elif weight.form is F8:
             self.team.run(_matvecs(out, x, weight, groups, Activations(0)))
-        elif x.shape[0] == 1:
+        else:
             inputs = Activations(x.size)
             steps = [_quantize(x, inputs), _matvecs(out, x, weight, groups, inputs)]
             self.team.run(np.concatenate(steps))
-        else:
-            self._multiply_many(out, x, weight, groups)
         return out
 
     def _multiply_many(self, out: Floats, x: Floats, weight: PackedMatrix, groups: int) -> None:
         """Multiply many tokens, each block of a block-diagonal matrix with its slice of x."""
         tokens, rows = x.shape[0], weight.rows // groups
         everyone = np.arange(tokens)
-        tiles = Tiles(tokens, weight.cols)
+        tiles = (FloatTiles if weight.form is F8 else Tiles)(tokens, weight.cols)
         for group in range(groups):
             part = np.ascontiguousarray(x[:, group * weight.cols : (group + 1) * weight.cols])
-            step = np.zeros((1, WORDS), np.int64)
             first = group * rows // GROUP_ROWS * group_bytes(weight.form, weight.cols)
+            q, d, s = tiles.addresses()
+            if weight.scales is not None:
+                d = _scale_address(weight.scales, group * rows)
+            step = np.zeros((1, WORDS), np.int64)
             step[0, :12] = (
                 *(GEMM, FORMATS.index(weight.form), weight.packed.ctypes.data + first),
-                *(rows // GROUP_ROWS, weight.cols, *tiles.addresses(), tokens),
+                *(rows // GROUP_ROWS, weight.cols, q, d, s, tokens),
                 *(out.ctypes.data + 4 * group * rows, 4 * weight.rows, self._panels.ctypes.data),
             )
             self.team.run(np.concatenate([_tiles(part, everyone, tiles), step]))
@@ -271,13 +289,20 @@ def _quantize(x: Floats, inputs: Activations) -> Program:
     return step
 
 
-def _tiles(x: Floats, rows: NDArray[np.int64], tiles: Tiles) -> Program:
-    """Return the operation that rounds x[rows] into tiles."""
+def _scale_address(scales: Floats, row: int) -> int:
+    """Return where the FP8 scales of a row begin, which is the first of its block."""
+    start: int = scales.ctypes.data
+    return start + 4 * (row // F8_SPAN * scales.shape[1])
+
+
+def _tiles(x: Floats, rows: NDArray[np.int64], tiles: "Tiles | FloatTiles") -> Program:
+    """Return the operation that sorts x[rows] into tiles, rounded or as they are."""
     step = np.zeros((1, WORDS), np.int64)
-    step[0, :8] = (
-        *(OP_TILES, *tiles.addresses(), x.ctypes.data, rows.ctypes.data),
-        *(len(rows), x.shape[1]),
-    )
+    source = (x.ctypes.data, rows.ctypes.data, len(rows), x.shape[1])
+    if isinstance(tiles, Tiles):
+        step[0, :8] = (OP_TILES, *tiles.addresses(), *source)
+    else:
+        step[0, :6] = (FLOAT_TILES, tiles.addresses()[0], *source)
     return step
 
 
@@ -294,8 +319,7 @@ def _matvecs(
             q, d, b = inputs.addresses(first)
             if weight.scales is not None:
                 q = x.ctypes.data + 4 * first
-                above = group * rows // F8_SPAN * weight.scales.shape[1]
-                d = weight.scales.ctypes.data + 4 * above
+                d = _scale_address(weight.scales, group * rows)
             block = weight.packed.ctypes.data + group * block_bytes
             steps[token * groups + group, :9] = (
                 *(MATVEC, FORMATS.index(weight.form), block),
