@@ -292,7 +292,8 @@ def _quantize(x: Floats, inputs: Activations) -> Program:
 def _scale_address(scales: Floats, row: int) -> int:
     """Return where the FP8 scales of a row begin, which is the first of its block."""
     start: int = scales.ctypes.data
-    return start + 4 * (row // F8_SPAN * scales.shape[1])
+    above: int = row // F8_SPAN * scales.shape[1]
+    return start + 4 * above
 
 
 def _tiles(x: Floats, rows: NDArray[np.int64], tiles: "Tiles | FloatTiles") -> Program:
