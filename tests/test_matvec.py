@@ -246,8 +246,10 @@ def test_read_roof_reads_everything() -> None:
 
 
 def test_dot_roof_does_what_it_counts() -> None:
-    lines = aligned(np.random.default_rng(1).integers(0, 4, 128, dtype=np.uint8))
-    product = int(lines[:64].astype(int) @ lines[64:].astype(int))
-    rounds = 1000
-    operations = probes.dot_roof_operations(rounds)
-    assert probes.dot_roof(address(lines), rounds) * 128 == product * operations
+    raw = np.random.default_rng(1).integers(0, 4, probes.DOT_ROOF_BYTES, dtype=np.uint8)
+    lines, placed = raw.reshape(-1, 64).astype(int), aligned(raw)
+    weights, columns = lines[:16], lines[16:]
+    for rounds in (1, 16, 37):
+        used = weights[np.arange(rounds) % 16]
+        assert probes.dot_roof(address(placed), rounds) == (used @ columns.T).sum()
+        assert probes.dot_roof_operations(rounds) == used.size * len(columns) * 2

@@ -44,6 +44,7 @@ from localv4.kernels.tiles import (
     WORD,
     add_byte_products,
     add_code_products,
+    add_shifted_products,
     flush_sums,
     start_sums,
 )
@@ -138,11 +139,12 @@ def _summer(fmt: PackedFormat, expand: Any, add_products: Any, bias: int) -> Any
 
 Sums = Callable[[int, int, int, int, int, int, int, int, int, int], None]
 
-_CODES, _BYTES = add_code_products, add_byte_products
-sums_mx4: Sums = _summer(MX4_READER.fmt, expander(MX4_READER), _CODES, ISA.code_bias)
-sums_mx4_coarse: Sums = _summer(MX4_READER.fmt, expand_mx4, _CODES, SHIFTED_BIAS)
-sums_q4: Sums = _summer(Q4_READER.fmt, expander(Q4_READER), _CODES, ISA.code_bias)
-sums_q8: Sums = _summer(Q8_READER.fmt, expander(Q8_READER), _BYTES, ISA.byte_bias)
+_fine = (expander(MX4_READER), add_code_products, ISA.code_bias)
+_coarse = (expand_mx4, add_shifted_products, SHIFTED_BIAS)
+sums_mx4: Sums = _summer(MX4_READER.fmt, *_fine)
+sums_mx4_coarse: Sums = _summer(MX4_READER.fmt, *_coarse)
+sums_q4: Sums = _summer(Q4_READER.fmt, expander(Q4_READER), add_code_products, ISA.code_bias)
+sums_q8: Sums = _summer(Q8_READER.fmt, expander(Q8_READER), add_byte_products, ISA.byte_bias)
 
 
 @device

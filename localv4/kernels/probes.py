@@ -14,6 +14,8 @@ from localv4.kernels.simd_ir import BYTES, INTS, Builder, Value
 
 # Independent sums, as many as the registers hold: enough to hide the latency of a dot product.
 _SUMS = 12 if ISA.level in ("avx512-vnni", "neon-dotprod") else 6
+_WEIGHTS = 16  # lines
+DOT_ROOF_BYTES = 64 * (_WEIGHTS + _SUMS)
 DOT_OPERATIONS = 128  # sixteen lanes, four multiplications and four additions each
 
 
@@ -30,18 +32,19 @@ def read_lines(address: int, nbytes: int) -> np.int32:
     return total
 
 
-@operation(i32x16, types.int64, types.int64)
-def _repeat_dots(b: Builder, address: Value, rounds: Value) -> Value:
-    """Multiply the two lines at an address, `rounds` * _SUMS times."""
-    weight, column = (simd_ir.load(b, BYTES, simd_ir.offset(b, address, 64 * i)) for i in range(2))
-    sums = [cgutils.alloca_once_value(b, simd_ir.filled(INTS, 0)) for _ in range(_SUMS)]
-    with cgutils.for_range(b, rounds):
-        for one in sums:
-            b.store(simd_dots.add_dot(b, ISA, b.load(one), weight, column), one)
-    total = b.load(sums[0])
-    for one in sums[1:]:
-        total = b.add(total, b.load(one))
-    return total
+@operation(types.UniTuple(i32x16, _SUMS))
+def _no_sums(b: Builder) -> list[Value]:
+    """Return sums of nothing."""
+    return [simd_ir.filled(INTS, 0)] * _SUMS
+
+
+@operation(types.UniTuple(i32x16, _SUMS), types.UniTuple(i32x16, _SUMS), types.int64, types.int64)
+def _add_dots(b: Builder, sums: Value, weight: Value, columns: Value) -> list[Value]:
+    """Add the products of a line with _SUMS lines of columns."""
+    line, totals = simd_ir.load(b, BYTES, weight), cgutils.unpack_tuple(b, sums)
+    others = [simd_ir.load(b, BYTES, simd_ir.offset(b, columns, 64 * i)) for i in range(_SUMS)]
+    pairs = zip(totals, others, strict=True)
+    return [simd_dots.add_dot(b, ISA, total, line, column) for total, column in pairs]
 
 
 @kernel("i4(i8, i8)")
@@ -52,9 +55,19 @@ def read_roof(address: int, nbytes: int) -> np.int32:
 
 @kernel("i4(i8, i8)")
 def dot_roof(address: int, rounds: int) -> np.int32:
-    """Do `dot_roof_operations(rounds)` byte operations on the two lines at an address."""
-    total: np.int32 = sum_i32(_repeat_dots(address, rounds))
-    return total
+    """Do `dot_roof_operations(rounds)` byte operations on DOT_ROOF_BYTES at an address.
+
+    Each round multiplies another line of weights, lest a compiler takes the product out of the
+    loop. At level avx2 the products must fit 16 bits: bytes below 64 will do.
+    """
+    sums = _no_sums()
+    for i in range(rounds):
+        sums = _add_dots(sums, address + 64 * (i % _WEIGHTS), address + 64 * _WEIGHTS)
+    total = sums[0]
+    for i in range(1, _SUMS):
+        total = add_i32(total, sums[i])
+    result: np.int32 = sum_i32(total)
+    return result
 
 
 def dot_roof_operations(rounds: int) -> int:

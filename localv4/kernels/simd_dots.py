@@ -109,9 +109,7 @@ def add_byte_dots(
     """Add the products of a block of 8-bit weights with its activations to acc."""
     if isa.level != "avx2":
         return _add_chained(b, isa, acc, weights, columns)
-    for weight, column in zip(weights, columns, strict=True):
-        acc = add_byte_dot(b, isa, acc, weight, column)
-    return acc
+    return add_byte_lines(b, isa, acc, weights, columns)
 
 
 def add_byte_dot(b: Builder, isa: Isa, acc: Value, weight: Value, column: Value) -> Value:
@@ -119,6 +117,33 @@ def add_byte_dot(b: Builder, isa: Isa, acc: Value, weight: Value, column: Value)
     if isa.level == "avx2":
         return _add_signed_dot(b, acc, weight, column)
     return add_dot(b, isa, acc, weight, column)
+
+
+def add_code_lines(
+    b: Builder, isa: Isa, acc: Value, weights: list[Value], columns: list[Value]
+) -> Value:
+    """Add the products of some vectors of 4-bit weights in one chain: for many sums at a time."""
+    if isa.level == "avx2":
+        return _add_narrow_dots(b, acc, weights, columns)
+    return add_lines(b, isa, acc, weights, columns)
+
+
+def add_lines(
+    b: Builder, isa: Isa, acc: Value, weights: list[Value], columns: list[Value]
+) -> Value:
+    """The same for weights that `add_dot` takes."""
+    for weight, column in zip(weights, columns, strict=True):
+        acc = add_dot(b, isa, acc, weight, column)
+    return acc
+
+
+def add_byte_lines(
+    b: Builder, isa: Isa, acc: Value, weights: list[Value], columns: list[Value]
+) -> Value:
+    """The same for 8-bit weights."""
+    for weight, column in zip(weights, columns, strict=True):
+        acc = add_byte_dot(b, isa, acc, weight, column)
+    return acc
 
 
 def add_dot(b: Builder, isa: Isa, acc: Value, weight: Value, column: Value) -> Value:
