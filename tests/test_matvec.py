@@ -239,10 +239,10 @@ def test_expert_passes_nan_on(fmt: PackedFormat) -> None:
 
 
 def test_read_roof_reads_everything() -> None:
-    data = np.random.default_rng(1).integers(0, 1000, 3 * 64, dtype=np.int32)
+    data = np.random.default_rng(1).integers(0, 1000, 4 * 128, dtype=np.int32)
     raw = aligned(data)
     assert probes.read_roof(address(raw), raw.size) == data.sum()
-    assert probes.read_roof(address(raw), 256) == data[:64].sum()
+    assert probes.read_roof(address(raw), 512) == data[:128].sum()
 
 
 def test_dot_roof_does_what_it_counts() -> None:

@@ -41,28 +41,42 @@ F8_UNIT = np.float32(256)
 """What decoded F8 codes are to be multiplied with."""
 
 
-def _row_products(reader: Reader) -> Any:
-    """Make the function that multiplies one group of sixteen rows with one token."""
+def _pair_products(reader: Reader) -> Any:
+    """Make the function that multiplies two groups of sixteen rows with one token.
+
+    Two streams of memory keep more requests on their way than one: the two halves of a range, each
+    read from its start to its end. Each group is computed in an order of its own, so its result
+    does not depend on the other.
+    """
     decode, add_dots, load_scale = reader.decode, reader.add_dots, reader.load_scale
     columns, superblock_bytes = reader.fmt.columns, reader.fmt.superblock_bytes
     blocks, block_bytes, scale_bytes = reader.blocks, reader.block_bytes, reader.scale_bytes
     sum_offset, factor = reader.sum_offset, np.float32(reader.factor)
 
     @device
-    def rows(w: int, cols: int, q: int, d: int, b: int) -> Vector:
-        acc = zeros_f32()
+    def pair(w: int, v: int, cols: int, q: int, d: int, b: int) -> tuple[Vector, Vector]:
+        acc_w, acc_v = zeros_f32(), zeros_f32()
         for _ in range(cols // columns):
             prefetch_lines(w, 1)
+            prefetch_lines(v, 1)
             for i in range(blocks):
-                prefetch_lines(w + HEAD_BYTES + block_bytes * i, block_bytes // 64)
-                start = broadcast_i32(b + 8 * i + sum_offset)
-                dots = add_dots(start, decode(w + HEAD_BYTES + block_bytes * i), q + 32 * i)
-                scale = multiply(load_scale(w + scale_bytes * i), broadcast_f32(d + 4 * i))
-                acc = multiply_add(to_f32(dots), scale, acc)
-            w, q, d, b = w + superblock_bytes, q + columns, d + 4 * blocks, b + 8 * blocks
-        return multiply(acc, splat_f32(factor))
+                at = HEAD_BYTES + block_bytes * i
+                prefetch_lines(w + at, block_bytes // 64)
+                prefetch_lines(v + at, block_bytes // 64)
+                start, factors = broadcast_i32(b + 8 * i + sum_offset), broadcast_f32(d + 4 * i)
+                dots = to_f32(add_dots(start, decode(w + at), q + 32 * i))
+                acc_w = multiply_add(
+                    dots, multiply(load_scale(w + scale_bytes * i), factors), acc_w
+                )
+                dots = to_f32(add_dots(start, decode(v + at), q + 32 * i))
+                acc_v = multiply_add(
+                    dots, multiply(load_scale(v + scale_bytes * i), factors), acc_v
+                )
+            w, v = w + superblock_bytes, v + superblock_bytes
+            q, d, b = q + columns, d + 4 * blocks, b + 8 * blocks
+        return multiply(acc_w, splat_f32(factor)), multiply(acc_v, splat_f32(factor))
 
-    return rows
+    return pair
 
 
 @device
@@ -95,36 +109,51 @@ def matvec_f8(out: int, w: int, g0: int, g1: int, cols: int, x: int, scale: int)
         store_f32(out + 64 * g, rows)
 
 
+@device
+def partner(group: int, half: int, end: int) -> int:
+    """Return the group that is multiplied beside one of the first half; itself if there is none."""
+    return group + half if group + half < end else group
+
+
 def _products(reader: Reader) -> tuple[Any, Any, Any]:
     """Make the functions of a format: a matrix, gate and up of an expert, down of an expert."""
-    rows = _row_products(reader)
+    pair = _pair_products(reader)
     columns, superblock_bytes = reader.fmt.columns, reader.fmt.superblock_bytes
 
     @device
     def matvec(out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int) -> None:
-        size = cols // columns * superblock_bytes
-        for g in range(g0, g1):
-            store_f32(out + 64 * g, rows(w + g * size, cols, q, d, b))
+        size, half = cols // columns * superblock_bytes, (g1 - g0 + 1) // 2
+        for g in range(g0, g0 + half):
+            other = partner(g, half, g1)
+            first, second = pair(w + g * size, w + other * size, cols, q, d, b)
+            store_f32(out + 64 * g, first)
+            store_f32(out + 64 * other, second)
 
     @device
     def gate_up(
         out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int, limit: np.float32
     ) -> None:
-        size = cols // columns * superblock_bytes
-        for g in range(g0, g1):
-            gate = rows(w + 2 * g * size, cols, q, d, b)
-            up = rows(w + (2 * g + 1) * size, cols, q, d, b)
+        size, half = cols // columns * superblock_bytes, (g1 - g0 + 1) // 2
+        for g in range(g0, g0 + half):
+            other = partner(g, half, g1)
+            at, at_other = w + 2 * g * size, w + 2 * other * size
+            gate, gate_other = pair(at, at_other, cols, q, d, b)
+            up, up_other = pair(at + size, at_other + size, cols, q, d, b)
             store_f32(out + 64 * g, swiglu(gate, up, limit))
+            store_f32(out + 64 * other, swiglu(gate_other, up_other, limit))
 
     @device
     def down(
         out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int, weight: np.float32
     ) -> None:
-        size = cols // columns * superblock_bytes
-        for g in range(g0, g1):
-            before = load_f32(out + 64 * g)
-            product = rows(w + g * size, cols, q, d, b)
-            store_f32(out + 64 * g, multiply_add(product, splat_f32(weight), before))
+        size, half = cols // columns * superblock_bytes, (g1 - g0 + 1) // 2
+        factor = splat_f32(weight)
+        for g in range(g0, g0 + half):
+            other = partner(g, half, g1)
+            first, second = pair(w + g * size, w + other * size, cols, q, d, b)
+            before, before_other = load_f32(out + 64 * g), load_f32(out + 64 * other)
+            store_f32(out + 64 * g, multiply_add(first, factor, before))
+            store_f32(out + 64 * other, multiply_add(second, factor, before_other))
 
     return matvec, gate_up, down
 

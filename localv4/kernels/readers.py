@@ -21,7 +21,7 @@ HEAD_BYTES = 64
 # How far ahead of its reads a kernel asks for memory, in the second and then in the first cache.
 # The hardware alone leaves 10 to 20 % of the bandwidth unused; requests for the first cache alone
 # run out of its few line buffers.
-FAR_BYTES, NEAR_BYTES = 4352, 2176
+FAR_BYTES, NEAR_BYTES = 3264, 1088
 
 
 @dataclass(frozen=True, slots=True, eq=False)
