@@ -76,20 +76,25 @@ def load_engine(
 
     def load() -> "Engine":
         # the import is slow as well: it belongs to the part that Ctrl-C can end at once
-        from localv4.engine.engine import Engine
+        from localv4.engine.engine import COMPILING, Engine
         from localv4.kernels.bus_error import end_with_a_line
-        from localv4.kernels.compiler import are_compiled, can_keep
+        from localv4.kernels.compiler import can_keep
 
-        if not are_compiled():
-            if not can_keep() and not quiet:
-                warn(f"cannot write to {paths.cache_dir()}: every run compiles its kernels anew")
-            progress.announce("compiling kernels (first run only)")
+        def report(phase: str, done: int, total: int) -> None:
+            if phase == COMPILING and done == 0:
+                if not can_keep() and not quiet:
+                    warn(
+                        f"cannot write to {paths.cache_dir()}: every run compiles its kernels anew"
+                    )
+                progress.announce(phase)
+            progress(phase, done, total)
+
         engine = Engine.load(
             model.path,
             ctx_size=ctx_size,
             threads=threads,
             numerics=numerics,
-            on_progress=progress,
+            on_progress=report,
         )
         end_with_a_line()
         return engine

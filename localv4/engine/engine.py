@@ -24,6 +24,9 @@ from localv4.model.weights import load_weights
 from localv4.storage import Checkpoint, open_checkpoint
 from localv4.text.tokenizer import Tokenizer
 
+COMPILING = "compiling kernels (first run only)"
+"""The phase of loading that takes a minute, once."""
+
 NumericsName = Literal["exact", "fast"]
 
 EXPERT_SHARE = 0.6
@@ -65,7 +68,7 @@ class Engine:
         config = read_model_config(checkpoint, table)
         size = _checked_ctx_size(ctx_size, config)
         count = _checked_threads(threads)
-        phase = "loading kernels" if are_compiled() else "compiling kernels (first run only)"
+        phase = "loading kernels" if are_compiled() else COMPILING
         compile_kernels(_phase(on_progress, phase))
         weights = load_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
         if numerics == "exact":
