@@ -54,7 +54,7 @@ class RoofProbe:
 
     def measure(self) -> Roof:
         """Return the best of a few passes of each probe."""
-        part = self._buffer.nbytes // self._threads // 256 * 256
+        part = self._buffer.nbytes // self._threads // 512 * 512
         start = self._buffer.ctypes.data
 
         def read(thread: int) -> None:
