@@ -41,7 +41,7 @@ from localv4.model.packing import (
     ExpertCache,
     ExpertRecord,
     PackedMatrix,
-    packed_form,
+    expert_form,
     record_addresses,
 )
 from localv4.model.weights import Expert
@@ -156,7 +156,7 @@ class FastNumerics(Numerics):
         Ascending order of experts makes the sum independent of neighbours and order of choice.
         """
         numbers = [int(number) for number in np.unique(chosen)]
-        forms = {packed_form(experts[number].w1) for number in numbers}
+        forms = {expert_form(experts[number]) for number in numbers}
         records = self._experts.get_all(layer, numbers, experts) if None not in forms else None
         if records is None:
             return super().mix_experts(x, chosen, weights, layer, experts, limit)

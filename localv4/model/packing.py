@@ -77,12 +77,17 @@ def pack_matrix(weight: Matrix) -> Matrix:
     return PackedMatrix(*stored, form, data, scales)
 
 
+def expert_form(expert: Expert) -> PackedFormat | None:
+    """Return the one format that all three matrices of an expert pack into, None if none."""
+    form = packed_form(expert.w1)
+    same = form is packed_form(expert.w2) is packed_form(expert.w3)
+    return form if same and form is not F8 else None
+
+
 def pack_expert(expert: Expert) -> ExpertRecord | None:
     """Return the packed form of an expert, None if it has none or holds a NaN."""
-    form = packed_form(expert.w1)
-    if form is None or form is F8:
-        return None
-    if packed_form(expert.w2) is not form or packed_form(expert.w3) is not form:
+    form = expert_form(expert)
+    if form is None:
         return None
     hidden, inner = expert.w1.cols, expert.w1.rows
     data = aligned_bytes(expert_bytes(form, hidden, inner))

@@ -8,10 +8,10 @@ serves it again.
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 
-from localv4.kernels.packed import F8, expert_bytes
+from localv4.kernels.packed import expert_bytes
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32, Floats, Matrix
-from localv4.model.packing import PackedMatrix, packed_form
+from localv4.model.packing import PackedMatrix, expert_form
 from localv4.model.weights import Expert, Layer, Router, Weights
 
 VALUE_BYTES = F32().itemsize  # of a value in the decoder state
@@ -70,9 +70,8 @@ def _router_bytes(router: Router) -> int:
 
 
 def _expert_bytes(expert: Expert, packs: bool) -> int:
-    form = packed_form(expert.w1) if packs else None
-    same = form is packed_form(expert.w2) is packed_form(expert.w3)
-    if form is None or form is F8 or not same:
+    form = expert_form(expert) if packs else None
+    if form is None:
         return _bytes(expert)
     return expert_bytes(form, expert.w1.cols, expert.w1.rows)
 
