@@ -1,0 +1,211 @@
+"""Write a synthetic model straight as a packed folder: nothing is packed, random bytes are."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from synthetic_network import Network, Tensor, config_json, layer_tensors, root_tensors
+from synthetic_tokenizer import tokenizer_json
+from synthetic_values import (
+    PACKED_BLOCKS,
+    PLAIN_BLOCKS,
+    Bytes,
+    Noise,
+    block_parts,
+    expert_table,
+    f8_scale,
+    small_values,
+    spread_of,
+)
+
+from localv4.kernels.packed import (
+    F8_SPAN,
+    FORMATS,
+    PackedFormat,
+    can_pack,
+    expert_bytes,
+    packed_bytes,
+)
+from quant.packed_writer import (
+    PACKED_BYTES,
+    PAGE,
+    MatrixEntry,
+    ShardTensor,
+    WrittenFile,
+    packed_bytes_tensor,
+    rounded_up,
+    stored_array,
+    write_file,
+    write_manifest,
+    write_shard,
+)
+
+POOL_EXPERTS = 8
+"""Different experts of each kind of layer; more layers and experts repeat them."""
+
+ROOT_SHARD = "embedding-and-head.safetensors"
+
+PACKED_FORMATS: dict[str, PackedFormat] = {fmt.name: fmt for fmt in FORMATS}
+
+DEFAULT_TYPES = {
+    "embedding": "BF16",
+    "head": "BF16",
+    "attention": "F8",
+    "indexer": "F8",
+    "shared": "F8",
+    "compressor": "BF16",
+    "router": "BF16",
+    "mixing": "F32",
+    "experts": "MX4",
+}
+"""Types by role as in the official release."""
+
+
+@dataclass(slots=True)
+class Shard:
+    """The tensors of one file and what the manifest says about them."""
+
+    name: str
+    tensors: list[ShardTensor] = field(default_factory=list)
+    entries: dict[str, MatrixEntry] = field(default_factory=dict)
+
+
+def write_packed(
+    network: Network,
+    types: dict[str, str],
+    folder: Path,
+    seed: int,
+    jobs: int,
+    on_progress: Callable[[str, int], None],
+) -> None:
+    """Write the folder with `jobs` threads; `on_progress(file, its bytes)` after every file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = Noise(seed)
+    pools = _expert_pools(network, types["experts"], noise, jobs)
+    shards = [_root_shard(network, types, noise)]
+    for layer in range(len(network.ratios)):
+        shards.append(_layer_shard(network, types, noise, layer, pools))
+    files = dict(_small_files(network, folder))
+
+    def write(shard: Shard) -> tuple[str, WrittenFile]:
+        written = write_shard(folder / shard.name, shard.tensors)
+        on_progress(shard.name, written.bytes)
+        return shard.name, written
+
+    with ThreadPoolExecutor(jobs) as threads:
+        files.update(threads.map(write, shards))
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+    write_manifest(folder, f"synthetic, seed {seed}", files, entries)
+
+
+def _small_files(network: Network, folder: Path) -> Iterator[tuple[str, WrittenFile]]:
+    for name, document in (
+        ("config.json", config_json(network)),
+        ("tokenizer.json", tokenizer_json()),
+    ):
+        text = json.dumps(document, indent=1, ensure_ascii=False).encode()
+        yield name, write_file(folder / name, [text])
+
+
+def _root_shard(network: Network, types: dict[str, str], noise: Noise) -> Shard:
+    shard = Shard(ROOT_SHARD)
+    for tensor in root_tensors(network):
+        _add(shard, tensor, types, network, noise)
+    return shard
+
+
+def _layer_shard(
+    network: Network,
+    types: dict[str, str],
+    noise: Noise,
+    layer: int,
+    pools: dict[int, list[Bytes]],
+) -> Shard:
+    shard = Shard(f"layer-{layer:05d}.safetensors")
+    for tensor in layer_tensors(network, layer):
+        _add(shard, tensor, types, network, noise)
+    name = f"layers.{layer}.ffn.experts"
+    pool = pools[network.ratios[layer]]
+    order = noise.generator(name).integers(0, len(pool), network.experts)
+    shape = (network.experts, pool[0].size)
+    shard.tensors.append(
+        ShardTensor(name, PACKED_BYTES, shape, lambda: (pool[number] for number in order))
+    )
+    rows, cols = network.inner, network.hidden
+    shard.entries[name] = MatrixEntry("records", types["experts"], rows, cols, *shape)
+    return shard
+
+
+def _add(
+    shard: Shard, tensor: Tensor, types: dict[str, str], network: Network, noise: Noise
+) -> None:
+    """Add a tensor of any role to a shard."""
+    name, shape, role = tensor.name, tensor.shape, tensor.role
+    if role == "table":
+        table = expert_table(network.vocab, network.used, network.experts, noise.generator(name))
+        shard.tensors.append(stored_array(name, "I64", table))
+    elif role == "mixing" or role not in types:
+        values = small_values(role, shape, noise.generator(name))
+        shard.tensors.append(stored_array(name, "F32", values))
+    elif types[role] in PACKED_FORMATS:
+        _add_packed(shard, tensor, PACKED_FORMATS[types[role]], noise)
+    else:
+        shard.tensors.append(_plain_matrix(tensor, types[role], noise))
+
+
+def _plain_matrix(tensor: Tensor, kind: str, noise: Noise) -> ShardTensor:
+    rows, cols = tensor.shape
+
+    def parts() -> Iterator[Bytes]:
+        rng, std = noise.generator(tensor.name), spread_of(tensor.role, cols)
+        return block_parts(PLAIN_BLOCKS[kind], noise, rng, rows * cols, std)
+
+    return ShardTensor(tensor.name, kind, tensor.shape, parts)
+
+
+def _add_packed(shard: Shard, tensor: Tensor, fmt: PackedFormat, noise: Noise) -> None:
+    rows, cols = tensor.shape
+    std = spread_of(tensor.role, cols)
+    if not can_pack(fmt, rows, cols):
+        raise ValueError(f"{tensor.name} {tensor.shape} has no packed form {fmt.name}")
+
+    def parts() -> Iterator[Bytes]:
+        rng = noise.generator(tensor.name)
+        return block_parts(PACKED_BLOCKS[fmt.name], noise, rng, rows * cols, std)
+
+    shard.tensors.append(packed_bytes_tensor(tensor.name, packed_bytes(fmt, rows, cols), parts))
+    shard.entries[tensor.name] = MatrixEntry("packed", fmt.name, rows, cols)
+    if fmt.name == "F8":
+        scales = np.full((-(-rows // F8_SPAN), cols // F8_SPAN), f8_scale(std), np.float32)
+        scale_name = tensor.name.removesuffix(".weight") + ".scale"
+        shard.tensors.append(stored_array(scale_name, "F32", scales))
+
+
+def _expert_pools(network: Network, kind: str, noise: Noise, jobs: int) -> dict[int, list[Bytes]]:
+    """Return different expert records, padded to whole pages, for each kind of layer."""
+    fmt = PACKED_FORMATS[kind]
+    if fmt.name == "F8" or not can_pack(fmt, network.inner, network.hidden):
+        raise ValueError(f"experts of {network.inner} x {network.hidden} have no record {kind}")
+    keys = [(ratio, n) for ratio in sorted(set(network.ratios)) for n in range(POOL_EXPERTS)]
+    with ThreadPoolExecutor(jobs) as threads:
+        records = threads.map(lambda key: _record(network, fmt, noise, *key), keys)
+        pools: dict[int, list[Bytes]] = {ratio: [] for ratio, _ in keys}
+        for (ratio, _), record in zip(keys, records, strict=True):
+            pools[ratio].append(record)
+    return pools
+
+
+def _record(network: Network, fmt: PackedFormat, noise: Noise, ratio: int, number: int) -> Bytes:
+    """Return one expert: gate and up in turn, down; products of all three keep their size."""
+    hidden, inner = network.hidden, network.inner
+    record = np.zeros(rounded_up(expert_bytes(fmt, hidden, inner), PAGE), np.uint8)
+    rng, filled = noise.generator(f"expert {ratio} {number}"), 0
+    blocks = PACKED_BLOCKS[fmt.name]
+    for count, cols in ((2 * inner * hidden, hidden), (hidden * inner, inner)):
+        for part in block_parts(blocks, noise, rng, count, spread_of("experts", cols)):
+            record[filled : filled + part.size] = part
+            filled += part.size
+    return record

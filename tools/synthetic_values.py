@@ -1,0 +1,169 @@
+"""Random numbers of a sane size in every type of block, as fast as memory gives them."""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+F32 = np.float32
+
+POOL_BYTES = 1 << 26
+PART_BYTES = 1 << 23
+
+STD_E2M1 = 2.926  # of the 16 codes of FP4, each as likely as the others
+STD_E4M3 = 1.159  # of the codes with the exponents 6 and 7
+STD_TWO_BINADES = 2.415  # of numbers whose mantissa and last bit of the exponent are random
+STD_INT4 = 4.61
+STD_INT8 = 73.9
+
+
+class Noise:
+    """Random bytes: pieces of one pool from random places on, so that they cost only a copy."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        words = np.random.Generator(np.random.SFC64(seed)).integers(
+            0, 1 << 64, POOL_BYTES // 8, dtype=np.uint64
+        )
+        self._pool = words.view(np.uint8)
+
+    def generator(self, name: str) -> np.random.Generator:
+        """Return the generator of a tensor: what it gives depends on seed and name alone."""
+        return np.random.Generator(np.random.SFC64([self.seed, zlib.crc32(name.encode())]))
+
+    def take(self, rng: np.random.Generator, count: int) -> Bytes:
+        """Return `count` bytes, at most half the pool, as a copy."""
+        start = int(rng.integers(0, (POOL_BYTES - count) // 64)) * 64
+        return self._pool[start : start + count].copy()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """A type of `values` numbers in `nbytes`; `finish` turns random bytes into legal blocks."""
+
+    values: int
+    nbytes: int
+    finish: Callable[[Bytes, float], None]
+    """Called with blocks (count, nbytes), to be changed in place, and the spread to give them."""
+
+
+def block_parts(
+    kind: BlockType, noise: Noise, rng: np.random.Generator, count: int, std: float
+) -> Iterator[Bytes]:
+    """Yield the bytes of `count` numbers with about this standard deviation."""
+    left, most = count // kind.values, max(1, PART_BYTES // kind.nbytes)
+    while left:
+        now = min(left, most)
+        blocks = noise.take(rng, now * kind.nbytes).reshape(now, kind.nbytes)
+        kind.finish(blocks, std)
+        yield blocks.reshape(-1)
+        left -= now
+
+
+def _mx4(blocks: Bytes, std: float) -> None:
+    """Scales first: a line of UE8M0 codes, the upper of two in half of the places."""
+    low = exponent_code(std / STD_E2M1)
+    blocks[:, :64] = low + (blocks[:, :64] & 1)
+
+
+def _half_scales(lines: Bytes, value: float) -> None:
+    """Write f16 numbers between 0.75 and 1.25 of `value` over random bytes (count, even)."""
+    factor = F32(0.75) + lines[:, ::2].astype(F32) * F32(0.5 / 256)
+    lines[...] = (factor * F32(value)).astype("<f2").view(np.uint8).reshape(lines.shape)
+
+
+def _q4(blocks: Bytes, std: float) -> None:
+    _half_scales(blocks[:, :64], std / STD_INT4)
+
+
+def _q8(blocks: Bytes, std: float) -> None:
+    _half_scales(blocks[:, :64], std / STD_INT8)
+
+
+def _e4m3(blocks: Bytes, std: float) -> None:
+    """Sign, mantissa and the last bit of the exponent stay random; the scales make the size."""
+    blocks &= 0x8F
+    blocks |= 0x30
+
+
+def _two_binades(bits: NDArray[np.uint16] | NDArray[np.uint32], mantissa: int, std: float) -> None:
+    """Keep sign, mantissa and one bit of the exponent of BF16 or F32 numbers."""
+    exponent = 127 + int(np.floor(np.log2(std / STD_TWO_BINADES) + 0.5))
+    bits &= bits.dtype.type(1 << (mantissa + 8) | (2 << mantissa) - 1)
+    bits += bits.dtype.type(exponent << mantissa)
+
+
+def _bf16(blocks: Bytes, std: float) -> None:
+    _two_binades(blocks.view(np.uint16), 7, std)
+
+
+def _f32(blocks: Bytes, std: float) -> None:
+    _two_binades(blocks.view(np.uint32), 23, std)
+
+
+def exponent_code(scale: float) -> int:
+    """Return the UE8M0 code of the power of two at or below `scale`."""
+    return 127 + int(np.floor(np.log2(scale)))
+
+
+PACKED_BLOCKS = {
+    "MX4": BlockType(2048, 1088, _mx4),
+    "Q4": BlockType(1024, 576, _q4),
+    "Q8": BlockType(1024, 1088, _q8),
+    "F8": BlockType(16, 16, _e4m3),
+}
+"""By the name of the packed format."""
+
+PLAIN_BLOCKS = {
+    "BF16": BlockType(1, 2, _bf16),
+    "F32": BlockType(1, 4, _f32),
+    "F8_E4M3": BlockType(1, 1, _e4m3),
+}
+"""By the name of the stored type."""
+
+
+def small_values(role: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
+    """Return the float32 numbers of a tensor that is no large matrix."""
+    noise = rng.standard_normal(shape, dtype=F32)
+    center, spread = {
+        "norm": (1.0, 0.1),
+        "sinks": (0.0, 1.0),
+        "mixing_base": (0.0, 0.5),
+        "mixing_scale": (0.6, 0.1),
+        "mixing": (0.0, shape[-1] ** -0.5),
+        "positions": (0.0, 0.5),
+        "bias": (0.0, 0.05),
+    }[role]
+    values: Floats = F32(center) + noise * F32(spread)
+    return values
+
+
+def spread_of(role: str, cols: int) -> float:
+    """Return the standard deviation of a matrix: products keep the size of what they multiply.
+
+    Embedding rows have the size of a normalised vector; a router tells experts clearly apart.
+    """
+    if role == "embedding":
+        return 1.0
+    return (1.5 if role == "router" else 1.0) / math.sqrt(cols)
+
+
+def expert_table(
+    vocab: int, used: int, experts: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return different experts for each token id (vocab, used)."""
+    strides = np.array([s for s in range(1, experts) if np.gcd(s, experts) == 1], np.int64)
+    first = rng.integers(0, experts, (vocab, 1), dtype=np.int64)
+    stride = strides[rng.integers(0, len(strides), (vocab, 1))]
+    table: NDArray[np.int64] = (first + stride * np.arange(used)) % experts
+    return table
+
+
+def f8_scale(std: float) -> float:
+    """Return the power of two that gives E4M3 codes about this standard deviation."""
+    return math.ldexp(1.0, round(math.log2(std / STD_E4M3)))
