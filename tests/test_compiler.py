@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-START = (
-    "from localv4.kernels import compiler, compression, routing;"
-    "print(compiler.are_compiled(), compiler.CACHE_FOLDER);"
-    "compiler.compile_kernels()"
-)
+START = """
+from localv4.kernels import compiler, routing
+steps = []
+print(compiler.are_compiled(), compiler.CACHE_FOLDER)
+compiler.compile_kernels(on_progress=lambda done, total: steps.append((done, total)))
+assert steps[0] == (0, 3) and steps[-1] == (3, 3), steps
+print(sum(sum(f.stats.cache_hits.values()) for f in (
+    routing.choose_experts, routing.route_weights, routing.add_rows)))
+"""
+PROCESSORS = "from localv4.kernels import compiler; compiler.usable_processors = lambda: {}\n"
 
 
 def run(code: str, cache: Path, **variables: str) -> str:
     """Run Python code in a process of its own with the cache in a folder of the test."""
-    environment = dict(os.environ, **variables)
-    # platformdirs looks at one of these, by platform
-    for name in ("XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"):
-        environment[name] = str(cache)
-    environment.pop("LOCALV4_HOME", None)
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=environment,
+        env=environment(cache, **variables),
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
@@ -34,31 +34,69 @@ def run(code: str, cache: Path, **variables: str) -> str:
     return result.stdout.strip()
 
 
-def test_cache_life(tmp_path: Path) -> None:
-    compiled, folder = run(START, tmp_path).split()
+def environment(cache: Path, **variables: str) -> dict[str, str]:
+    """Return the variables of a process whose cache is in a folder of the test."""
+    changed = dict(os.environ, **variables)
+    # platformdirs looks at one of these, by platform
+    for name in ("XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"):
+        changed[name] = str(cache)
+    changed.pop("LOCALV4_HOME", None)
+    return changed
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+def test_cache_life(processors: int, tmp_path: Path) -> None:
+    code = PROCESSORS.format(processors) + START + "assert steps == sorted(steps)"
+    compiled, folder, from_helpers = run(code, tmp_path).split()
     assert compiled == "False" and Path(folder).is_relative_to(tmp_path)
+    assert from_helpers == ("0" if processors == 1 else "3")
     if os.name == "posix":
         assert Path(folder).stat().st_mode & 0o077 == 0
     before = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.nbc")}
-    assert before
+    assert len(before) == 3
 
-    assert run(START, tmp_path) == f"True {folder}"
+    assert run(code, tmp_path) == f"True {folder}\n3"
     assert before == {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.nbc")}
 
-    for path in Path(folder).rglob("*.nb[ci]"):
+
+@pytest.mark.parametrize("processors", [1, 2])
+@pytest.mark.parametrize("pattern", ["*.nb[ci]", "*add_rows*.nbc"])
+def test_damaged_files_are_replaced(processors: int, pattern: str, tmp_path: Path) -> None:
+    code = PROCESSORS.format(processors) + START
+    folder = run(code, tmp_path).split()[1]
+    damaged = list(Path(folder).rglob(pattern))
+    assert damaged
+    for path in damaged:
         path.write_bytes(path.read_bytes()[:20])
-    run(START, tmp_path)
-    assert run(START, tmp_path) == f"True {folder}"
+    run(code, tmp_path)
+    run(code, tmp_path)  # what was in memory when the cache was wiped
+    assert run(code, tmp_path) == f"True {folder}\n3"
+
+
+def test_an_unfinished_build_is_completed(tmp_path: Path) -> None:
+    code = PROCESSORS.format(2) + START
+    folder = Path(run(code, tmp_path).split()[1])
+    (folder / "common.complete").unlink()
+    next(folder.rglob("*add_rows*.nbc")).unlink()
+    assert run(code, tmp_path) == f"False {folder}\n3"
+    assert run(code, tmp_path) == f"True {folder}\n3"
 
 
 FULL_DISK = """
 import errno
 from unittest import mock
 from numba.core import caching
-from localv4.kernels import compiler, compression, routing
+from localv4.kernels import compile_pool, compiler, routing
+patch = '''
+import errno
+from unittest import mock
+from numba.core import caching
 full = OSError(errno.ENOSPC, "No space left on device")
-with mock.patch.object(caching.IndexDataCacheFile, "save", side_effect=full):
-    compiler.compile_kernels()
+mock.patch.object(caching.IndexDataCacheFile, "save", side_effect=full).start()
+'''
+exec(patch)
+compile_pool._CODE = patch + compile_pool._CODE
+compiler.compile_kernels()
 print(compiler.are_compiled(), compiler.can_keep())
 """
 
@@ -67,16 +105,55 @@ def test_a_full_disk_is_no_failure_and_no_complete_cache(tmp_path: Path) -> None
     assert run(FULL_DISK, tmp_path) == "False True"
 
 
+WRONG_PROGRESS = """
+from localv4.kernels import compiler, routing
+def fail(done, total):
+    if done == total:
+        raise ValueError("no terminal")
+try:
+    compiler.compile_kernels(on_progress=fail)
+except ValueError:
+    print(len(list(compiler.CACHE_FOLDER.rglob("*.nbc"))))
+"""
+
+
+def test_an_error_of_the_caller_is_no_damage(tmp_path: Path) -> None:
+    assert run(WRONG_PROGRESS, tmp_path) == "3"
+
+
+WRONG_KERNEL = """
+from pathlib import Path
+from localv4.kernels import compiler, routing
+from numba.core.errors import TypingError
+compiler.compile_kernels()
+@compiler.kernel("i8(i8)", family="wrong")
+def wrong(number):
+    return unknown(number)
+try:
+    compiler.compile_kernels({"wrong"})
+except TypingError:
+    print(len(list(compiler.CACHE_FOLDER.rglob("*.nbc"))))
+"""
+
+
+def test_a_wrong_kernel_is_no_damage(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(WRONG_KERNEL)
+    assert run(f"import runpy; runpy.run_path({str(file)!r})", tmp_path) == "3"
+
+
 def test_a_file_in_place_of_the_cache_folder(tmp_path: Path) -> None:
     home = tmp_path / "file"
     home.touch()
-    code = "from localv4.kernels import compiler; print(compiler.can_keep())"
-    assert run(code, home) == "False"
+    code = PROCESSORS.format(2) + START + "print(compiler.can_keep())"
+    _, folder, from_helpers, can_keep = run(code, home).split()
+    assert from_helpers == "0" and can_keep == "False" and not Path(folder).exists()
 
 
 def test_a_different_compiler_setting_has_its_own_cache(tmp_path: Path) -> None:
     code = "from localv4.kernels import compiler; print(compiler.CACHE_FOLDER)"
     assert run(code, tmp_path) != run(code, tmp_path, NUMBA_OPT="1")
+    assert run(code, tmp_path) == run(code, tmp_path, NUMBA_NUM_THREADS="1")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may write everywhere")

@@ -11,36 +11,55 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Set
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
-from numba import njit
+from numba import cfunc, njit
+from numba.core.errors import NumbaError
 
 from localv4 import paths
 from localv4.errors import LocalV4Error
+from localv4.kernels.code_size import code_size
+from localv4.kernels.compile_pool import CompilePool
+from localv4.kernels.isa import VARIABLE
+from localv4.kernels.threads import usable_processors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMMON = "common"
+"""The family of kernels that every model needs."""
 
 # Between kernels the OpenMP helpers shall sleep, not spin: on a machine that is busy otherwise,
 # spinning helpers keep the thread that they wait for off its core (measured: 10 times slower).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-_kernels: list[tuple[Any, str]] = []
+_units: "list[Unit]" = []
+
+
+_NOT_IN_CODE = frozenset(("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"))
+"""Variables that change nothing before the code runs."""
 
 
 def _digest() -> str:
-    """Name everything that shapes the machine code: kernel sources, compilers, CPU, overrides."""
-    digest = hashlib.sha256()
+    """Name everything that shapes the machine code: kernel sources, compilers, CPU, overrides.
+
+    And the place and the time of the sources, by which Numba finds its files.
+    """
+    digest = hashlib.sha256(str(Path(__file__).parent).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
+        digest.update(str(source.stat().st_mtime_ns).encode())
     features = sorted(name for name, on in llvm.get_host_cpu_features().items() if on)
     overrides = [
-        f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("NUMBA_", "LOCALV4_ISA"))
+        f"{k}={v}"
+        for k, v in sorted(os.environ.items())
+        if (k.startswith("NUMBA_") or k == VARIABLE) and k not in _NOT_IN_CODE
     ]
     facts = (
         numba.__version__,
@@ -71,7 +90,77 @@ CACHE_FOLDER = _cache_folder()
 numba.config.CACHE_DIR = str(CACHE_FOLDER)
 
 
-def kernel(signature: str, *, parallel: bool = False) -> Callable[[Function], Function]:
+class _DamagedError(Exception):
+    """The cache cannot be read."""
+
+
+class Unit(ABC):
+    """One function that is compiled, or loaded from the cache, as a whole.
+
+    `is_kept` says whether this process knows its machine code to be in the cache.
+    """
+
+    def __init__(self, function: Callable[..., Any], family: str) -> None:
+        self.function = function
+        self.name = f"{function.__module__}:{function.__qualname__}"
+        self.family = family
+        self.is_kept = False
+        _units.append(self)
+
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Say whether the machine code is in this process."""
+
+    @abstractmethod
+    def make(self, keep: bool) -> None:
+        """Load or compile the machine code; `keep` says whether to use the cache."""
+
+
+class _Kernel(Unit):
+    """A leaf that Python calls."""
+
+    def __init__(self, dispatcher: Any, signature: str, family: str) -> None:
+        super().__init__(dispatcher.py_func, family)
+        self._dispatcher, self._signature = dispatcher, signature
+
+    def is_ready(self) -> bool:
+        return bool(self._dispatcher.signatures)
+
+    def make(self, keep: bool) -> None:
+        try:
+            self._dispatcher.compile(self._signature)
+        finally:
+            if self.is_ready():
+                # a call with other types is a bug of the caller, not a reason to compile
+                self._dispatcher.disable_compile()
+
+
+class Entry(Unit):
+    """An operation that programs call by its address (`kernels.operation`)."""
+
+    def __init__(self, function: Callable[[int, int, int], None], family: str) -> None:
+        super().__init__(function, family)
+        self._callback: Any = None
+
+    def is_ready(self) -> bool:
+        return self._callback is not None
+
+    def make(self, keep: bool) -> None:
+        declare = cfunc("void(i8, i8, i8)", nopython=True, cache=keep, error_model="numpy")
+        self._callback = declare(self.function)
+
+    @property
+    def address(self) -> int:
+        """Where the machine code is; compiled now if it was not yet."""
+        if self._callback is None:
+            _despite_damage(lambda: _make_ready(self))
+        address: int = self._callback.address
+        return address
+
+
+def kernel(
+    signature: str, *, parallel: bool = False, family: str = COMMON
+) -> Callable[[Function], Function]:
     """Declare a compiled leaf with the one type signature that it is ever called with.
 
     The machine code ignores Python's lock while it runs. `compile_kernels` loads or compiles it;
@@ -81,10 +170,18 @@ def kernel(signature: str, *, parallel: bool = False) -> Callable[[Function], Fu
     def declare(function: Function) -> Function:
         dispatcher = njit(cache=True, nogil=True, parallel=parallel, error_model="numpy")(function)
         if not numba.config.DISABLE_JIT:
-            _kernels.append((dispatcher, signature))
+            _Kernel(dispatcher, signature, family)
         return dispatcher  # type: ignore[no-any-return]
 
     return declare
+
+
+def entry(family: str) -> Callable[[Callable[[int, int, int], None]], Entry]:
+    """Declare an operation of programs: a function (operation, member, members), see `Entry`.
+
+    A function of a module, not a closure: only those are found in the cache again.
+    """
+    return lambda function: Entry(function, family)
 
 
 def can_keep() -> bool:
@@ -92,42 +189,96 @@ def can_keep() -> bool:
     return CACHE_FOLDER.is_relative_to(paths.cache_dir())
 
 
-def are_compiled() -> bool:
-    """Say whether the cache holds a complete build, so that a start will be quick."""
-    return bool(numba.config.DISABLE_JIT) or (CACHE_FOLDER / "complete").exists()
+def are_compiled(families: Set[str] = frozenset()) -> bool:
+    """Say whether the cache holds these families and COMMON, so that a start will be quick."""
+    if numba.config.DISABLE_JIT:
+        return True
+    return all((CACHE_FOLDER / f"{name}.complete").exists() for name in {COMMON, *families})
 
 
-def compile_kernels(on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Load every kernel from the cache, compiling what is not there.
+def find_unit(name: str) -> Unit:
+    """Return the kernel or entry "module:function" of a module that has been imported."""
+    return next(unit for unit in _units if unit.name == name)
 
-    `on_progress(done, total)` is called at the start and after each. A damaged cache is wiped and
-    built anew.
+
+def compile_kernels(
+    families: Set[str] = frozenset(), on_progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Load every kernel of COMMON and of some families from the cache, compiling what is missing.
+
+    That is done by helper processes, one on each processor, and what they cannot do is done here.
+    `on_progress(done, total)` is called at the start and as kernels become available. A damaged
+    cache is wiped and built anew.
     """
-    if on_progress is not None:
-        on_progress(0, len(_kernels))
-    all_kept = True
-    for done, (dispatcher, signature) in enumerate(_kernels, start=1):
-        if not dispatcher.signatures:
-            all_kept &= _compile(dispatcher, signature)
-        if on_progress is not None:
-            on_progress(done, len(_kernels))
-    if all_kept:
+    if numba.config.DISABLE_JIT:
+        return
+    names = {COMMON, *families}
+    wanted = [unit for unit in _units if unit.family in names]
+    _despite_damage(lambda: _build(wanted, on_progress or _ignore))
+    if all(unit.is_kept for unit in wanted):
         with suppress(OSError):
-            (CACHE_FOLDER / "complete").touch()
+            for name in names:
+                (CACHE_FOLDER / f"{name}.complete").touch()
 
 
-def _compile(dispatcher: Any, signature: str) -> bool:
-    """Make a kernel ready; return False when the disk did not take its machine code."""
-    kept = True
+def _ignore(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def _build(wanted: list[Unit], on_progress: Callable[[int, int], None]) -> None:
+    """Compile what the cache lacks, then make everything ready in this process."""
+    on_progress(0, len(wanted))
+    available: set[Unit] = set()
+    missing = [u for u in wanted if not u.is_kept and not are_compiled({u.family})]
+    with closing(_compile_together(missing)) as made:
+        for unit in made:
+            available.add(unit)
+            on_progress(len(available), len(wanted))
+    for unit in wanted:
+        _make_ready(unit)
+        available.add(unit)
+        on_progress(len(available), len(wanted))
+
+
+def _compile_together(units: list[Unit]) -> Generator[Unit, None, None]:
+    """Let helper processes put units into the cache; yield those that are there."""
+    helpers = min(usable_processors(), len(units))
+    if helpers < 2 or not can_keep():
+        return
+    by_name = {unit.name: unit for unit in units}
+    sizes: dict[Callable[..., Any], int] = {}
+    # the longest first, or one helper would end with it while the others have nothing to do
+    longest_first = sorted(by_name, key=lambda name: -code_size(by_name[name].function, sizes))
+    with CompilePool(helpers, CACHE_FOLDER.name) as pool:
+        for name in pool.compile(longest_first):
+            by_name[name].is_kept = True
+            yield by_name[name]
+
+
+def _make_ready(unit: Unit) -> None:
+    """Load or compile a unit in this process; a disk that does not take it is no failure."""
+    if unit.is_ready():
+        return
     try:
-        dispatcher.compile(signature)
-    except Exception:
-        kept = not dispatcher.signatures
-        if kept:
-            # Numba passes on whatever a cut or altered cache file makes pickle raise
-            shutil.rmtree(CACHE_FOLDER, ignore_errors=True)
-            paths.private_dir(CACHE_FOLDER)
-            dispatcher.compile(signature)
-    # a call with other types is a bug of the caller, not a reason to compile for seconds
-    dispatcher.disable_compile()
-    return kept
+        unit.make(keep=True)
+        unit.is_kept = True
+    except OSError:
+        if not unit.is_ready():
+            unit.make(keep=False)
+    except NumbaError:
+        raise  # the kernel is wrong, not the cache
+    except Exception as error:
+        # Numba passes on whatever a cut or altered cache file makes pickle raise
+        raise _DamagedError from error
+
+
+def _despite_damage(build: Callable[[], None]) -> None:
+    """Do something that reads the cache; once more with an empty one when that is damaged."""
+    try:
+        build()
+    except _DamagedError:
+        shutil.rmtree(CACHE_FOLDER, ignore_errors=True)
+        paths.private_dir(CACHE_FOLDER)
+        for unit in _units:
+            unit.is_kept = False
+        build()
