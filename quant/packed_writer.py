@@ -36,6 +36,7 @@ _LARGEST_WRITE = 1 << 26
 """One call to the system writes no more: Linux stops at 2 GiB, and the digest keeps pace."""
 
 Part = bytes | NDArray[Any]
+OnBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,16 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True)
 class MatrixEntry:
-    """What the manifest says about a matrix, or about the expert records of a layer.
+    """What the manifest says about a matrix, or about experts in records.
 
-    For records, rows and cols are those of the gate projection.
+    Of records, rows, cols and format are those of the gate projection.
     """
 
     layout: Literal["packed", "rows", "records"]
     format: str
     rows: int
     cols: int
+    down_format: str = ""
     records: int = 0
     record_bytes: int = 0
 
@@ -79,7 +81,7 @@ class MatrixEntry:
         """Return the entry; the fields of records are left out of other layouts."""
         fields = asdict(self)
         if self.layout != "records":
-            del fields["records"], fields["record_bytes"]
+            del fields["down_format"], fields["records"], fields["record_bytes"]
         return fields
 
 
@@ -98,10 +100,19 @@ def packed_bytes_tensor(name: str, nbytes: int, parts: Callable[[], Iterable[Par
     return ShardTensor(name, PACKED_BYTES, (nbytes,), parts)
 
 
-def write_shard(path: Path, tensors: Sequence[ShardTensor]) -> WrittenFile:
+def records_tensor(
+    name: str, records: int, record_bytes: int, parts: Callable[[], Iterable[Part]]
+) -> ShardTensor:
+    """Return a tensor of expert records; `record_bytes` is a multiple of PAGE."""
+    return ShardTensor(name, PACKED_BYTES, (records, record_bytes), parts)
+
+
+def write_shard(
+    path: Path, tensors: Sequence[ShardTensor], on_bytes: OnBytes | None = None
+) -> WrittenFile:
     """Write a safetensors file; what is a whole number of pages (lines) long starts on one."""
     placed = sorted(tensors, key=_place)
-    return write_file(path, _shard_parts(placed))
+    return write_file(path, _shard_parts(placed), on_bytes)
 
 
 def _place(tensor: ShardTensor) -> tuple[int, int, str]:
@@ -133,8 +144,11 @@ def _shard_parts(placed: Sequence[ShardTensor]) -> Iterator[Part]:
             raise ValueError(f"{tensor.name} has {given} bytes, not {tensor.nbytes}")
 
 
-def write_file(path: Path, parts: Iterable[Part]) -> WrittenFile:
-    """Write a file under another name and give it its own when every byte is on the disk."""
+def write_file(path: Path, parts: Iterable[Part], on_bytes: OnBytes | None = None) -> WrittenFile:
+    """Write a file under another name and give it its own when every byte is on the disk.
+
+    `on_bytes` is told the number of bytes after every piece.
+    """
     digest, total = hashlib.sha256(), 0
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb", buffering=0) as file:
@@ -144,6 +158,8 @@ def write_file(path: Path, parts: Iterable[Part]) -> WrittenFile:
                 piece = raw[start : start + _LARGEST_WRITE]
                 digest.update(piece)
                 _write_all(file.fileno(), piece)
+                if on_bytes is not None:
+                    on_bytes(len(piece))
             total += len(raw)
         os.fsync(file.fileno())
     partial.replace(path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,13 @@ import pytest
 from networks import logits
 from packed_values import as_stored, packed_values
 
+from localv4.kernels.packed import FORMATS
+from localv4.kernels.packing_floats import B16, F32R
+from localv4.kernels.team import Team
 from localv4.model.config import LayerKind
 from localv4.model.matrix import Numerics
-from localv4.model.packed_source import PackedOnly, load_packed_weights, packed_config
+from localv4.model.packed_source import load_packed_weights, packed_config
+from localv4.model.packing import PackedExpert, PackedMatrix
 from localv4.model.transformer import Transformer
 from localv4.model.weights import Expert
 from localv4.storage.packed_folder import open_packed_folder, verify
@@ -49,7 +54,7 @@ SMALL = Network(
 MIXES = [
     {},
     {"experts": "Q4", "attention": "Q8", "indexer": "Q4", "shared": "MX4", "head": "Q8"},
-    {"experts": "Q8", "compressor": "F32", "router": "F32", "embedding": "F32"},
+    {"experts": "Q8", "compressor": "F32R", "router": "F32", "embedding": "F32", "head": "BF16"},
 ]
 
 
@@ -69,7 +74,7 @@ def open_unpacked(folder: Path) -> Transformer:
     packed = open_packed_folder(folder)
     config = packed_config(packed)
     weights = as_stored(load_packed_weights(packed, config))
-    return Transformer(config, weights, Numerics(2, weights.widest))
+    return Transformer(config, weights, Numerics(Team(2), weights.widest))
 
 
 @pytest.mark.parametrize("changes", MIXES)
@@ -88,8 +93,18 @@ def test_packed_matrices_have_the_spread_of_their_role(tmp_path: Path) -> None:
     weights = load_packed_weights(packed, packed_config(packed))
     layer = weights.layers[1]
     for leaf in (layer.attention.wq_b, layer.shared.w2, *_parts(layer.experts[3])):
-        assert isinstance(leaf, PackedOnly)
+        assert isinstance(leaf, PackedMatrix)
         assert 0.6 < packed_values(leaf).std() * np.sqrt(leaf.cols) < 1.6
+
+
+def test_experts_lie_in_records_on_pages(tmp_path: Path) -> None:
+    packed = open_packed_folder(write(tmp_path, {"shared": "MX4", "experts": "Q4"}))
+    layer = load_packed_weights(packed, packed_config(packed)).layers[3]
+    for expert, name in ((layer.shared, "MX4"), *((expert, "Q4") for expert in layer.experts)):
+        assert isinstance(expert, PackedExpert)
+        assert expert.record.ctypes.data % 4096 == 0 and expert.record.nbytes == expert.form.nbytes
+        assert (expert.form.gate_up.name, expert.form.down.name) == (name, name)
+        assert (expert.form.inner, expert.form.hidden) == (expert.w1.rows, expert.w1.cols)
 
 
 def _parts(expert: Expert) -> tuple[object, ...]:
@@ -119,7 +134,7 @@ def test_experts_of_a_layer_come_from_a_pool(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PACKED_BLOCKS)
 def test_blocks_have_the_sizes_of_their_format(name: str) -> None:
-    fmt = synthetic_packed.PACKED_FORMATS[name]
+    fmt = {known.name: known for known in (*FORMATS, B16, F32R)}[name]
     kind = PACKED_BLOCKS[name]
     assert (kind.values, kind.nbytes) == (16 * fmt.columns, fmt.superblock_bytes)
 
@@ -153,10 +168,10 @@ def test_slices_hold_every_kind_of_layer_early() -> None:
 @pytest.mark.parametrize(("name", "parameters"), [("flash", 284_332), ("pro", 1_572_997)])
 def test_a_whole_network_has_the_parameters_of_the_release(name: str, parameters: int) -> None:
     network = NETWORKS[name]
-    total = sum(np.prod(t.shape) for t in synthetic_network.root_tensors(network))
+    total = sum(math.prod(t.shape) for t in synthetic_network.root_tensors(network))
     for layer in range(len(network.ratios)):
         tensors = synthetic_network.layer_tensors(network, layer)
-        total += sum(np.prod(t.shape) for t in tensors if t.role not in ("table", "bias"))
+        total += sum(math.prod(t.shape) for t in tensors if t.role not in ("table", "bias"))
         total += network.experts * 3 * network.inner * network.hidden
     assert total // 1_000_000 == parameters
 

@@ -10,6 +10,7 @@ import numpy as np
 from synthetic_network import Network, Tensor, config_json, layer_tensors, root_tensors
 from synthetic_tokenizer import tokenizer_json
 from synthetic_values import (
+    INTEGER_FORMATS,
     PACKED_BLOCKS,
     PLAIN_BLOCKS,
     Bytes,
@@ -17,25 +18,19 @@ from synthetic_values import (
     block_parts,
     expert_table,
     f8_scale,
+    packed_bytes,
+    packed_count,
     small_values,
     spread_of,
 )
 
-from localv4.kernels.packed import (
-    F8_SPAN,
-    FORMATS,
-    PackedFormat,
-    can_pack,
-    expert_bytes,
-    packed_bytes,
-)
 from quant.packed_writer import (
-    PACKED_BYTES,
     PAGE,
     MatrixEntry,
     ShardTensor,
     WrittenFile,
     packed_bytes_tensor,
+    records_tensor,
     rounded_up,
     stored_array,
     write_file,
@@ -48,20 +43,19 @@ POOL_EXPERTS = 8
 
 ROOT_SHARD = "embedding-and-head.safetensors"
 
-PACKED_FORMATS: dict[str, PackedFormat] = {fmt.name: fmt for fmt in FORMATS}
+F8_SPAN = 128  # rows and columns of E4M3 codes with one scale
 
 DEFAULT_TYPES = {
     "embedding": "BF16",
-    "head": "BF16",
+    "head": "B16",
     "attention": "F8",
     "indexer": "F8",
     "shared": "F8",
-    "compressor": "BF16",
-    "router": "BF16",
-    "mixing": "F32",
+    "compressor": "B16",
+    "router": "B16",
     "experts": "MX4",
 }
-"""Types by role as in the official release."""
+"""Types by role as in the official release, packed."""
 
 
 @dataclass(slots=True)
@@ -130,13 +124,20 @@ def _layer_shard(
     name = f"layers.{layer}.ffn.experts"
     pool = pools[network.ratios[layer]]
     order = noise.generator(name).integers(0, len(pool), network.experts)
-    shape = (network.experts, pool[0].size)
-    shard.tensors.append(
-        ShardTensor(name, PACKED_BYTES, shape, lambda: (pool[number] for number in order))
-    )
-    rows, cols = network.inner, network.hidden
-    shard.entries[name] = MatrixEntry("records", types["experts"], rows, cols, *shape)
+    _add_records(shard, name, types["experts"], network, [pool[number] for number in order])
+    if types["shared"] in INTEGER_FORMATS:
+        name = f"layers.{layer}.ffn.shared_experts"
+        record = _record(network, types["shared"], noise, name)
+        _add_records(shard, name, types["shared"], network, [record])
     return shard
+
+
+def _add_records(
+    shard: Shard, name: str, kind: str, network: Network, records: list[Bytes]
+) -> None:
+    shape = (len(records), records[0].size)
+    shard.tensors.append(records_tensor(name, *shape, lambda: records))
+    shard.entries[name] = MatrixEntry("records", kind, network.inner, network.hidden, kind, *shape)
 
 
 def _add(
@@ -147,11 +148,13 @@ def _add(
     if role == "table":
         table = expert_table(network.vocab, network.used, network.experts, noise.generator(name))
         shard.tensors.append(stored_array(name, "I64", table))
-    elif role == "mixing" or role not in types:
+    elif role not in types:
         values = small_values(role, shape, noise.generator(name))
         shard.tensors.append(stored_array(name, "F32", values))
-    elif types[role] in PACKED_FORMATS:
-        _add_packed(shard, tensor, PACKED_FORMATS[types[role]], noise)
+    elif role == "shared" and types[role] in INTEGER_FORMATS:
+        return  # a record
+    elif types[role] in PACKED_BLOCKS:
+        _add_packed(shard, tensor, types[role], noise)
     else:
         shard.tensors.append(_plain_matrix(tensor, types[role], noise))
 
@@ -166,46 +169,46 @@ def _plain_matrix(tensor: Tensor, kind: str, noise: Noise) -> ShardTensor:
     return ShardTensor(tensor.name, kind, tensor.shape, parts)
 
 
-def _add_packed(shard: Shard, tensor: Tensor, fmt: PackedFormat, noise: Noise) -> None:
+def _add_packed(shard: Shard, tensor: Tensor, kind: str, noise: Noise) -> None:
     rows, cols = tensor.shape
     std = spread_of(tensor.role, cols)
-    if not can_pack(fmt, rows, cols):
-        raise ValueError(f"{tensor.name} {tensor.shape} has no packed form {fmt.name}")
 
     def parts() -> Iterator[Bytes]:
         rng = noise.generator(tensor.name)
-        return block_parts(PACKED_BLOCKS[fmt.name], noise, rng, rows * cols, std)
+        return block_parts(PACKED_BLOCKS[kind], noise, rng, packed_count(rows, cols), std)
 
-    shard.tensors.append(packed_bytes_tensor(tensor.name, packed_bytes(fmt, rows, cols), parts))
-    shard.entries[tensor.name] = MatrixEntry("packed", fmt.name, rows, cols)
-    if fmt.name == "F8":
+    nbytes = packed_bytes(kind, rows, cols)
+    shard.tensors.append(packed_bytes_tensor(tensor.name, nbytes, parts))
+    shard.entries[tensor.name] = MatrixEntry("packed", kind, rows, cols)
+    if kind == "F8":
         scales = np.full((-(-rows // F8_SPAN), cols // F8_SPAN), f8_scale(std), np.float32)
         scale_name = tensor.name.removesuffix(".weight") + ".scale"
         shard.tensors.append(stored_array(scale_name, "F32", scales))
 
 
 def _expert_pools(network: Network, kind: str, noise: Noise, jobs: int) -> dict[int, list[Bytes]]:
-    """Return different expert records, padded to whole pages, for each kind of layer."""
-    fmt = PACKED_FORMATS[kind]
-    if fmt.name == "F8" or not can_pack(fmt, network.inner, network.hidden):
-        raise ValueError(f"experts of {network.inner} x {network.hidden} have no record {kind}")
+    """Return different expert records for each kind of layer."""
+    if kind not in INTEGER_FORMATS:
+        raise ValueError(f"experts have no record {kind}, only {', '.join(INTEGER_FORMATS)}")
     keys = [(ratio, n) for ratio in sorted(set(network.ratios)) for n in range(POOL_EXPERTS)]
+    pools: dict[int, list[Bytes]] = {ratio: [] for ratio, _ in keys}
     with ThreadPoolExecutor(jobs) as threads:
-        records = threads.map(lambda key: _record(network, fmt, noise, *key), keys)
-        pools: dict[int, list[Bytes]] = {ratio: [] for ratio, _ in keys}
+        names = [f"expert {ratio} {number}" for ratio, number in keys]
+        records = threads.map(lambda name: _record(network, kind, noise, name), names)
         for (ratio, _), record in zip(keys, records, strict=True):
             pools[ratio].append(record)
     return pools
 
 
-def _record(network: Network, fmt: PackedFormat, noise: Noise, ratio: int, number: int) -> Bytes:
-    """Return one expert: gate and up in turn, down; products of all three keep their size."""
+def _record(network: Network, kind: str, noise: Noise, name: str) -> Bytes:
+    """Return one expert, padded to whole pages: gate and up in turn, then down."""
     hidden, inner = network.hidden, network.inner
-    record = np.zeros(rounded_up(expert_bytes(fmt, hidden, inner), PAGE), np.uint8)
-    rng, filled = noise.generator(f"expert {ratio} {number}"), 0
-    blocks = PACKED_BLOCKS[fmt.name]
+    nbytes = 2 * packed_bytes(kind, inner, hidden) + packed_bytes(kind, hidden, inner)
+    record = np.zeros(rounded_up(nbytes, PAGE), np.uint8)
+    rng, filled = noise.generator(name), 0
     for count, cols in ((2 * inner * hidden, hidden), (hidden * inner, inner)):
-        for part in block_parts(blocks, noise, rng, count, spread_of("experts", cols)):
+        std = spread_of("experts", cols)
+        for part in block_parts(PACKED_BLOCKS[kind], noise, rng, count, std):
             record[filled : filled + part.size] = part
             filled += part.size
     return record

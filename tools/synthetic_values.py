@@ -116,8 +116,28 @@ PACKED_BLOCKS = {
     "Q4": BlockType(1024, 576, _q4),
     "Q8": BlockType(1024, 1088, _q8),
     "F8": BlockType(16, 16, _e4m3),
+    "B16": BlockType(16, 32, _bf16),
+    "F32R": BlockType(16, 64, _f32),
 }
-"""By the name of the packed format."""
+"""By the name of the packed format; a block is a superblock of sixteen rows."""
+
+GROUP_ROWS = 16
+INTEGER_FORMATS = ("MX4", "Q4", "Q8")
+"""Formats that experts are packed into."""
+
+
+def packed_count(rows: int, cols: int) -> int:
+    """Return the numbers in a packed matrix: the last group has sixteen rows, too."""
+    return -(-rows // GROUP_ROWS) * GROUP_ROWS * cols
+
+
+def packed_bytes(name: str, rows: int, cols: int) -> int:
+    """Return the bytes of a matrix in a packed format; ValueError if it has no such form."""
+    kind = PACKED_BLOCKS[name]
+    if cols % (kind.values // GROUP_ROWS) or (name in INTEGER_FORMATS and rows % GROUP_ROWS):
+        raise ValueError(f"a matrix of {rows} x {cols} has no packed form {name}")
+    return packed_count(rows, cols) // kind.values * kind.nbytes
+
 
 PLAIN_BLOCKS = {
     "BF16": BlockType(1, 2, _bf16),

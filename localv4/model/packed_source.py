@@ -2,63 +2,38 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from localv4.errors import BadFileError
-from localv4.kernels.packed import (
-    F8,
-    F8_SPAN,
-    FORMATS,
-    PackedFormat,
-    can_pack,
-    down_offset,
-    expert_bytes,
-    group_bytes,
-    packed_bytes,
-)
+from localv4.kernels.packed import F8, F8_SPAN, FORMATS, GROUP_ROWS, PackedFormat, group_bytes
+from localv4.kernels.packing_floats import B16, F32R
 from localv4.model import weights as tree
 from localv4.model.config import ModelConfig
 from localv4.model.config_gguf import config_from_gguf
 from localv4.model.config_json import read_config
-from localv4.model.matrix import Floats, Matrix, Packed
+from localv4.model.matrix import Matrix, Packed
 from localv4.model.names import Slice
-from localv4.model.weights import Expert, Weights
+from localv4.model.packing import ExpertForm, PackedExpert, PackedMatrix
+from localv4.model.weights import Expert, Layer, Weights
 from localv4.storage.manifest import MatrixEntry
 from localv4.storage.packed_folder import PackedFolder
 
 ONLY_PACKED = -1
 """The `format` of a matrix without stored rows: no code of `kernels.blocks`."""
 
-_EXPERT_PART = re.compile(r"(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
+_FLOATS = (B16, F32R)
+"""Formats whose last group of rows may be filled up with zeros."""
+
+_FORMATS = {fmt.name: fmt for fmt in (*FORMATS, *_FLOATS)}
+_SHARED = ".ffn.shared_experts"
+_EXPERT_PART = re.compile(
+    r"(layers\.\d+\.ffn\.experts)\.(\d+)\.w[123]\.weight"
+    r"|(layers\.\d+\.ffn\.shared_experts)\.w[123]\.weight"
+)
 _NO_ROWS = np.zeros((1, 1), np.uint8)
 _NO_ROWS.setflags(write=False)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedOnly(Matrix):
-    """A matrix that exists in its packed form alone; `data` and `scale` hold nothing.
-
-    `packed` is contiguous, but for the gate and up projections of an expert record: those are
-    every other group of it, (groups, group bytes). `scales` (rows / 128, cols / 128) is for F8.
-    """
-
-    form: PackedFormat
-    packed: Packed
-    scales: Floats | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one product reads."""
-        return self.packed.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordPart(PackedOnly):
-    """One projection of an expert record; `record` is the whole, as `ExpertRecord.data`."""
-
-    record: Packed
 
 
 def packed_config(folder: PackedFolder) -> ModelConfig:
@@ -72,10 +47,7 @@ def packed_config(folder: PackedFolder) -> ModelConfig:
 
 
 def packed_names(folder: PackedFolder) -> dict[str, Slice]:
-    """Map official names to tensors; expert matrices are parts of the records of their layer.
-
-    Drafting modules are never in a packed folder.
-    """
+    """Map official names to tensors; expert matrices are parts of the records of their layer."""
     table: dict[str, Slice] = {}
     for name, tensor in folder.tensors.items():
         entry = folder.manifest.matrices.get(name)
@@ -83,9 +55,10 @@ def packed_names(folder: PackedFolder) -> dict[str, Slice]:
             table[name] = Slice(tensor, tensor.shape)
             continue
         narrow, wide = (entry.rows, entry.cols), (entry.cols, entry.rows)
-        for number in range(entry.records):
+        shared = name.endswith(_SHARED)
+        for prefix in [name] if shared else [f"{name}.{n}" for n in range(entry.records)]:
             for part, shape in (("w1", narrow), ("w2", wide), ("w3", narrow)):
-                table[f"{name}.{number}.{part}.weight"] = Slice(tensor, shape)
+                table[f"{prefix}.{part}.weight"] = Slice(tensor, shape)
     return table
 
 
@@ -96,13 +69,14 @@ def load_packed_weights(
 ) -> Weights:
     """Find every tensor that `config` calls for; `on_progress(layers done, layers)`.
 
-    Matrices in a packed format are `PackedOnly`, those of expert records `RecordPart`; the rest is
-    as in any other checkpoint. Raises BadFileError naming the tensor that is wrong.
+    Packed matrices are `PackedMatrix` without stored rows (format ONLY_PACKED), experts in records
+    `PackedExpert`; the rest is as in any other checkpoint. Raises BadFileError naming the tensor
+    that is missing or wrong.
     """
     read = PackedReader(folder)
     layers = []
     for index in range(config.n_layers):
-        layers.append(tree._layer(read, config, index))
+        layers.append(read.with_records(tree._layer(read, config, index), index))
         if on_progress is not None:
             on_progress(index + 1, config.n_layers)
     hidden, width = config.hidden_size, config.hc_mult * config.hidden_size
@@ -115,41 +89,30 @@ def load_packed_weights(
     )
 
 
-def expert_record(expert: Expert) -> tuple[PackedFormat, Packed] | None:
-    """Return format and bytes of the record that holds an expert, None if there is none."""
-    part = expert.w1
-    return (part.form, part.record) if isinstance(part, RecordPart) else None
-
-
 class PackedReader(tree.WeightReader):
     """Takes tensors out of a packed folder by official name; every shape is checked."""
 
     def __init__(self, folder: PackedFolder) -> None:
         super().__init__(folder, packed_names(folder))
         self._entries = folder.manifest.matrices
-        self._forms = {
-            name: self._form(name, entry)
-            for name, entry in self._entries.items()
-            if entry.layout != "rows"
-        }
-        self._records = {
-            name: folder.bytes(name).reshape(entry.records, entry.record_bytes)
-            for name, entry in self._entries.items()
-            if entry.layout == "records"
-        }
+        self._records: dict[str, tuple[ExpertForm, Packed]] = {}
+        for name, entry in self._entries.items():
+            if entry.layout == "records":
+                data = folder.bytes(name).reshape(entry.records, entry.record_bytes)
+                self._records[name] = (self._record_form(name, entry), data)
 
     def matrix(self, name: str, rows: int, cols: int) -> Matrix:
         """Return a matrix, packed or as it is stored; raise BadFileError where it is wrong."""
         inside = _EXPERT_PART.fullmatch(name)
-        if inside is not None and inside[1] in self._records:
-            return self._record_part(inside[1], int(inside[2]), inside[3], rows, cols)
+        if inside is not None and (records := inside[1] or inside[3]) in self._records:
+            return self._part_of_record(records, int(inside[2] or 0), name, rows, cols)
         entry = self._entries.get(name)
         if entry is None or entry.layout != "packed":
             return super().matrix(name, rows, cols)
-        part, form = self._part(name), self._forms[name]
+        part, form = self._part(name), self._form(name, entry.format, entry.rows, entry.cols)
         if part.shape != (rows, cols):
             raise self._bad(part, f"has shape {part.shape}, expected {(rows, cols)}")
-        nbytes = packed_bytes(form, rows, cols)
+        nbytes = -(-rows // GROUP_ROWS) * group_bytes(form, cols)
         if part.tensor.nbytes != nbytes:
             raise self._bad(part, f"has {part.tensor.nbytes} bytes, {form.name} needs {nbytes}")
         scales = None
@@ -157,38 +120,67 @@ class PackedReader(tree.WeightReader):
             scale_name = name.removesuffix(".weight") + ".scale"
             scales = self.floats(scale_name, -(-rows // F8_SPAN), cols // F8_SPAN)
         packed = self.checkpoint.bytes(name)
-        return PackedOnly(ONLY_PACKED, rows, cols, _NO_ROWS, _NO_ROWS, form, packed, scales)
+        return PackedMatrix(ONLY_PACKED, rows, cols, _NO_ROWS, _NO_ROWS, form, packed, scales)
 
-    def _record_part(self, layer: str, number: int, which: str, rows: int, cols: int) -> RecordPart:
-        entry, records = self._entries[layer], self._records[layer]
-        expected = (cols, rows) if which == "w2" else (rows, cols)
-        if number >= entry.records or (entry.rows, entry.cols) != expected:
-            shape = (entry.records, entry.rows, entry.cols)
-            raise self._wrong(layer, f"holds experts {shape}, expected {which} {(rows, cols)}")
-        form, inner, hidden = self._forms[layer], entry.rows, entry.cols
-        record = records[number][: expert_bytes(form, hidden, inner)]
-        down = down_offset(form, hidden, inner)
-        if which == "w2":
-            packed = record[down:]
+    def with_records(self, layer: Layer, index: int) -> Layer:
+        """Return a layer whose experts know the records that hold their matrices."""
+        shared, routed = (f"layers.{index}.ffn.{name}" for name in ("shared_experts", "experts"))
+        return replace(
+            layer,
+            shared=self._recorded(shared, (layer.shared,))[0],
+            experts=self._recorded(routed, layer.experts),
+        )
+
+    def _recorded(self, name: str, experts: tuple[Expert, ...]) -> tuple[Expert, ...]:
+        if name not in self._records:
+            return experts
+        form, data = self._records[name]
+        if len(data) != len(experts):
+            raise self._wrong(name, f"holds {len(data)} experts, expected {len(experts)}")
+        return tuple(
+            PackedExpert(expert.w1, expert.w2, expert.w3, form, record[: form.nbytes])
+            for expert, record in zip(experts, data, strict=True)
+        )
+
+    def _part_of_record(
+        self, records: str, number: int, name: str, rows: int, cols: int
+    ) -> PackedMatrix:
+        """Return a projection of an expert; gate and up are every other group of its record."""
+        form, data = self._records[records]
+        is_down = name.endswith("w2.weight")
+        shape = (form.hidden, form.inner) if is_down else (form.inner, form.hidden)
+        if shape != (rows, cols):
+            raise self._wrong(records, f"holds experts of {shape}, expected {(rows, cols)}")
+        if number >= len(data):
+            raise self._wrong(
+                records, f"holds {len(data)} experts, but there is an expert {number}"
+            )
+        if is_down:
+            own, packed = form.down, data[number, form.offset : form.nbytes]
         else:
-            pairs = record[:down].reshape(-1, 2, group_bytes(form, hidden))
-            packed = pairs[:, 0 if which == "w1" else 1]
-        return RecordPart(ONLY_PACKED, rows, cols, _NO_ROWS, _NO_ROWS, form, packed, None, record)
+            groups = data[number, : form.offset].reshape(-1, 2, group_bytes(form.gate_up, cols))
+            own, packed = form.gate_up, groups[:, int(name.endswith("w3.weight"))]
+        return PackedMatrix(ONLY_PACKED, rows, cols, _NO_ROWS, _NO_ROWS, own, packed, None)
 
-    def _form(self, name: str, entry: MatrixEntry) -> PackedFormat:
-        """Return the format of packed bytes; raise BadFileError when they cannot have it."""
-        form = next((known for known in FORMATS if known.name == entry.format), None)
+    def _record_form(self, name: str, entry: MatrixEntry) -> ExpertForm:
+        gate_up = self._form(name, entry.format, entry.rows, entry.cols)
+        down = self._form(name, entry.down_format, entry.cols, entry.rows)
+        if F8 in (gate_up, down) or {gate_up, down} & set(_FLOATS):
+            raise self._wrong(name, f"has records of {gate_up.name} and {down.name}")
+        form = ExpertForm(gate_up, down, entry.cols, entry.rows)
+        if entry.record_bytes < form.nbytes:
+            raise self._wrong(
+                name, f"has records of {entry.record_bytes} bytes, {form.nbytes} are needed"
+            )
+        return form
+
+    def _form(self, name: str, format_name: str, rows: int, cols: int) -> PackedFormat:
+        """Return a format by its name; raise BadFileError when it cannot be that."""
+        form = _FORMATS.get(format_name)
         if form is None:
-            raise self._wrong(name, f"is in the packed format {entry.format}, which is not known")
-        shapes = [(entry.rows, entry.cols)]
-        if entry.layout == "records":
-            shapes.append((entry.cols, entry.rows))
-        if not all(can_pack(form, *shape) for shape in shapes):
-            raise self._wrong(name, f"{entry.rows} x {entry.cols} has no packed form {form.name}")
-        if entry.layout == "records":
-            least = expert_bytes(form, entry.cols, entry.rows)
-            if form is F8 or entry.record_bytes < least:
-                raise self._wrong(name, f"its records are too short for {form.name}")
+            raise self._wrong(name, f"is in the packed format {format_name}, which is not known")
+        if cols % form.columns_unit or (form not in _FLOATS and rows % GROUP_ROWS):
+            raise self._wrong(name, f"is {rows} x {cols}, which has no packed form {form.name}")
         return form
 
     def _wrong(self, name: str, what: str) -> BadFileError:

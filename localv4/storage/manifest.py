@@ -6,7 +6,7 @@ docs/packed_format.md describes it. A manifest may come from a stranger: every f
 import re
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -32,7 +32,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FORMAT_NAME = re.compile(r"[A-Za-z0-9_]{1,16}")
 _FILE_FIELDS = {"bytes", "sha256"}
 _MATRIX_FIELDS = {"layout", "format", "rows", "cols"}
-_RECORD_FIELDS = _MATRIX_FIELDS | {"records", "record_bytes"}
+_RECORD_FIELDS = _MATRIX_FIELDS | {"down_format", "records", "record_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,16 @@ class MatrixEntry:
     """What a tensor of packed bytes holds.
 
     Layouts: "packed" is a matrix in the packed format of that name; "rows" are its rows in blocks
-    of a ggml type; "records" are all experts of a layer, rows and cols those of the gate
-    projection. Whether the format is known, and whether the sizes agree, the model judges.
+    of a ggml type; "records" are experts of a layer, rows and cols those of the gate projection,
+    whose down projection has a format of its own. Whether formats are known, and whether sizes
+    agree, the model judges.
     """
 
     layout: Layout
     format: str
     rows: int
     cols: int
+    down_format: str = ""
     records: int = 0
     record_bytes: int = 0
 
@@ -148,13 +150,20 @@ def _matrices(path: Path, text: StrictJson) -> dict[str, MatrixEntry]:
             raise BadFileError(path, f"{what}: layout is not one of {', '.join(_LAYOUTS)}")
         expected = _RECORD_FIELDS if layout == "records" else _MATRIX_FIELDS
         _check_fields(path, what, fields, expected)
-        form = fields["format"]
-        if not isinstance(form, str) or not _FORMAT_NAME.fullmatch(form):
-            raise BadFileError(path, f"{what}: format is not the name of a format")
-        numbers = {
-            key: _number(path, what, fields, key) for key in sorted(expected - {"layout", "format"})
-        }
-        matrices[name] = MatrixEntry(layout, form, **numbers)
+        entry = MatrixEntry(
+            layout,
+            _format(path, what, fields, "format"),
+            _number(path, what, fields, "rows"),
+            _number(path, what, fields, "cols"),
+        )
+        if layout == "records":
+            entry = replace(
+                entry,
+                down_format=_format(path, what, fields, "down_format"),
+                records=_number(path, what, fields, "records"),
+                record_bytes=_number(path, what, fields, "record_bytes"),
+            )
+        matrices[name] = entry
     return matrices
 
 
@@ -162,6 +171,13 @@ def _check_fields(path: Path, what: str, fields: dict[str, Any], expected: set[s
     if fields.keys() != expected:
         shown = ", ".join(sorted(expected))
         raise BadFileError(path, f"{what}: expected the fields {shown}")
+
+
+def _format(path: Path, what: str, fields: dict[str, Any], key: str) -> str:
+    value = fields[key]
+    if not isinstance(value, str) or not _FORMAT_NAME.fullmatch(value):
+        raise BadFileError(path, f"{what}: {key} is not the name of a format")
+    return value
 
 
 def _number(path: Path, what: str, fields: dict[str, Any], key: str) -> int:

@@ -4,6 +4,7 @@ Its shards are safetensors files. The manifest says what the packed bytes in the
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -36,8 +37,9 @@ class PackedFolder(Checkpoint):
     """An opened packed folder.
 
     A tensor that the manifest lists as "packed" is one block of the type that its format names and
-    has the shape of its matrix; one that it lists as "rows" has the ggml type of its rows. Records
-    keep the shape (experts, bytes). `metadata` is that of the GGUF file it was made from, if any.
+    has the shape of its matrix, (rows, cols). Records are one block, too, with the shape (experts,
+    weights of an expert). What is listed as "rows" has the ggml type of its rows. `metadata` is
+    that of the GGUF file that the folder was made from, if it was one.
     """
 
     def __init__(
@@ -157,7 +159,8 @@ def _described(tensor: StoredTensor, entry: MatrixEntry) -> StoredTensor:
             )
         if tensor.offset % PAGE or entry.record_bytes % PAGE:
             raise ValueError(f"its records do not start on pages of {PAGE} bytes")
-        return tensor
+        formats = dict.fromkeys((entry.format, entry.down_format))
+        return _one_block(tensor, "+".join(formats), (entry.records, 3 * entry.rows * entry.cols))
     shape = (entry.rows, entry.cols)
     if entry.layout == "rows":
         dtype = _GGML_BY_NAME.get(entry.format)
@@ -171,5 +174,10 @@ def _described(tensor: StoredTensor, entry: MatrixEntry) -> StoredTensor:
         return replace(tensor, dtype=dtype, shape=shape)
     if tensor.offset % LINE:
         raise ValueError(f"does not start on a line of {LINE} bytes")
-    whole = DType(entry.format, entry.rows * entry.cols, tensor.nbytes)
-    return replace(tensor, dtype=whole, shape=shape)
+    return _one_block(tensor, entry.format, shape)
+
+
+def _one_block(tensor: StoredTensor, name: str, shape: tuple[int, int]) -> StoredTensor:
+    """Return the tensor as a single block of a type: its elements have no bytes of their own."""
+    dtype = DType(name, math.prod(shape), tensor.nbytes)
+    return replace(tensor, dtype=dtype, shape=shape)
