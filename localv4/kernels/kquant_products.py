@@ -1,0 +1,158 @@
+"""Products of one token, and of a few, with the packed formats of `kernels.packed_kquants`.
+
+The functions are those of `kernels.matvec` and `kernels.gemm`, with the same arguments. A row's
+result is the sum over its superblocks, in order, of d * (sum over blocks, in order, of whole number
+* scale of the activations): the same bits whatever the range of groups and the number of tokens.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row, swiglu
+from localv4.kernels.device import device
+from localv4.kernels.gemm import PANEL_GROUPS, SUMS_ROW, Sums, panel_groups
+from localv4.kernels.kquant_readers import Q4K_READER, SuperblockReader
+from localv4.kernels.matvec import Expert, Matvec, partner
+from localv4.kernels.packed import BLOCK
+from localv4.kernels.packed_kquants import STEP, STEPS, SUPERBLOCK
+from localv4.kernels.readers import prefetch_lines
+from localv4.kernels.simd import Vector, load_f32, multiply_add, splat_f32, store_f32
+
+_TOKENS = 4  # of one call of the products of a few: a block is decoded once for all of them
+_D_STEP, _B_STEP = STEP // BLOCK * 4, STEP // BLOCK * SUMS_BYTES
+
+
+def _pair_products(reader: SuperblockReader) -> Any:
+    """Make the function that multiplies two groups of sixteen rows with one token."""
+    one = reader.operations(1)
+    nothing, no_parts, add_step, finish = one.nothing, one.no_parts, one.add_step, one.finish
+    size, step_bytes, codes_at = reader.fmt.superblock_bytes, reader.step_bytes, reader.codes_at
+
+    @device
+    def pair(w: int, v: int, cols: int, q: int, d: int, b: int) -> tuple[Vector, Vector]:
+        acc_w, acc_v = nothing(), nothing()
+        for _ in range(cols // SUPERBLOCK):
+            prefetch_lines(w, codes_at // 64)
+            prefetch_lines(v, codes_at // 64)
+            parts_w, parts_v = no_parts(), no_parts()
+            for step in range(STEPS):
+                at = codes_at + step_bytes * step
+                prefetch_lines(w + at, step_bytes // 64)
+                prefetch_lines(v + at, step_bytes // 64)
+                parts_w = add_step(parts_w, w, step, (q,), (d,), (b,))
+                parts_v = add_step(parts_v, v, step, (q,), (d,), (b,))
+                q, d, b = q + STEP, d + _D_STEP, b + _B_STEP
+            acc_w, acc_v = finish(acc_w, parts_w, w), finish(acc_v, parts_v, v)
+            w, v = w + size, v + size
+        return acc_w[0], acc_v[0]
+
+    return pair
+
+
+def _products(reader: SuperblockReader) -> tuple[Any, Any, Any]:
+    """Make the functions of a format: a matrix, gate and up of an expert, down of an expert."""
+    pair, superblock_bytes = _pair_products(reader), reader.fmt.superblock_bytes
+
+    @device
+    def matvec(out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int) -> None:
+        size, half = cols // SUPERBLOCK * superblock_bytes, (g1 - g0 + 1) // 2
+        for g in range(g0, g0 + half):
+            other = partner(g, half, g1)
+            first, second = pair(w + g * size, w + other * size, cols, q, d, b)
+            store_f32(out + 64 * g, first)
+            store_f32(out + 64 * other, second)
+
+    @device
+    def gate_up(
+        out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int, limit: np.float32
+    ) -> None:
+        size, half = cols // SUPERBLOCK * superblock_bytes, (g1 - g0 + 1) // 2
+        for g in range(g0, g0 + half):
+            other = partner(g, half, g1)
+            at, at_other = w + 2 * g * size, w + 2 * other * size
+            gate, gate_other = pair(at, at_other, cols, q, d, b)
+            up, up_other = pair(at + size, at_other + size, cols, q, d, b)
+            store_f32(out + 64 * g, swiglu(gate, up, limit))
+            store_f32(out + 64 * other, swiglu(gate_other, up_other, limit))
+
+    @device
+    def down(
+        out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int, weight: np.float32
+    ) -> None:
+        size, half = cols // SUPERBLOCK * superblock_bytes, (g1 - g0 + 1) // 2
+        factor = splat_f32(weight)
+        for g in range(g0, g0 + half):
+            other = partner(g, half, g1)
+            first, second = pair(w + g * size, w + other * size, cols, q, d, b)
+            before, before_other = load_f32(out + 64 * g), load_f32(out + 64 * other)
+            store_f32(out + 64 * g, multiply_add(first, factor, before))
+            store_f32(out + 64 * other, multiply_add(second, factor, before_other))
+
+    return matvec, gate_up, down
+
+
+def _summer(reader: SuperblockReader) -> Sums:
+    """Make the function that multiplies panels of a format with a few tokens."""
+    four = reader.operations(_TOKENS)
+    nothing, no_parts, add_step, finish = four.nothing, four.no_parts, four.add_step, four.finish
+    superblock_bytes, step_bytes = reader.fmt.superblock_bytes, reader.step_bytes
+    codes_at = reader.codes_at
+
+    @device
+    def multiply_four(
+        out: int, w: int, cols: int, q: int, d: int, b: int, r1: int, r2: int, r3: int
+    ) -> None:
+        """Write the sums of a group with four rows of activations: the first, and r1 ... r3."""
+        qr, dr, br = q_row(cols), d_row(cols), b_row(cols)
+        acc = nothing()
+        for _ in range(cols // SUPERBLOCK):
+            prefetch_lines(w, codes_at // 64)
+            parts = no_parts()
+            for step in range(STEPS):
+                prefetch_lines(w + codes_at + step_bytes * step, step_bytes // 64)
+                own_q = (q, q + r1 * qr, q + r2 * qr, q + r3 * qr)
+                own_d = (d, d + r1 * dr, d + r2 * dr, d + r3 * dr)
+                own_b = (b, b + r1 * br, b + r2 * br, b + r3 * br)
+                parts = add_step(parts, w, step, own_q, own_d, own_b)
+                q, d, b = q + STEP, d + _D_STEP, b + _B_STEP
+            acc = finish(acc, parts, w)
+            w += superblock_bytes
+        store_f32(out, acc[0])
+        store_f32(out + SUMS_ROW, acc[1])
+        store_f32(out + 2 * SUMS_ROW, acc[2])
+        store_f32(out + 3 * SUMS_ROW, acc[3])
+
+    @device
+    def sums(
+        scratch: int,
+        w: int,
+        panel: int,
+        groups: int,
+        cols: int,
+        q: int,
+        d: int,
+        b: int,
+        first: int,
+        count: int,
+    ) -> None:
+        size = cols // SUPERBLOCK * superblock_bytes
+        for group in range(panel_groups(panel, groups)):
+            at = w + (panel * PANEL_GROUPS + group) * size
+            for t in range(0, count, _TOKENS):
+                row, left = first + t, count - t - 1
+                out = scratch + t * SUMS_ROW + 64 * group
+                own_q, own_d = q + row * q_row(cols), d + row * d_row(cols)
+                own_b = b + row * b_row(cols)
+                last1, last2, last3 = min(1, left), min(2, left), min(3, left)
+                multiply_four(out, at, cols, own_q, own_d, own_b, last1, last2, last3)
+
+    return sums
+
+
+matvec_q4k: Matvec
+expert_gate_up_q4k: Expert
+expert_down_q4k: Expert
+
+matvec_q4k, expert_gate_up_q4k, expert_down_q4k = _products(Q4K_READER)
+sums_q4k = _summer(Q4K_READER)

@@ -1,0 +1,124 @@
+"""Operations of kernels on superblocks of the formats of `kernels.packed_kquants`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from numba import types
+from numba.core import cgutils
+
+from localv4.kernels import simd_dots, simd_ir
+from localv4.kernels.activations import SUMS_BYTES
+from localv4.kernels.isa import ISA
+from localv4.kernels.kquant_blocks import Step, q4k_step
+from localv4.kernels.packed import BLOCK, PackedFormat
+from localv4.kernels.packed_kquants import Q4K, STEPS
+from localv4.kernels.simd import operation
+from localv4.kernels.simd_ir import F32, FLOATS, Builder, Value
+from localv4.kernels.vectors import f32x16
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOperations:
+    """Operations for a fixed number of tokens, on the row sums of sixteen rows for each of them.
+
+    `nothing()` are sums of nothing, and `no_parts()` those of the parts of a superblock.
+    `add_step(parts, w, step, q, d, b)` adds the products of a step of the superblock at w; q, d, b:
+    for each token where the activations of the step are. `finish(sums, parts, w)` adds the parts of
+    a whole superblock to sums.
+    """
+
+    nothing: Any
+    no_parts: Any
+    add_step: Any
+    finish: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SuperblockReader:
+    """How to multiply with a format.
+
+    `decode` makes the blocks of a step. `has_least` tells that there are least values. `codes_at`
+    is where the codes begin in a superblock.
+    """
+
+    fmt: PackedFormat
+    decode: Step
+    has_least: bool
+    codes_at: int
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the codes of a step."""
+        return (self.fmt.superblock_bytes - self.codes_at) // STEPS
+
+    @property
+    def parts(self) -> int:
+        """Sums of a superblock and token before they are scaled."""
+        return 2 if self.has_least else 1
+
+    def operations(self, tokens: int) -> TokenOperations:
+        """Make the operations for some tokens at a time."""
+        return TokenOperations(
+            _zeros(tokens),
+            _zeros(self.parts * tokens),
+            _step_adder(self, tokens),
+            _finisher(self, tokens),
+        )
+
+
+def _zeros(count: int) -> Any:
+    @operation(types.UniTuple(f32x16, count))
+    def zeros(b: Builder) -> list[Value]:
+        """Return so many vectors of zeros."""
+        return [simd_ir.filled(FLOATS, 0.0)] * count
+
+    return zeros
+
+
+def _step_adder(reader: SuperblockReader, tokens: int) -> Any:
+    sums = types.UniTuple(f32x16, reader.parts * tokens)
+    addresses = types.UniTuple(types.int64, tokens)
+
+    @operation(sums, sums, types.int64, types.int64, addresses, addresses, addresses)
+    def add_step(
+        b: Builder, parts: Value, w: Value, step: Value, q: Value, d: Value, s: Value
+    ) -> list[Value]:
+        """parts + whole products of a step * scale of the activations"""
+        totals = cgutils.unpack_tuple(b, parts)
+        places = [cgutils.unpack_tuple(b, addresses) for addresses in (q, d, s)]
+        for i, block in enumerate(reader.decode(b, ISA, w, step)):
+            for token, (own_q, own_d, own_s) in enumerate(zip(*places, strict=True)):
+                block_q = simd_ir.offset(b, own_q, BLOCK * i)
+                block_s = simd_ir.offset(b, own_s, SUMS_BYTES * i)
+                factor = simd_ir.load(b, F32, simd_ir.offset(b, own_d, 4 * i))
+                factors = simd_ir.splat(b, factor)
+                for k, whole in enumerate(block.products(b, ISA, block_q, block_s)):
+                    at = reader.parts * token + k
+                    product = b.sitofp(whole, FLOATS)
+                    totals[at] = simd_ir.multiply_add(b, product, factors, totals[at])
+        return list(totals)
+
+    return add_step
+
+
+def _finisher(reader: SuperblockReader, tokens: int) -> Any:
+    sums, parts = (types.UniTuple(f32x16, n * tokens) for n in (1, reader.parts))
+
+    @operation(sums, sums, parts, types.int64)
+    def finish(b: Builder, before: Value, added: Value, w: Value) -> list[Value]:
+        """before + d * sums - m * sums of least values"""
+        totals, news = cgutils.unpack_tuple(b, before), cgutils.unpack_tuple(b, added)
+        if reader.has_least:
+            least = b.fneg(simd_dots.load_f16(b, ISA, simd_ir.offset(b, w, 32)))
+            factors = [simd_dots.load_f16(b, ISA, w), least]
+        else:
+            factors = [simd_ir.load(b, FLOATS, w)]
+        for i, new in enumerate(news):
+            token, kind = divmod(i, reader.parts)
+            totals[token] = simd_ir.multiply_add(b, new, factors[kind], totals[token])
+        return list(totals)
+
+    return finish
+
+
+Q4K_READER = SuperblockReader(Q4K, q4k_step, True, 256)
