@@ -15,7 +15,7 @@ from localv4.kernels.tiles import TILE_TOKENS
 FEW_TOKENS = 3
 """Tokens up to which one mat-vec for each is faster than expanding the weights."""
 
-SMALLEST_BATCH = 4 * TILE_TOKENS
+SMALLEST_BATCH = 24
 """Tokens that are worth expanding the weights for."""
 
 

@@ -21,6 +21,7 @@ from localv4.kernels import simd_ir
 from localv4.kernels.device import device
 from localv4.kernels.float_rows import (
     B16_READER,
+    CHAINS,
     COLUMNS,
     F8_READER,
     F32R_READER,
@@ -32,26 +33,26 @@ from localv4.kernels.float_rows import (
 from localv4.kernels.gemm import (
     BATCH_TOKENS,
     PANEL_GROUPS,
-    SPARE_TOKENS,
     SUMS_ROW,
     Sums,
     panel_groups,
 )
 from localv4.kernels.readers import prefetch_lines
-from localv4.kernels.simd import Vector, operation, store_f32, zeros_f32
+from localv4.kernels.simd import Vector, operation, prefetch, store_f32, zeros_f32
 from localv4.kernels.simd_ir import F32, FLOATS, I64, Builder, Value
 from localv4.kernels.tiles import LINE, TILE_GROUPS, TILE_TOKENS
 from localv4.kernels.vectors import f32x16
 
 _SUMS = TILE_GROUPS * TILE_TOKENS
+_PART_BYTES = 4 * SPAN // CHAINS
 _sums = types.UniTuple(f32x16, _SUMS)
 _address = types.int64
 
-# The sums of all tokens, the lines of a span, then two sets of sums of a tile.
-_LINES = (BATCH_TOKENS + SPARE_TOKENS) * SUMS_ROW
+# The sums of all tokens, the lines of a span, then the sums of each chain of a tile.
+_LINES = BATCH_TOKENS * SUMS_ROW
 _STORED = _LINES + SPAN * LINE
 _STORED_BYTES = 64 * _SUMS
-SCRATCH_BYTES = _STORED + 2 * _STORED_BYTES
+SCRATCH_BYTES = _STORED + CHAINS * _STORED_BYTES
 """Memory that each thread needs for itself."""
 
 
@@ -107,21 +108,21 @@ def _summer(reader: FloatReader) -> Any:
 def _add_tile(out: int, scratch: int, x: int, row: int, length: int, factor: Vector) -> None:
     """Add a span times a tile of tokens to the sums at out."""
     lines, stored = scratch + _LINES, scratch + _STORED
-    store_sums(stored, _chain(lines, x, row, length, 0))
-    store_sums(stored, add_stored(stored, _chain(lines, x, row, length, 1)))
-    store_sums(stored + _STORED_BYTES, _chain(lines, x, row, length, 2))
-    upper = add_stored(stored + _STORED_BYTES, _chain(lines, x, row, length, 3))
-    flush_sums(out, add_stored(stored, upper), factor)
+    for chain in range(CHAINS):
+        _prefetch_tile(x + TILE_TOKENS * row + _PART_BYTES * chain, row)
+        sums = zero_sums()
+        for k in range(COLUMNS * chain, length, STEP):
+            sums = add_products(sums, lines + LINE * k, x + 4 * k, row)
+        store_sums(stored + _STORED_BYTES * chain, sums)
+    flush_sums(out, stored, factor)
 
 
 @device
-def _chain(lines: int, x: int, row: int, length: int, chain: int) -> tuple[Value, ...]:
-    """The sums over the columns of a chain, in their order."""
-    sums = zero_sums()
-    for k in range(COLUMNS * chain, length, STEP):
-        sums = add_products(sums, lines + LINE * k, x + 4 * k, row)
-    result: tuple[Value, ...] = sums
-    return result
+def _prefetch_tile(x: int, row: int) -> None:
+    """Ask for a part of a span of a tile of tokens; any address is harmless."""
+    for token in range(TILE_TOKENS):
+        for line in range(_PART_BYTES // 64):
+            prefetch(x + token * row + 64 * line)
 
 
 sums_b16: Sums = _summer(B16_READER)
@@ -163,21 +164,16 @@ def store_sums(b: Builder, address: Value, sums: Value) -> None:
         simd_ir.store(b, total, simd_ir.offset(b, address, 64 * i))
 
 
-@operation(_sums, _address, _sums)
-def add_stored(b: Builder, address: Value, sums: Value) -> list[Value]:
-    """Return the sums at an address + sums."""
-    return [
-        b.fadd(simd_ir.load(b, FLOATS, simd_ir.offset(b, address, 64 * i)), total)
-        for i, total in enumerate(cgutils.unpack_tuple(b, sums))
-    ]
-
-
-@operation(types.void, _address, _sums, f32x16)
-def flush_sums(b: Builder, out: Value, sums: Value, factor: Value) -> None:
-    """out[token][row] += sums * factor"""
-    totals = cgutils.unpack_tuple(b, sums)
-    for token in range(TILE_TOKENS):
-        for group in range(TILE_GROUPS):
-            at = simd_ir.offset(b, out, SUMS_ROW * token + 64 * group)
-            before, total = simd_ir.load(b, FLOATS, at), totals[TILE_GROUPS * token + group]
-            simd_ir.store(b, simd_ir.multiply_add(b, total, factor, before), at)
+@operation(types.void, _address, _address, f32x16)
+def flush_sums(b: Builder, out: Value, stored: Value, factor: Value) -> None:
+    """out[token][row] += sums of all chains * factor"""
+    for i in range(_SUMS):
+        chains = [
+            simd_ir.load(b, FLOATS, simd_ir.offset(b, stored, _STORED_BYTES * chain + 64 * i))
+            for chain in range(CHAINS)
+        ]
+        token, group = divmod(i, TILE_GROUPS)
+        at = simd_ir.offset(b, out, SUMS_ROW * token + 64 * group)
+        total = b.fadd(b.fadd(chains[0], chains[1]), b.fadd(chains[2], chains[3]))
+        before = simd_ir.load(b, FLOATS, at)
+        simd_ir.store(b, simd_ir.multiply_add(b, total, factor, before), at)
