@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 F32 = np.float32
 GAP = 16
 TOLERANCE = 1e-6
+ALONE = Team(1)
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one", "three"])
@@ -175,10 +176,9 @@ class Weights:
     def matvec(self, team: Team, x: Floats) -> Floats:
         """The product with each of some tokens, one at a time."""
         out = floats(len(x), self.rows + GAP)
-        for t in range(len(x)):
-            scale, groups = address(self.scale), self.rows // 16
-            operands = (groups, self.cols, address(x[t]), scale, 0, address(out[t]))
-            run(team, OPERATIONS[self.name].matvec.address, address(self.packed), *operands)
+        entry, scale = OPERATIONS[self.name].matvec.address, address(self.scale)
+        matrix = (entry, address(self.packed), self.rows // 16, self.cols)
+        run(team, *((*matrix, address(x[t]), scale, 0, address(out[t])) for t in range(len(x))))
         return self.trimmed(out)
 
     def gemm(self, team: Team, x: Floats, tokens: int) -> Floats:
@@ -186,11 +186,10 @@ class Weights:
         out = floats(tokens, self.rows + GAP)
         scratch = aligned_bytes(team.members * gemm_floats.SCRATCH_BYTES)
         scratch[:] = 0xFF
-        run(
-            *(team, OPERATIONS[self.name].gemm.address, address(self.packed), self.rows // 16),
-            *(self.cols, address(x), address(self.scale), self.cols + GAP, tokens),
-            *(address(out), 4 * (self.rows + GAP), address(scratch)),
-        )
+        entry, scale = OPERATIONS[self.name].gemm.address, address(self.scale)
+        matrix = (entry, address(self.packed), self.rows // 16, self.cols)
+        given = (address(x), scale, self.cols + GAP, tokens)
+        run(team, (*matrix, *given, address(out), 4 * (self.rows + GAP), address(scratch)))
         return self.trimmed(out)
 
     def trimmed(self, out: Floats) -> Floats:
@@ -199,11 +198,12 @@ class Weights:
         return out[:, : self.rows]
 
 
-def run(team: Team, *words: int) -> None:
-    """Run one operation."""
-    program = np.zeros((1, WORDS), np.int64)
-    program[0, : len(words)] = words
-    assert team.run(program) == 1
+def run(team: Team, *operations: tuple[int, ...]) -> None:
+    """Run a program."""
+    program = np.zeros((len(operations), WORDS), np.int64)
+    for row, words in zip(program, operations, strict=True):
+        row[: len(words)] = words
+    assert team.run(program) == len(operations)
 
 
 def activations(tokens: int, cols: int) -> Floats:
@@ -222,8 +222,10 @@ matrices = pytest.mark.parametrize(("name", "rows", "cols"), FLOAT_SHAPES + F8_S
 def test_matvec(team: Team, name: str, rows: int, cols: int) -> None:
     weights, x = Weights(name, rows, cols), activations(2, cols)
     expected: Wide = x[:2, :cols].astype(np.float64) @ weights.values.T
-    assert distance(weights.matvec(team, x[:2]), expected) < TOLERANCE
-    assert not expected[:, rows:].any()
+    product = weights.matvec(team, x[:2])
+    assert distance(product, expected) < TOLERANCE
+    assert not product[:, rows:].any()
+    assert np.array_equal(product, weights.matvec(ALONE, x[:2]))
 
 
 @matrices
@@ -232,7 +234,7 @@ def test_many_tokens_have_the_bits_of_one(
     team: Team, name: str, rows: int, cols: int, tokens: int
 ) -> None:
     weights, x = Weights(name, rows, cols), activations(tokens, cols)
-    expected = weights.matvec(team, x[:tokens])
+    expected = weights.matvec(ALONE, x[:tokens])
     assert np.array_equal(weights.gemm(team, x, tokens), expected)
 
 
@@ -242,7 +244,7 @@ def test_each_weight_meets_its_activation(team: Team, name: str) -> None:
     weights, x = Weights(name, 16, cols), activations(cols, cols)
     x[:cols, :cols] = np.eye(cols)
     assert np.array_equal(weights.gemm(team, x, cols), weights.values.T)
-    assert np.array_equal(weights.matvec(team, x[:cols]), weights.values.T)
+    assert np.array_equal(weights.matvec(ALONE, x[:cols]), weights.values.T)
 
 
 def test_f8_knows_every_code(team: Team) -> None:
@@ -253,7 +255,7 @@ def test_f8_knows_every_code(team: Team) -> None:
     weights.scale[:] = 1
     x[:256, :256] = np.eye(256)
     expected = unpack_f8(weights.packed, weights.scale, 16, 256).T
-    assert np.array_equal(weights.matvec(team, x[:256]), expected)
+    assert np.array_equal(weights.matvec(ALONE, x[:256]), expected)
     assert np.array_equal(weights.gemm(team, x, 256), expected)
 
 
