@@ -10,9 +10,12 @@ columns the dot products of the streams with the rows of fn, in the place of the
 rounded up to a multiple of four) + 1 the sum of their squares, then whatever it was.
 """
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from localv4.kernels import simd_ir
 from localv4.kernels.arrays import Floats
@@ -31,9 +34,8 @@ from localv4.kernels.simd import (
     operation,
     store_f32,
     write_f32,
-    zeros_f32,
 )
-from localv4.kernels.simd_ir import Builder, Value
+from localv4.kernels.simd_ir import FLOATS, I64, Builder, Value
 from localv4.kernels.stack import stack_floats
 from localv4.kernels.vectors import f32x16
 
@@ -43,14 +45,13 @@ MOST_STREAMS = 8
 COLUMNS = 128
 """Columns of a stream that are one piece of work."""
 
-TOGETHER = 8
-"""Tokens that share one piece of the matrix while it is in the first cache."""
-
+_TOGETHER = 8  # tokens that share a panel of the matrix while it is in the first cache
+_GROUP = 32  # tokens that share the panels of a block of columns while they are in the second
 _ROWS = 4  # of fn, multiplied together
 _PIECE = 4 * COLUMNS  # bytes of a block of columns of a stream
-_BY_TWO = ISA.level == "avx512-vnni"  # the sums of two tokens fit the registers
+_TILE = 4 if ISA.level == "avx512-vnni" else 1  # tokens multiplied together: registers for sums
 
-_pieces = stack_floats(TOGETHER * MOST_STREAMS * COLUMNS)
+_pieces = stack_floats(_TOGETHER * MOST_STREAMS * COLUMNS)
 
 
 def pack_mixing(fn: Floats, n: int) -> Floats:
@@ -92,32 +93,59 @@ def leave_and_mix(operation: int, member: int, members: int) -> None:
     are; fn: the matrix as `pack_mixing` gives it, rows: how many it has, 0: there is no next site;
     partials, tokens, n, hidden.
     """
-    streams, update, second = word(operation, 1), word(operation, 2), word(operation, 3)
-    stride, mix = word(operation, 4), word(operation, 5)
-    fn, rows, partials = word(operation, 6), word(operation, 7), word(operation, 8)
-    tokens, n, hidden = word(operation, 9), word(operation, 10), word(operation, 11)
-    blocks = hidden // COLUMNS
-    panels_bytes, out_bytes = squares_at(rows) * n * _PIECE, 4 * row_floats(rows)
+    tokens, blocks = word(operation, 9), word(operation, 11) // COLUMNS
     pieces = _pieces()
     taken = take_chunk(operation)
-    while taken < -(-tokens // TOGETHER) * blocks:
-        first, block = taken // blocks * TOGETHER, taken % blocks
-        count = min(TOGETHER, tokens - first)
-        for i in range(count):
-            t = first + i
-            piece, source = pieces + i * n * _PIECE, streams + 4 * n * hidden * t + _PIECE * block
-            if mix == 0:
-                copy_piece(piece, _PIECE, source, 4 * hidden, n)
-                continue
-            at = 4 * stride * t + _PIECE * block
-            own = 0 if second == 0 else second + at
-            write_left(piece, source, 4 * hidden, update + at, own, mix + 4 * (n + n * n) * t, n)
-            copy_piece(source, 4 * hidden, piece, _PIECE, n)
-        if rows > 0:
-            out = partials + (first * blocks + block) * out_bytes
-            panels = fn + panels_bytes * block
-            write_partials(out, blocks * out_bytes, panels, rows, pieces, count, n)
+    while taken < -(-tokens // _GROUP) * blocks:
+        first, block = taken // blocks * _GROUP, taken % blocks
+        end = min(first + _GROUP, tokens)
+        for t in range(first, end, _TOGETHER):
+            count = min(_TOGETHER, end - t)
+            leave(operation, pieces, t, count, block)
+            if word(operation, 7) > 0:
+                mix(operation, pieces, t, count, block)
         taken = take_chunk(operation)
+
+
+@device
+def leave(operation: int, pieces: int, first: int, count: int, block: int) -> None:
+    """Update a block of columns of some tokens, and put it into pieces (count, n, COLUMNS)."""
+    update, second, stride = word(operation, 2), word(operation, 3), word(operation, 4)
+    factors, n, hidden = word(operation, 5), word(operation, 10), word(operation, 11)
+    streams = word(operation, 1) + 4 * n * hidden * first + _PIECE * block
+    for i in range(count):
+        piece, source = pieces + i * n * _PIECE, streams + 4 * n * hidden * i
+        if factors == 0:
+            copy_piece(piece, _PIECE, source, 4 * hidden, n)
+            continue
+        at = 4 * stride * (first + i) + _PIECE * block
+        own = factors + 4 * (n + n * n) * (first + i)
+        write_left(
+            piece, source, 4 * hidden, update + at, second + at if second != 0 else 0, own, n
+        )
+        copy_piece(source, 4 * hidden, piece, _PIECE, n)
+
+
+@device
+def mix(operation: int, pieces: int, first: int, count: int, block: int) -> None:
+    """Multiply pieces (count, n, COLUMNS) with the panels of their columns."""
+    rows, partials = word(operation, 7), word(operation, 8)
+    n, blocks = word(operation, 10), word(operation, 11) // COLUMNS
+    size, row = n * _PIECE, 4 * row_floats(rows)
+    panel = word(operation, 6) + squares_at(rows) * size * block
+    out, stride = partials + (first * blocks + block) * row, blocks * row
+    for at in range(0, 4 * squares_at(rows), 4 * _ROWS):
+        i = 0
+        while i + _TILE <= count:
+            multiply_tile(out + at + i * stride, stride, panel, pieces + i * size, n)
+            i += _TILE
+        while i < count:
+            multiply_one(out + at + i * stride, stride, panel, pieces + i * size, n)
+            i += 1
+        panel += _ROWS * size
+    for i in range(count):
+        squares = sum_of_squares(pieces + i * size, n * COLUMNS)
+        write_f32(out + i * stride + 4 * squares_at(rows), squares)
 
 
 @device
@@ -156,70 +184,57 @@ def write_left(
             store_f32(target + 192, u3)
 
 
-@device
-def write_partials(
-    out: int, stride: int, panels: int, rows: int, pieces: int, count: int, n: int
-) -> None:
-    """Multiply pieces (count, n, COLUMNS) with the panels of their columns; `stride` in bytes."""
-    groups, size = squares_at(rows) // _ROWS, n * _PIECE
-    for group in range(groups):
-        panel, i = panels + group * _ROWS * size, 0
-        if _BY_TWO:
-            while i + 1 < count:
-                at = out + 16 * group + i * stride
-                multiply_two(at, at + stride, panel, pieces + i * size, pieces + (i + 1) * size, n)
-                i += 2
-        while i < count:
-            multiply_one(out + 16 * group + i * stride, panel, pieces + i * size, n)
-            i += 1
-    for i in range(count):
-        squares = sum_of_squares(pieces + i * size, n * COLUMNS)
-        write_f32(out + i * stride + 4 * squares_at(rows), squares)
+def _products(tokens: int) -> Any:
+    """Make the function that multiplies four rows with the pieces of some tokens."""
+    sums = types.UniTuple(f32x16, _ROWS * tokens)
+
+    @operation(sums)
+    def no_sums(b: Builder) -> list[Value]:
+        return [simd_ir.filled(FLOATS, 0.0)] * (_ROWS * tokens)
+
+    @operation(sums, sums, types.int64, types.int64, types.int64)
+    def add_products(b: Builder, before: Value, panel: Value, x: Value, size: Value) -> list[Value]:
+        totals: list[Value] = cgutils.unpack_tuple(b, before)
+        values = [
+            simd_ir.load(b, FLOATS, b.add(x, b.mul(size, ir.Constant(I64, token))))
+            for token in range(tokens)
+        ]
+        for row in range(_ROWS):
+            weights = simd_ir.load(b, FLOATS, simd_ir.offset(b, panel, 64 * row))
+            for token, value in enumerate(values):
+                i = _ROWS * token + row
+                totals[i] = simd_ir.multiply_add(b, weights, value, totals[i])
+        return totals
+
+    @operation(types.void, types.int64, types.int64, sums)
+    def store_sums(b: Builder, address: Value, stride: Value, done: Value) -> None:
+        totals = cgutils.unpack_tuple(b, done)
+        for token in range(tokens):
+            folded = _fold_four(b, totals[_ROWS * token : _ROWS * (token + 1)])
+            simd_ir.store(b, folded, b.add(address, b.mul(stride, ir.Constant(I64, token))))
+
+    @device
+    def multiply_pieces(out: int, stride: int, panel: int, x: int, n: int) -> None:
+        total = no_sums()
+        for c in range(0, n * _PIECE, 64):
+            total = add_products(total, panel + _ROWS * c, x + c, n * _PIECE)
+        store_sums(out, stride, total)
+
+    return multiply_pieces
 
 
-@device
-def multiply_one(out: int, panel: int, x: int, n: int) -> None:
-    """Write the products of four rows with the piece of one token."""
-    a0, a1, a2, a3 = zeros_f32(), zeros_f32(), zeros_f32(), zeros_f32()
-    for c in range(0, n * _PIECE, 64):
-        value, w = load_f32(x + c), panel + _ROWS * c
-        a0 = multiply_add(load_f32(w), value, a0)
-        a1 = multiply_add(load_f32(w + 64), value, a1)
-        a2 = multiply_add(load_f32(w + 128), value, a2)
-        a3 = multiply_add(load_f32(w + 192), value, a3)
-    store_sums(out, a0, a1, a2, a3)
+multiply_one, multiply_tile = _products(1), _products(_TILE)
 
 
-@device
-def multiply_two(out: int, second_out: int, panel: int, x: int, second: int, n: int) -> None:
-    """Do what multiply_one does for two tokens."""
-    a0, a1, a2, a3 = zeros_f32(), zeros_f32(), zeros_f32(), zeros_f32()
-    b0, b1, b2, b3 = zeros_f32(), zeros_f32(), zeros_f32(), zeros_f32()
-    for c in range(0, n * _PIECE, 64):
-        x_value, y_value, w = load_f32(x + c), load_f32(second + c), panel + _ROWS * c
-        row = load_f32(w)
-        a0, b0 = multiply_add(row, x_value, a0), multiply_add(row, y_value, b0)
-        row = load_f32(w + 64)
-        a1, b1 = multiply_add(row, x_value, a1), multiply_add(row, y_value, b1)
-        row = load_f32(w + 128)
-        a2, b2 = multiply_add(row, x_value, a2), multiply_add(row, y_value, b2)
-        row = load_f32(w + 192)
-        a3, b3 = multiply_add(row, x_value, a3), multiply_add(row, y_value, b3)
-    store_sums(out, a0, a1, a2, a3)
-    store_sums(second_out, b0, b1, b2, b3)
-
-
-@operation(types.void, types.int64, f32x16, f32x16, f32x16, f32x16)
-def store_sums(b: Builder, address: Value, v0: Value, v1: Value, v2: Value, v3: Value) -> None:
-    """Write the sums of all lanes of four vectors, each added up as `simd.sum_f32` does."""
+def _fold_four(b: Builder, vectors: list[Value]) -> Value:
+    """Return the sums of all lanes of four vectors, each added up as `simd.sum_f32` does."""
     quarters = []
-    for value in (v0, v1, v2, v3):
+    for value in vectors:
         eighth = b.fadd(simd_ir.part(b, value, 0, 8), simd_ir.part(b, value, 1, 8))
         quarters.append(b.fadd(simd_ir.part(b, eighth, 0, 4), simd_ir.part(b, eighth, 1, 4)))
     low = _add_selected(b, quarters[0], quarters[1], (0, 1, 4, 5), (2, 3, 6, 7))
     high = _add_selected(b, quarters[2], quarters[3], (0, 1, 4, 5), (2, 3, 6, 7))
-    sums = _add_selected(b, low, high, (0, 2, 4, 6), (1, 3, 5, 7))
-    simd_ir.store(b, sums, address)
+    return _add_selected(b, low, high, (0, 2, 4, 6), (1, 3, 5, 7))
 
 
 def _add_selected(
