@@ -1,0 +1,320 @@
+"""Packing changes the place of numbers, never a number; it survives every stop."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from filelock import FileLock
+from gguf import GGMLQuantizationType as Type
+from gguf_writer import ANTIREZ, MAINLINE, ROLES, GgufOptions, write_gguf
+from golden_files import load_golden, random_model, write_model, write_stored
+from packed_values import as_stored
+from test_sources import SUPERBLOCKS
+
+from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error, UsageError
+from localv4.model.loading import read_model_config
+from localv4.model.matrix import Matrix, decode
+from localv4.model.names import official_names
+from localv4.model.packed_source import load_packed_weights, packed_config
+from localv4.model.packing import PackedExpert, PackedMatrix
+from localv4.model.weights import Weights, load_weights
+from localv4.storage import open_checkpoint
+from localv4.storage.packed_folder import open_packed_folder, verify
+from localv4.text.tokenizer import Tokenizer
+from quant import packer
+from quant.journal import JOURNAL_NAME
+from quant.packed_writer import WrittenFile, write_shard
+from quant.packer import pack_folder
+
+pytestmark = pytest.mark.skipif(
+    bool(numba.config.DISABLE_JIT), reason="kernels that take addresses need the compiler"
+)
+
+# Every matrix has whole groups of sixteen rows, and rows of whole superblocks.
+WHOLE = replace(SUPERBLOCKS, name="whole", dims={**SUPERBLOCKS.dims, "vocab_size": 304})
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in official storage."""
+    return write_stored(load_golden("wide"), tmp_path_factory.mktemp("official"))
+
+
+def pack(source: Path, target: Path, **options: Any) -> Path:
+    with open_checkpoint(source) as checkpoint:
+        pack_folder(checkpoint, target, threads=2, **options)
+    return target
+
+
+def load(folder: Path) -> Weights:
+    packed = open_packed_folder(folder)
+    return load_packed_weights(packed, packed_config(packed))
+
+
+def values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number of a tree of weights, by its place."""
+    if isinstance(node, Matrix):
+        yield path, decode(node)
+    elif isinstance(node, np.ndarray | int):
+        yield path, node
+    elif isinstance(node, tuple):
+        for number, part in enumerate(node):
+            yield from values(part, f"{path}.{number}")
+    elif is_dataclass(node):
+        for field in fields(node):
+            yield from values(getattr(node, field.name), f"{path}.{field.name}")
+
+
+def assert_same_model(source: Path, folder: Path) -> None:
+    checkpoint = open_checkpoint(source)
+    table = official_names(checkpoint)
+    config = read_model_config(checkpoint, table)
+    assert packed_config(open_packed_folder(folder)) == config
+    expected = dict(values(load_weights(checkpoint, table, config)))
+    actual = dict(values(as_stored(load(folder))))
+    assert actual.keys() == expected.keys() and len(expected) > 100
+    for place, numbers in expected.items():
+        assert np.array_equal(actual[place], numbers), place
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+# --- the same numbers
+
+
+def test_official_storage(official: Path, tmp_path: Path) -> None:
+    folder = pack(official, tmp_path / "packed")
+    assert_same_model(official, folder)
+    verify(folder)
+    layer = load(folder).layers[1]
+    assert isinstance(layer.attention.wq_b, PackedMatrix)
+    assert all(isinstance(expert, PackedExpert) for expert in layer.experts)
+    names = [name for name in contents(folder) if name.startswith(".")]
+    assert names == []
+
+
+MIXES = {
+    "mainline": MAINLINE,
+    "antirez": ANTIREZ,
+    "q4_0": dict.fromkeys(set(ROLES.values()) - {"hc", "ape"}, Type.Q4_0),
+    "q8_0 shared": MAINLINE | {"shared": Type.Q4_0, "down": Type.Q8_0},
+    "rows": dict.fromkeys(set(ROLES.values()) - {"hc", "ape"}, Type.IQ4_XS),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_ggml_types(mix: str, tmp_path: Path) -> None:
+    options = GgufOptions(MIXES[mix], parts=3 if mix == "antirez" else 1)
+    source, _ = write_gguf(random_model(WHOLE), tmp_path / "m.gguf", options)
+    folder = pack(source, tmp_path / "packed")
+    assert_same_model(source, folder)
+    metadata = open_packed_folder(folder).metadata
+    assert "general.architecture" in metadata and "split.count" not in metadata
+    tokenizer = Tokenizer.from_gguf(metadata, folder)
+    expected = Tokenizer.from_gguf(open_checkpoint(source).metadata, source)
+    assert tokenizer.encode('a !" b') == expected.encode('a !" b')
+
+
+def test_halves_of_an_expert_may_differ(tmp_path: Path) -> None:
+    types = MAINLINE | {"down": Type.Q8_0}
+    source, _ = write_gguf(random_model(WHOLE), tmp_path / "m.gguf", GgufOptions(types))
+    expert = load(pack(source, tmp_path / "packed")).layers[0].experts[1]
+    assert isinstance(expert, PackedExpert)
+    assert (expert.form.gate_up.name, expert.form.down.name) == ("MX4", "Q8")
+
+
+@pytest.mark.parametrize("name", ["odd", "tiny300"])
+def test_what_has_no_packed_form_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    source = write_model(load_golden(name), tmp_path / "source")
+    assert_same_model(source, pack(source, tmp_path / "packed"))
+
+
+def test_small_files_come_along(official: Path, tmp_path: Path) -> None:
+    shutil.copytree(official, tmp_path / "source")
+    (tmp_path / "source" / "LICENSE").write_text("free")
+    (tmp_path / "source" / "model.py").write_text("not asked for")
+    folder = pack(tmp_path / "source", tmp_path / "packed")
+    assert (folder / "LICENSE").read_text() == "free"
+    assert not (folder / "model.py").exists()
+    assert "LICENSE" in open_packed_folder(folder).manifest.files
+
+
+def test_links_that_lead_elsewhere_are_not_followed(official: Path, tmp_path: Path) -> None:
+    shutil.copytree(official, tmp_path / "source")
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "source" / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadFileError, match="leads out of the folder"):
+        pack(tmp_path / "source", tmp_path / "packed")
+
+
+# --- stops and restarts
+
+
+class Stop(Exception):
+    """The process was killed."""
+
+
+@pytest.mark.parametrize("writes", [1, 4])
+def test_it_goes_on_where_it_was(
+    writes: int, official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(pack(official, tmp_path / "whole"))
+    written: list[str] = []
+
+    def write(path: Path, *args: Any) -> WrittenFile:
+        if len(written) == writes:
+            path.with_name(f".{path.name}.partial").write_bytes(b"half")
+            raise Stop
+        written.append(path.name)
+        return write_shard(path, *args)
+
+    monkeypatch.setattr("quant.packer.write_shard", write)
+    with pytest.raises(Stop):
+        pack(official, tmp_path / "packed")
+    assert not (tmp_path / "packed" / "manifest.json").exists()
+    writes = -1
+    pack(official, tmp_path / "packed")
+    assert len(written) == len(set(written)) == 6  # no shard twice
+    assert contents(tmp_path / "packed") == whole
+
+
+def stopped_after(count: int, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until `count` shards are finished."""
+    left = iter([None] * count)
+
+    def write(path: Path, *args: Any) -> WrittenFile:
+        if next(left, Stop) is Stop:
+            raise Stop
+        return write_shard(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quant.packer.write_shard", write)
+        with pytest.raises(Stop):
+            pack(source, target)
+
+
+def damage_shard(target: Path) -> None:
+    shard = target / "layer-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def cut_shard(target: Path) -> None:
+    shard = target / "layer-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def cut_journal(target: Path) -> None:
+    journal = target / JOURNAL_NAME
+    journal.write_bytes(journal.read_bytes()[:-9])
+
+
+def foreign_journal(target: Path) -> None:
+    journal = target / JOURNAL_NAME
+    journal.write_bytes(journal.read_bytes().replace(b'"version": 1', b'"version": 0'))
+
+
+def odd_journal(target: Path) -> None:
+    journal = target / JOURNAL_NAME
+    journal.write_bytes(journal.read_bytes().replace(b'"sha256"', b'"sha512"'))
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_shard, cut_shard, cut_journal, foreign_journal, odd_journal]
+)
+def test_what_cannot_be_trusted_is_done_again(
+    damage: Any, official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "packed"
+    stopped_after(2, official, target, monkeypatch)
+    damage(target)
+    pack(official, target)
+    verify(target)
+    assert contents(target) == contents(pack(official, tmp_path / "whole"))
+
+
+def test_progress_counts_up_to_the_whole(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    stopped_after(3, official, tmp_path / "packed", monkeypatch)
+    pack(official, tmp_path / "packed", on_progress=lambda done, total: calls.append((done, total)))
+    done = [done for done, _ in calls]
+    assert done == sorted(done) and len({total for _, total in calls}) == 1
+    assert calls[0][0] > 0.2 * calls[0][1] and calls[-1][0] == calls[-1][1]
+
+
+# --- refusals
+
+
+def test_a_disk_that_is_too_small(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 28)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DoesNotFitError, match=r"needs 0\.0 GB, but the disk has 0\.3 GB"):
+        pack(official, tmp_path / "packed")
+    assert not list((tmp_path / "packed").glob("*.safetensors"))
+
+
+def test_two_processes_at_once(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    with (
+        FileLock(tmp_path / "packed" / packer.LOCK_NAME),
+        pytest.raises(LocalV4Error, match="another process"),
+    ):
+        pack(official, tmp_path / "packed")
+
+
+def test_a_finished_target(official: Path, tmp_path: Path) -> None:
+    pack(official, tmp_path / "packed")
+    with pytest.raises(UsageError, match="finished model"):
+        pack(official, tmp_path / "packed")
+
+
+def test_a_target_with_other_files(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(UsageError, match="other files"):
+        pack(official, tmp_path)
+
+
+def test_a_target_that_is_a_file(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LocalV4Error, match="cannot write"):
+        pack(official, tmp_path / "file")
+
+
+def test_an_expert_with_a_nan(tmp_path: Path) -> None:
+    golden = load_golden("wide")
+    name = "layers.2.ffn.experts.1.w2.scale"
+    broken = replace(golden.stored[name], data=b"\xff" * len(golden.stored[name].data))
+    stored = {**golden.stored, name: broken}
+    source = write_stored(replace(golden, stored=stored), tmp_path / "source")
+    with pytest.raises(BadFileError, match=r"expert 1 of layers\.2\.ffn\.experts holds a NaN"):
+        pack(source, tmp_path / "packed")
+
+
+def test_the_command_line(
+    official: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", str(official), str(tmp_path / "packed")])
+    assert packer.main() == 0
+    assert " GB" in capsys.readouterr().err
+    verify(tmp_path / "packed")
+    assert packer.main() == 2
+    assert "finished model" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [""])
+    assert packer.main() == 2
+    assert "usage" in capsys.readouterr().err
