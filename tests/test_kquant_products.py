@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -13,10 +14,11 @@ from reference_packed import Bytes, Floats, Wide, address, distance, floats
 from localv4.kernels import activations, gemm, kquant_products, kquants, packed, packing_kquants
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.compiler import Entry, entry
+from localv4.kernels.device import device
 from localv4.kernels.kquant_operations import DOWN, GATE_UP, MATVEC
 from localv4.kernels.operation import WORDS, float_bits, word
 from localv4.kernels.packed import PackedFormat
-from localv4.kernels.packed_kquants import Q4K, SUPERBLOCK
+from localv4.kernels.packed_kquants import Q2, Q3, Q4K, Q6, SUPERBLOCK
 from localv4.kernels.single_token import ROW_GAP, quantize
 from localv4.kernels.team import Team
 
@@ -29,13 +31,37 @@ TOLERANCE = 1e-6
 ONE, THREE = Team(1), Team(3)
 
 
-@entry("test")
-def q4k_sums(operation: int, member: int, members: int) -> None:
+@device
+def share_sums(operation: int, sums: Any) -> None:
     """Words: the arguments of `sums`."""
     a, b, c = word(operation, 1), word(operation, 2), word(operation, 3)
     d, e, f = word(operation, 4), word(operation, 5), word(operation, 6)
     g, h, i = word(operation, 7), word(operation, 8), word(operation, 9)
-    kquant_products.sums_q4k(a, b, c, d, e, f, g, h, i, word(operation, 10))
+    sums(a, b, c, d, e, f, g, h, i, word(operation, 10))
+
+
+@entry("test")
+def q4k_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_products.sums_q4k)
+
+
+@entry("test")
+def q6_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_products.sums_q6)
+
+
+@entry("test")
+def q3_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_products.sums_q3)
+
+
+@entry("test")
+def q2_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_products.sums_q2)
 
 
 @dataclass(frozen=True)
@@ -49,7 +75,12 @@ class Case:
     sums: Entry
 
 
-CASES = (Case(Q4K, "Q4_K", kquants.Q4_K_BYTES, packing_kquants.pack_q4_k, q4k_sums),)
+CASES = (
+    Case(Q4K, "Q4_K", kquants.Q4_K_BYTES, packing_kquants.pack_q4_k, q4k_sums),
+    Case(Q6, "Q6_K", kquants.Q6_K_BYTES, packing_kquants.pack_q6_k, q6_sums),
+    Case(Q3, "Q3_K", kquants.Q3_K_BYTES, packing_kquants.pack_q3_k, q3_sums),
+    Case(Q2, "Q2_K", kquants.Q2_K_BYTES, packing_kquants.pack_q2_k, q2_sums),
+)
 formats = pytest.mark.parametrize("case", CASES, ids=lambda case: case.fmt.name)
 
 

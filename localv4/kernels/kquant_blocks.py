@@ -200,19 +200,14 @@ def small_product(b: Builder, isa: Isa, x: Value, y: Value) -> Value:
 
 def field(b: Builder, line: Value, shift: int, bits: int) -> Value:
     """Return some bits of each byte of a line."""
-    if shift:
-        line = b.bitcast(b.lshr(b.bitcast(line, SHORTS), filled(SHORTS, shift)), BYTES)
-    return b.and_(line, filled(BYTES, (1 << bits) - 1))
+    return moved_field(b, line, shift, (1 << bits) - 1)
 
 
 def moved_field(b: Builder, line: Value, shift: int, mask: int) -> Value:
-    """Shift each byte to the right, or left if negative, and keep the bits of a mask."""
-    words = b.bitcast(line, SHORTS)
-    if shift > 0:
-        words = b.lshr(words, filled(SHORTS, shift))
-    elif shift < 0:
-        words = b.shl(words, filled(SHORTS, -shift))
-    return b.and_(b.bitcast(words, BYTES), filled(BYTES, mask))
+    """Shift each byte to the right and keep the bits of a mask, at most 8 - shift of them."""
+    if shift:
+        line = b.bitcast(b.lshr(b.bitcast(line, SHORTS), filled(SHORTS, shift)), BYTES)
+    return b.and_(line, filled(BYTES, mask))
 
 
 def number(b: Builder, words: Value, shift: int, bits: int) -> Value:
@@ -228,6 +223,11 @@ def number(b: Builder, words: Value, shift: int, bits: int) -> Value:
 def place(b: Builder, w: Value, start: int, size: int, step: Value) -> Value:
     """Return the address of a step in an area of a superblock with `size` bytes for each."""
     return b.add(w, b.add(b.mul(step, ir.Constant(I64, size)), ir.Constant(I64, start)))
+
+
+def load_lines(b: Builder, address: Value, count: int) -> list[Value]:
+    """Read some lines."""
+    return [load(b, BYTES, offset(b, address, 64 * i)) for i in range(count)]
 
 
 def six_bit_numbers(b: Builder, w: Value, step: Value) -> list[Value]:
@@ -250,11 +250,52 @@ def q4k_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
     """Decode a step of Q4K."""
     numbers, blocks = six_bit_numbers(b, w, step), list[Block]()
     for i in range(2):
-        address, codes = place(b, w, 256 + 256 * i, 512, step), []
-        for j in range(4):
-            line = load(b, BYTES, offset(b, address, 64 * j))
+        codes = []
+        for line in load_lines(b, place(b, w, 256 + 256 * i, 512, step), 4):
             codes += [field(b, line, 0, 4), field(b, line, 4, 4)]
         blocks.append(WholeBlock(codes, numbers[i], numbers[2 + i], 15))
+    return blocks
+
+
+def q6_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
+    """Decode a step of Q6."""
+    parts, scales = [], []
+    for i in range(4):
+        lines = load_lines(b, place(b, w, 320 + 192 * i, 768, step), 3)
+        last = moved_field(b, lines[0], 6, 0x03)
+        last = b.or_(last, moved_field(b, lines[1], 4, 0x0C))
+        last = b.or_(last, moved_field(b, lines[2], 2, 0x30))
+        parts.append([*(field(b, line, 0, 6) for line in lines), last])
+        scale = load(b, vector(I8, LANES), place(b, w, 64 + 16 * i, 64, step))
+        scales.append(b.sext(scale, INTS))
+    return [PartsBlock(parts[i] + parts[i + 1], scales[i : i + 2], 32, 63) for i in (0, 2)]
+
+
+def q3_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
+    """Decode a step of Q3."""
+    numbers, blocks = six_bit_numbers(b, w, step), list[Block]()
+    scales = [b.sub(value, filled(INTS, 32)) for value in numbers]
+    for i in range(2):
+        lines, codes = load_lines(b, place(b, w, 256 + 192 * i, 384, step), 3), []
+        for line in lines:
+            codes += [field(b, line, 0, 3), field(b, line, 3, 3)]
+        for j in range(2):
+            highest = moved_field(b, lines[2], 4 + j, 0x04)
+            codes.append(b.or_(moved_field(b, lines[j], 6, 0x03), highest))
+        blocks.append(PartsBlock(codes, scales[2 * i : 2 * i + 2], 4, 7))
+    return blocks
+
+
+def q2_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
+    """Decode a step of Q2."""
+    numbers, blocks = load(b, INTS, place(b, w, 64, 64, step)), list[Block]()
+    for i in range(2):
+        codes = []
+        for line in load_lines(b, place(b, w, 320 + 128 * i, 256, step), 2):
+            codes += [field(b, line, 2 * j, 2) for j in range(4)]
+        pairs = [b.lshr(numbers, filled(INTS, 4 * i + 8 * kind)) for kind in range(2)]
+        scales, least = (b.and_(pair, filled(INTS, 0x000F000F)) for pair in pairs)
+        blocks.append(PairBlock(codes, scales, least, 3))
     return blocks
 
 

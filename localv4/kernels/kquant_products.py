@@ -12,7 +12,13 @@ import numpy as np
 from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row, swiglu
 from localv4.kernels.device import device
 from localv4.kernels.gemm import PANEL_GROUPS, SUMS_ROW, Sums, panel_groups
-from localv4.kernels.kquant_readers import Q4K_READER, SuperblockReader
+from localv4.kernels.kquant_readers import (
+    Q2_READER,
+    Q3_READER,
+    Q4K_READER,
+    Q6_READER,
+    SuperblockReader,
+)
 from localv4.kernels.matvec import Expert, Matvec, partner
 from localv4.kernels.packed import BLOCK
 from localv4.kernels.packed_kquants import STEP, STEPS, SUPERBLOCK
@@ -151,8 +157,23 @@ def _summer(reader: SuperblockReader) -> Sums:
 
 
 matvec_q4k: Matvec
+matvec_q6: Matvec
+matvec_q3: Matvec
+matvec_q2: Matvec
 expert_gate_up_q4k: Expert
+expert_gate_up_q6: Expert
+expert_gate_up_q3: Expert
+expert_gate_up_q2: Expert
 expert_down_q4k: Expert
+expert_down_q6: Expert
+expert_down_q3: Expert
+expert_down_q2: Expert
 
 matvec_q4k, expert_gate_up_q4k, expert_down_q4k = _products(Q4K_READER)
+matvec_q6, expert_gate_up_q6, expert_down_q6 = _products(Q6_READER)
+matvec_q3, expert_gate_up_q3, expert_down_q3 = _products(Q3_READER)
+matvec_q2, expert_gate_up_q2, expert_down_q2 = _products(Q2_READER)
 sums_q4k = _summer(Q4K_READER)
+sums_q6 = _summer(Q6_READER)
+sums_q3 = _summer(Q3_READER)
+sums_q2 = _summer(Q2_READER)

@@ -9,9 +9,9 @@ from numba.core import cgutils
 from localv4.kernels import simd_dots, simd_ir
 from localv4.kernels.activations import SUMS_BYTES
 from localv4.kernels.isa import ISA
-from localv4.kernels.kquant_blocks import Step, q4k_step
+from localv4.kernels.kquant_blocks import Step, q2_step, q3_step, q4k_step, q6_step
 from localv4.kernels.packed import BLOCK, PackedFormat
-from localv4.kernels.packed_kquants import Q4K, STEPS
+from localv4.kernels.packed_kquants import Q2, Q3, Q4K, Q6, STEPS
 from localv4.kernels.simd import operation
 from localv4.kernels.simd_ir import F32, FLOATS, Builder, Value
 from localv4.kernels.vectors import f32x16
@@ -122,3 +122,6 @@ def _finisher(reader: SuperblockReader, tokens: int) -> Any:
 
 
 Q4K_READER = SuperblockReader(Q4K, q4k_step, True, 256)
+Q6_READER = SuperblockReader(Q6, q6_step, False, 320)
+Q3_READER = SuperblockReader(Q3, q3_step, False, 256)
+Q2_READER = SuperblockReader(Q2, q2_step, True, 320)
