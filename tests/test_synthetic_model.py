@@ -12,7 +12,7 @@ import pytest
 from networks import logits
 from packed_values import as_stored, packed_values
 
-from localv4.kernels.packed import FORMATS
+from localv4.kernels.packed import FORMATS, group_bytes
 from localv4.kernels.packing_floats import B16, F32R
 from localv4.kernels.team import Team
 from localv4.model.config import LayerKind
@@ -30,7 +30,14 @@ import synthetic_network
 import synthetic_packed
 from synthetic_network import NETWORKS, Network, sliced
 from synthetic_tokenizer import special_tokens
-from synthetic_values import PACKED_BLOCKS, PLAIN_BLOCKS, Noise, block_parts, expert_table
+from synthetic_values import (
+    PACKED_BLOCKS,
+    PLAIN_BLOCKS,
+    Noise,
+    block_parts,
+    expert_table,
+    packed_bytes,
+)
 
 SMALL = Network(
     hidden=256,
@@ -137,6 +144,9 @@ def test_blocks_have_the_sizes_of_their_format(name: str) -> None:
     fmt = {known.name: known for known in (*FORMATS, B16, F32R)}[name]
     kind = PACKED_BLOCKS[name]
     assert (kind.values, kind.nbytes) == (16 * fmt.columns, fmt.superblock_bytes)
+    assert packed_bytes(name, 64, 256) == 4 * group_bytes(fmt, 256)
+    with pytest.raises(ValueError, match="has no packed form"):
+        packed_bytes(name, 64, fmt.columns_unit // 2)
 
 
 @pytest.mark.parametrize("std", [0.004, 0.015, 0.1, 1.0])

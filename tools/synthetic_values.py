@@ -124,6 +124,10 @@ PACKED_BLOCKS = {
 GROUP_ROWS = 16
 INTEGER_FORMATS = ("MX4", "Q4", "Q8")
 """Formats that experts are packed into."""
+FLOAT_FORMATS = ("B16", "F32R")
+"""Formats whose last group of rows may be filled up."""
+COLUMNS_UNITS = {"F8": 128, "B16": 16, "F32R": 16}
+"""What the number of columns is a multiple of, where that is no superblock."""
 
 
 def packed_count(rows: int, cols: int) -> int:
@@ -134,7 +138,8 @@ def packed_count(rows: int, cols: int) -> int:
 def packed_bytes(name: str, rows: int, cols: int) -> int:
     """Return the bytes of a matrix in a packed format; ValueError if it has no such form."""
     kind = PACKED_BLOCKS[name]
-    if cols % (kind.values // GROUP_ROWS) or (name in INTEGER_FORMATS and rows % GROUP_ROWS):
+    unit = COLUMNS_UNITS.get(name, kind.values // GROUP_ROWS)
+    if cols % unit or (name not in FLOAT_FORMATS and rows % GROUP_ROWS):
         raise ValueError(f"a matrix of {rows} x {cols} has no packed form {name}")
     return packed_count(rows, cols) // kind.values * kind.nbytes
 

@@ -152,9 +152,7 @@ class PackedReader(tree.WeightReader):
         if shape != (rows, cols):
             raise self._wrong(records, f"holds experts of {shape}, expected {(rows, cols)}")
         if number >= len(data):
-            raise self._wrong(
-                records, f"holds {len(data)} experts, but there is an expert {number}"
-            )
+            raise self._wrong(records, f"holds {len(data)} experts, expected more than {number}")
         if is_down:
             own, packed = form.down, data[number, form.offset : form.nbytes]
         else:
