@@ -52,6 +52,7 @@ from localv4.kernels.simd import (
     write_i64,
     zeros_f32,
 )
+from localv4.kernels.simd_ir import LANES
 
 KEY_BLOCK = 64
 """Keys whose weights stay in the first cache while they meet all channels."""
@@ -59,7 +60,8 @@ KEY_BLOCK = 64
 _LINE = 64
 _ONE = np.float32(1)
 _zeros, _load, _store = TILE.zeros, TILE.load, TILE.store
-_addresses, _add_channels, _add_key = TILE.addresses, TILE.add_channels, TILE.add_key
+_addresses, _prefetch = TILE.addresses, TILE.prefetch
+_add_channels, _add_key = TILE.add_channels, TILE.add_key
 _load_last, _store_last, _add_key_last = LAST_TILE.load, LAST_TILE.store, LAST_TILE.add_key
 _LAST_ROWS = LAST_TILE.rows
 
@@ -123,29 +125,53 @@ def key_address(operation: int, t: int, j: int, row: int) -> int:
 
 
 @device
-def prepare_query(out: int, row: int, x: int, v: int, heads: int, n: int, eps: np.float32) -> None:
-    """Norm vector v of the heads at x and write it, divided by sqrt(n), to its lanes of `out`."""
-    take_heads(out, row, x, n, 16 * v, heads)
+def prepare_query(
+    scratch: int,
+    x: int,
+    v: int,
+    heads: int,
+    n: int,
+    cos: int,
+    sin: int,
+    pairs: int,
+    eps: np.float32,
+) -> None:
+    """Norm and rotate vector v of the heads at x into its lanes, divided by sqrt(n)."""
+    row, at = lane_row(heads), scratch + 64 * v
+    take_heads(at, row, x, n, LANES * v, heads)
     scale = splat_f32(_ONE / np.float32(math.sqrt(n)))
-    scale_heads(out, row, n, multiply(norm_factors(out, row, n, eps), scale))
+    scale_heads(at, row, n, multiply(norm_factors(at, row, n, eps), scale))
+    rotate_heads(at + (n - 2 * pairs) * row, row, pairs, cos, sin, _ONE)
 
 
 @device
-def score_keys(operation: int, t: int, scratch: int, heads: int, n: int, tile: int) -> None:
-    """Write the scores of a tile of keys, and their addresses; behind the last key its copies."""
+def find_keys(
+    operation: int, t: int, scratch: int, heads: int, n: int, first: int, end: int
+) -> None:
+    """Write the addresses of tiles of keys to their rows; behind the last key its copies."""
+    row = lane_row(heads)
+    keys, last = keys_of(scratch, heads, n) + row, key_count(operation, t) - 1
+    for j in range(first * TILE_ROWS, end * TILE_ROWS):
+        write_i64(keys + j * (row + _LINE), key_address(operation, t, min(j, last), 4 * n))
+
+
+@device
+def score_keys(scratch: int, heads: int, n: int, first: int, end: int) -> None:
+    """Write the scores of tiles of keys."""
     row = lane_row(heads)
     key_row = row + _LINE
-    at = keys_of(scratch, heads, n) + tile * TILE_ROWS * key_row
-    last = key_count(operation, t) - 1
-    for i in range(TILE_ROWS):
-        key = key_address(operation, t, min(tile * TILE_ROWS + i, last), 4 * n)
-        write_i64(at + i * key_row + row, key)
-    keys = _addresses(at + row, key_row)
-    for v in range(0, row // 64, TILE_VECTORS):
-        sums = _zeros()
-        for channel in range(0, n, STEP):
-            sums = _add_channels(sums, scratch + channel * row + 64 * v, row, keys, 4 * channel)
-        _store(at + 64 * v, key_row, sums)
+    for tile in range(first, end):
+        at = keys_of(scratch, heads, n) + tile * TILE_ROWS * key_row
+        following = at + TILE_ROWS * key_row if tile + 1 < end else at
+        keys, next_keys = _addresses(at + row, key_row), _addresses(following + row, key_row)
+        for v in range(0, row // 64, TILE_VECTORS):
+            sums = _zeros()
+            for line in range(0, n, LANES):
+                _prefetch(next_keys, 4 * line)
+                for channel in range(line, line + LANES, STEP):
+                    queries = scratch + channel * row + 64 * v
+                    sums = _add_channels(sums, queries, row, keys, 4 * channel)
+            _store(at + 64 * v, key_row, sums)
 
 
 @device
@@ -163,13 +189,6 @@ def softmax(at: int, row: int, count: int, sink: Vector) -> None:
     share = divide(splat_f32(_ONE), total)
     for j in range(count):
         store_f32(at + row * j, multiply(load_f32(at + row * j), share))
-
-
-@device
-def clear_sums(scratch: int, row: int, first: int) -> None:
-    """Set the sums of CHANNELS channels to zero."""
-    for i in range(CHANNELS * row // 64):
-        store_f32(scratch + first * row + 64 * i, zeros_f32())
 
 
 @device
@@ -198,17 +217,29 @@ def add_values(scratch: int, keys: int, slot: int, row: int, first: int, count: 
 
 
 @device
+def sum_values(scratch: int, heads: int, n: int, count: int, start: int, end: int) -> None:
+    """Sum channels start ... end - 1 of all keys."""
+    row = lane_row(heads)
+    keys, slot = keys_of(scratch, heads, n), slots_of(scratch, heads, n) + start * 4 * KEY_BLOCK
+    for at in range(scratch + start * row, scratch + end * row, 64):
+        store_f32(at, zeros_f32())
+    for j in range(0, count, KEY_BLOCK):
+        some = min(KEY_BLOCK, count - j)
+        for first in range(start, end, CHANNELS):
+            add_values(scratch, keys + j * (row + _LINE), slot, row, first, some)
+
+
+@device
 def finish_values(
     out: int, scratch: int, first: int, heads: int, n: int, cos: int, sin: int, pairs: int
 ) -> None:
     """Turn CHANNELS sums back by the angles of the query and write them to the row at out."""
     row, start = lane_row(heads), n - 2 * pairs
     turned = max(first, start)
-    skipped, count = (turned - start) // 2, max(0, first + CHANNELS - turned) // 2
-    for v in range((heads + 15) // 16):
-        at, head = scratch + 64 * v, 16 * v
-        angles = (cos + 4 * skipped, sin + 4 * skipped)
-        rotate_heads(at + turned * row, row, count, angles[0], angles[1], -_ONE)
+    done, count = (turned - start) // 2, max(0, first + CHANNELS - turned) // 2
+    for head in range(0, heads, LANES):
+        at = scratch + 4 * head
+        rotate_heads(at + turned * row, row, count, cos + 4 * done, sin + 4 * done, -_ONE)
         place = out + 4 * (head * n + first)
         lanes_to_heads(place, 4 * n, at + first * row, row, heads - head)
 
@@ -222,19 +253,12 @@ def attend_query(operation: int, member: int, members: int) -> None:
 
     Words: x, heads, n, cos, sin, pairs, eps as f32 bits, scratch. x: heads * n float32.
     """
-    x, heads, n, scratch = (
-        word(operation, 1),
-        word(operation, 2),
-        word(operation, 3),
-        word(operation, 8),
-    )
+    x, heads, n = word(operation, 1), word(operation, 2), word(operation, 3)
     cos, sin, pairs = word(operation, 4), word(operation, 5), word(operation, 6)
-    eps, row = float_word(operation, 7), lane_row(heads)
+    eps, scratch = float_word(operation, 7), word(operation, 8)
     v = take_chunk(operation)
-    while v < row // 64:
-        at = scratch + 64 * v
-        prepare_query(at, row, x, v, heads, n, eps)
-        rotate_heads(at + (n - 2 * pairs) * row, row, pairs, cos, sin, _ONE)
+    while v < lane_row(heads) // 64:
+        prepare_query(scratch, x, v, heads, n, cos, sin, pairs, eps)
         v = take_chunk(operation)
 
 
@@ -250,8 +274,9 @@ def attend_scores(operation: int, member: int, members: int) -> None:
     chunk = chunk_groups(tiles, members)
     first = take_chunk(operation) * chunk
     while first < tiles:
-        for tile in range(first, min(first + chunk, tiles)):
-            score_keys(operation, 0, scratch, heads, n, tile)
+        end = min(first + chunk, tiles)
+        find_keys(operation, 0, scratch, heads, n, first, end)
+        score_keys(scratch, heads, n, first, end)
         first = take_chunk(operation) * chunk
 
 
@@ -281,17 +306,14 @@ def attend_values(operation: int, member: int, members: int) -> None:
     heads, n = word(operation, 5), word(operation, 6)
     cos, sin, pairs = word(operation, 7), word(operation, 8), word(operation, 9)
     scratch, out = word(operation, 10), word(operation, 11)
-    row, count = lane_row(heads), key_count(operation, 0)
-    keys, slots = keys_of(scratch, heads, n), slots_of(scratch, heads, n)
-    block = take_chunk(operation)
-    while block < n // CHANNELS:
-        first, slot = block * CHANNELS, slots + block * KEY_BLOCK * _LINE
-        clear_sums(scratch, row, first)
-        for j in range(0, count, KEY_BLOCK):
-            at = keys + j * (row + _LINE)
-            add_values(scratch, at, slot, row, first, min(KEY_BLOCK, count - j))
-        finish_values(out, scratch, first, heads, n, cos, sin, pairs)
-        block = take_chunk(operation)
+    count, chunk = key_count(operation, 0), CHANNELS * chunk_groups(n // CHANNELS, members)
+    start = take_chunk(operation) * chunk
+    while start < n:
+        end = min(start + chunk, n)
+        sum_values(scratch, heads, n, count, start, end)
+        for first in range(start, end, CHANNELS):
+            finish_values(out, scratch, first, heads, n, cos, sin, pairs)
+        start = take_chunk(operation) * chunk
 
 
 # --- many tokens ---
@@ -301,17 +323,12 @@ def attend_values(operation: int, member: int, members: int) -> None:
 def attend_keys(operation: int, t: int, scratch: int, heads: int, n: int, sinks: int) -> None:
     """Replace the query of token t, in lanes of the scratch memory, by the sums of its values."""
     row, count = lane_row(heads), key_count(operation, t)
-    keys, slot = keys_of(scratch, heads, n), slots_of(scratch, heads, n)
-    for tile in range((count + TILE_ROWS - 1) // TILE_ROWS):
-        score_keys(operation, t, scratch, heads, n, tile)
+    tiles, keys = (count + TILE_ROWS - 1) // TILE_ROWS, keys_of(scratch, heads, n)
+    find_keys(operation, t, scratch, heads, n, 0, tiles)
+    score_keys(scratch, heads, n, 0, tiles)
     for v in range(row // 64):
         softmax(keys + 64 * v, row + _LINE, count, load_f32(sinks + 64 * v))
-    for first in range(0, n, CHANNELS):
-        clear_sums(scratch, row, first)
-    for j in range(0, count, KEY_BLOCK):
-        at, some = keys + j * (row + _LINE), min(KEY_BLOCK, count - j)
-        for first in range(0, n, CHANNELS):
-            add_values(scratch, at, slot, row, first, some)
+    sum_values(scratch, heads, n, count, 0, n)
 
 
 @entry("fast")
@@ -325,15 +342,13 @@ def attend(operation: int, member: int, members: int) -> None:
     x, stride, tokens = word(operation, 10), word(operation, 11), word(operation, 12)
     heads, n = word(operation, 13), word(operation, 14)
     pairs, eps, sinks = word(operation, 17), float_word(operation, 18), word(operation, 19)
-    scratch, row = word(operation, 20) + member * word(operation, 21), lane_row(heads)
+    scratch = word(operation, 20) + member * word(operation, 21)
     t = take_chunk(operation)
     while t < tokens:
         own, cos = x + 4 * stride * t, word(operation, 15) + 4 * pairs * t
         sin = word(operation, 16) + 4 * pairs * t
-        for v in range(row // 64):
-            at = scratch + 64 * v
-            prepare_query(at, row, own, v, heads, n, eps)
-            rotate_heads(at + (n - 2 * pairs) * row, row, pairs, cos, sin, _ONE)
+        for v in range(lane_row(heads) // 64):
+            prepare_query(scratch, own, v, heads, n, cos, sin, pairs, eps)
         attend_keys(operation, t, scratch, heads, n, sinks)
         for first in range(0, n, CHANNELS):
             finish_values(own, scratch, first, heads, n, cos, sin, pairs)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from localv4.kernels import simd_ir
+from localv4.kernels import simd_dots, simd_ir
 from localv4.kernels.isa import ISA
 from localv4.kernels.simd import operation
 from localv4.kernels.simd_ir import F32, FLOATS, I64, Builder, Value
@@ -46,6 +46,7 @@ class Tile:
     move sums from and to memory, rows `stride` bytes apart. `addresses(address, stride)` reads one
     i64 for each row; `places(address, stride, count)` returns the addresses of rows `stride` bytes
     apart, of which there are `count`: that of the last one in place of those behind it.
+    `prefetch(keys, offset)` asks for a cache line of each of the addresses `keys`.
     `add_channels(sums, queries, stride, keys, offset)` adds STEP channels: lanes of heads at
     `queries`, channels `stride` bytes apart, times the floats `offset` bytes behind each of the
     addresses `keys`. `add_key(sums, weights, key)` adds one key: lanes of heads at `weights` times
@@ -58,6 +59,7 @@ class Tile:
     store: Any
     addresses: Any
     places: Any
+    prefetch: Any
     add_channels: Any
     add_key: Any
 
@@ -127,6 +129,12 @@ def _make_tile(rows: int) -> Tile:
             results.append(b.add(results[-1], step))
         return results
 
+    @operation(types.void, keys, _address)
+    def prefetch(b: Builder, rows_of: Value, offset: Value) -> None:
+        """Ask for cache lines to be in the second cache soon."""
+        for key in cgutils.unpack_tuple(b, rows_of):
+            simd_dots.prefetch(b, b.add(key, offset), 2)
+
     @operation(sums, sums, _address, _address, keys, _address)
     def add_channels(
         b: Builder, values: Value, queries: Value, stride: Value, rows_of: Value, offset: Value
@@ -145,7 +153,7 @@ def _make_tile(rows: int) -> Tile:
         elements = [simd_ir.offset(b, key, 4 * row) for row in range(rows)]
         return _add_products(b, cgutils.unpack_tuple(b, values), weights, elements)
 
-    return Tile(rows, zeros, load, store, addresses, places, add_channels, add_key)
+    return Tile(rows, zeros, load, store, addresses, places, prefetch, add_channels, add_key)
 
 
 TILE = _make_tile(TILE_ROWS)

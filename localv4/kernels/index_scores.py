@@ -42,7 +42,8 @@ from localv4.kernels.vectors import f32x16
 _ONE = np.float32(1)
 _sums = types.UniTuple(f32x16, TILE_VECTORS * TILE_ROWS)
 _parts = types.UniTuple(f32x16, TILE_ROWS)
-_zeros, _places, _add_channels = TILE.zeros, TILE.places, TILE.add_channels
+_zeros, _places = TILE.zeros, TILE.places
+_prefetch, _add_channels = TILE.prefetch, TILE.add_channels
 
 
 def scratch_bytes(heads: int, n: int, entries: int) -> int:
@@ -122,8 +123,10 @@ def score_entries(scratch: int, entries: int, visible: int, heads: int, n: int, 
     parts = no_parts()
     for v in range(0, row // 64, TILE_VECTORS):
         sums, at = _zeros(), scratch + 64 * v
-        for channel in range(0, n, STEP):
-            sums = _add_channels(sums, at + channel * row, row, keys, 4 * channel)
+        for line in range(0, n, LANES):
+            _prefetch(keys, 4 * n * TILE_ROWS + 4 * line)
+            for channel in range(line, line + LANES, STEP):
+                sums = _add_channels(sums, at + channel * row, row, keys, 4 * channel)
         parts = add_weighted(parts, sums, at + n * row)
     store_totals(scores_of(scratch, heads, n) + 4 * first, parts)
 

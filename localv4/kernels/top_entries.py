@@ -18,7 +18,7 @@ from localv4.kernels.simd import (
     write_i32,
     zeros_i32,
 )
-from localv4.kernels.simd_ir import FLOATS, I16, I32, INTS, LANES, Builder, Value
+from localv4.kernels.simd_ir import I16, I32, INTS, LANES, Builder, Value
 from localv4.kernels.vectors import f32x16
 
 _address, _int = types.int64, types.int32
@@ -28,8 +28,11 @@ _HIGHEST = (1 << 31) - 1
 
 @operation(i32x16, f32x16)
 def order_keys(b: Builder, scores: Value) -> Value:
-    """Map float32 to integers above -2^31 that sort as they do; -0 and +0 are one, NaN is some."""
-    bits = b.bitcast(b.fadd(scores, simd_ir.filled(FLOATS, 0.0)), INTS)
+    """Map float32 to integers above -2^31 that sort as they do.
+
+    -0 and +0 are both 0, NaN is beyond the infinity of its sign.
+    """
+    bits = b.bitcast(scores, INTS)
     mirrored = b.sub(simd_ir.filled(INTS, _LOWEST), bits)
     return b.select(b.icmp_signed("<", bits, simd_ir.filled(INTS, 0)), mirrored, bits)
 
