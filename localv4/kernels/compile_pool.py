@@ -16,7 +16,7 @@ DONE, FAILED = "done", "failed"
 MOST_HELPERS = 8
 """Each takes some 200 MB while it works."""
 
-SILENCE_S = 120.0
+SILENCE_S = 300.0
 """Seconds without a sign of any helper after which they are given up."""
 
 WAIT_S = 0.1

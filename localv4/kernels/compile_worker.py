@@ -12,7 +12,7 @@ import signal
 import threading
 from typing import TextIO
 
-from localv4.kernels import compiler
+from localv4.kernels import compiler, device
 from localv4.kernels.compile_pool import DONE, FAILED
 
 
@@ -20,6 +20,8 @@ def work() -> None:
     """Serve the process that started this one until it closes the input."""
     # On a terminal Ctrl-C reaches every process; whether to go on is for the other one to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # nobody here calls a part of a unit from Python
+    device.OPTIONS.update(no_cpython_wrapper=True, no_cfunc_wrapper=True)
     names, answers = _private_streams()
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     _answer(answers, compiler.CACHE_FOLDER.name)

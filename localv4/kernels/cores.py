@@ -8,10 +8,9 @@ import ctypes
 import os
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 FAST_SHARE = 0.8
 """Share of the largest capacity or clock that makes a core fast: turbo clocks differ by less."""
@@ -139,7 +138,7 @@ def _text(file: Path) -> str:
 # --- macOS ---
 
 
-def macos_cpus(number_of: "Any") -> list[Cpu]:
+def macos_cpus(number_of: Callable[[str], int]) -> list[Cpu]:
     """Return as many as there are cores; `number_of(name)` asks the system, 0 if it does not know.
 
     Their numbers mean nothing: threads cannot be bound there.
@@ -180,7 +179,7 @@ def windows_cpus(records: bytes, affinity: int) -> list[Cpu]:
             )
             allowed = mask & affinity if affinity and group == 0 else mask
             found += [(n, at, efficiency, group) for n in range(64) if allowed >> n & 1]
-        at += size
+        at += size or len(records)
     best = max((efficiency for _, _, efficiency, _ in found), default=0)
     return [Cpu(n, core, efficiency == best, group) for n, core, efficiency, group in found]
 
