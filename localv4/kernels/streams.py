@@ -24,6 +24,7 @@ from localv4.kernels.compiler import entry
 from localv4.kernels.device import device
 from localv4.kernels.isa import ISA
 from localv4.kernels.operation import take_chunk, word
+from localv4.kernels.readers import prefetch_lines
 from localv4.kernels.rows import sum_of_squares
 from localv4.kernels.simd import (
     add,
@@ -217,6 +218,8 @@ def _products(tokens: int) -> Any:
     def multiply_pieces(out: int, stride: int, panel: int, x: int, n: int) -> None:
         total = no_sums()
         for c in range(0, n * _PIECE, 64):
+            if tokens == 1:
+                prefetch_lines(panel + _ROWS * c, _ROWS)
             total = add_products(total, panel + _ROWS * c, x + c, n * _PIECE)
         store_sums(out, stride, total)
 
@@ -228,18 +231,15 @@ multiply_one, multiply_tile = _products(1), _products(_TILE)
 
 def _fold_four(b: Builder, vectors: list[Value]) -> Value:
     """Return the sums of all lanes of four vectors, each added up as `simd.sum_f32` does."""
-    quarters = []
-    for value in vectors:
-        eighth = b.fadd(simd_ir.part(b, value, 0, 8), simd_ir.part(b, value, 1, 8))
-        quarters.append(b.fadd(simd_ir.part(b, eighth, 0, 4), simd_ir.part(b, eighth, 1, 4)))
-    low = _add_selected(b, quarters[0], quarters[1], (0, 1, 4, 5), (2, 3, 6, 7))
-    high = _add_selected(b, quarters[2], quarters[3], (0, 1, 4, 5), (2, 3, 6, 7))
-    return _add_selected(b, low, high, (0, 2, 4, 6), (1, 3, 5, 7))
+    first, second = _fold(b, vectors[0], vectors[1], 8), _fold(b, vectors[2], vectors[3], 8)
+    sums = _fold(b, first, second, 4)
+    for distance in (2, 1):
+        sums = _fold(b, sums, simd_ir.undefined(sums.type), distance)
+    return simd_ir.part(b, sums, 0, _ROWS)
 
 
-def _add_selected(
-    b: Builder, x: Value, y: Value, lanes: tuple[int, ...], others: tuple[int, ...]
-) -> Value:
-    kind = ir.VectorType(simd_ir.I32, 4)
-    first = b.shuffle_vector(x, y, simd_ir.constant(kind, lanes))
-    return b.fadd(first, b.shuffle_vector(x, y, simd_ir.constant(kind, others)))
+def _fold(b: Builder, x: Value, y: Value, distance: int) -> Value:
+    """Add lanes of x and of y at a distance of each other; return x's sums, then y's."""
+    lanes = [lane for lane in range(2 * simd_ir.LANES) if not lane & distance]
+    others = b.shuffle_vector(x, y, simd_ir.constant(simd_ir.INTS, [i + distance for i in lanes]))
+    return b.fadd(b.shuffle_vector(x, y, simd_ir.constant(simd_ir.INTS, lanes)), others)
