@@ -1,10 +1,18 @@
 """The benchmark: what it counts, what it runs, and that its figures follow from its samples."""
 
+import mmap
+import os
+import subprocess
+import sys
 import threading
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from gguf_writer import GgufOptions, write_gguf
 from golden.presets import Preset
@@ -15,17 +23,20 @@ from terminal import needs_jit
 from test_sources import SUPERBLOCKS
 
 from localv4.cli.description import describe
-from localv4.engine import benchmark, machine
-from localv4.engine.benchmark import Benchmark, Case, Measurement, Sample
+from localv4.engine import benchmark, contender, machine
+from localv4.engine.benchmark import Benchmark
+from localv4.engine.contender import OwnEngine
 from localv4.engine.engine import Engine
 from localv4.engine.machine import CpuTimes, Roof
+from localv4.engine.measurement import Case, Measurement, Memory, PeerResult, Sample, Series
+from localv4.engine.peer import Peer, PeerContext, PeerError, PeerRun
 from localv4.engine.session import Session
 from localv4.errors import Cancelled, DoesNotFitError, UsageError
 from localv4.library import installed
 from localv4.model import traffic
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import Matrix
-from localv4.model.packing import PackedMatrix, pack_dense, pack_expert
+from localv4.model.packing import PackedMatrix, expert_form, pack_dense
 from localv4.model.transformer import Transformer
 
 # every matrix has whole groups of sixteen rows
@@ -111,9 +122,9 @@ def test_packed_weights_count_in_their_packed_form(network: Transformer) -> None
     counted = traffic.weight_bytes(packed, network.config, packs_experts=True)
     experts = 0
     for layer in packed.layers:
-        record = pack_expert(layer.experts[0])
-        assert record is not None
-        experts += network.config.experts_per_token * record.data.nbytes
+        form = expert_form(layer.experts[0])
+        assert form is not None
+        experts += network.config.experts_per_token * form.nbytes
     assert counted["routed experts"] == experts
     shared = [m for x in packed.layers for m in (x.shared.w1, x.shared.w2, x.shared.w3)]
     sizes = 0
@@ -165,18 +176,60 @@ def test_the_trace_never_changes() -> None:
     assert benchmark.trace(8192, 3) == [34, 5039, 8060]
 
 
+MEMORY = Memory(peak=7, parts={"state": 2, "rest": 3})
+
+
+def series(tokens: int, *pairs: tuple[float, float]) -> Series:
+    """Return a series of samples given as (seconds, foreign cores)."""
+    return Series(tokens, tuple(Sample(seconds, cores) for seconds, cores in pairs))
+
+
 def test_figures_follow_from_the_samples() -> None:
     roofs = (Roof(100e9, 1e12), Roof(200e9, 2e12))
-    samples = tuple(Sample(seconds, cores) for seconds, cores in ((1, 0.0), (2, 0.5), (4, 0.01)))
-    tg = Measurement(Case("tg", 40, 0), samples, roofs, int(2e9), 0, int(5e9))
-    assert tg.rates == (40, 20, 10)
-    assert tg.mean == pytest.approx(70 / 3)
-    assert (tg.median, tg.clean) == (20, 2)
-    assert tg.stdev == pytest.approx(15.2753, abs=1e-4)
+    own = series(40, (1, 0.0), (2, 0.5), (4, 0.01))
+    assert own.rates == (40, 20, 10)
+    assert own.mean == pytest.approx(70 / 3)
+    assert (own.median, own.clean, own.clean_median) == (20, 2, 25)
+    assert own.stdev == pytest.approx(15.2753, abs=1e-4)
+    assert series(40, (1, 0.5)).stdev == 0
+    assert series(40, (1, 0.5)).clean_median is None
+    tg = Measurement(Case("tg", 40, 0), own, roofs, int(2e9), 0, int(5e9), MEMORY)
     assert (tg.read_bytes_s, tg.read_share, tg.int8_share) == (40e9, 0.2, None)
+    assert tg.roof_rate == 100
     pp = replace(tg, case=Case("pp", 40, 0))
     assert (pp.read_bytes_s, pp.read_share, pp.int8_share) == (None, None, 0.1)
-    assert replace(tg, samples=samples[:1]).stdev == 0
+    assert pp.roof_rate is None
+    assert MEMORY.total == 5
+
+
+def test_ratios() -> None:
+    own = series(40, (1, 0.0), (2, 0.0), (4, 0.5))
+    case, roofs = Case("tg", 40, 0), (Roof(1, 1), Roof(1, 1))
+    alone = Measurement(case, own, roofs, 1, 0, 1, MEMORY)
+    assert (alone.ratio, alone.clean_ratio) == (None, None)
+    theirs = series(40, (4, 0.0), (8, 0.5), (8, 0.5))
+    against = replace(alone, peer=PeerResult(theirs, None))
+    assert (against.ratio, against.clean_ratio) == (20 / 5, 30 / 10)
+    never_clean = replace(alone, peer=PeerResult(series(40, (4, 0.5)), None))
+    assert (never_clean.ratio, never_clean.clean_ratio) == (2, None)
+    failed = replace(alone, peer=PeerResult(None, "it crashed"))
+    assert (failed.ratio, failed.clean_ratio) == (None, None)
+
+
+def test_agreement() -> None:
+    logits = np.array([1, 2, 3], np.float32)
+    assert contender.agreement(logits, 2 * logits + 1) == pytest.approx(1)
+    assert contender.agreement(logits, -logits) == pytest.approx(-1)
+    assert contender.agreement(logits, logits[:2]) is None
+    assert contender.agreement(None, logits) is None
+
+
+@pytest.mark.parametrize(("available", "together"), [(34, True), (25, True), (20, False)])
+def test_two_engines_share_memory(available: int, together: bool) -> None:
+    gib = 1 << 30
+    assert benchmark.fit_together(10 * gib, available * gib) == together
+    with pytest.raises(DoesNotFitError, match=r"about 13.0 GiB .* 12.9 GiB are free"):
+        benchmark.fit_together(10 * gib, int(12.9 * gib))
 
 
 @needs_jit
@@ -203,13 +256,144 @@ def test_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     read = [(2, 5), (7, 300), *[(0, 7), (7, 300)] * 2]
     assert calls == [*generated, *read, (0, 7), *[(7, 1), (8, 1)] * 3]
     for measurement in found:
-        assert len(measurement.samples) == 2
-        assert measurement.median > 0
+        assert len(measurement.own.samples) == 2
+        assert measurement.own.median > 0
+        assert measurement.memory.parts["mapped weights"] > 0 or sys.platform == "darwin"
+        assert measurement.memory.total <= measurement.memory.peak + (64 << 20)
         assert min(roof.read_bytes_s for roof in measurement.roofs) > 1e8
         assert min(roof.int8_ops_s for roof in measurement.roofs) > 1e8
     assert found[0].token_bytes < found[2].token_bytes
     assert found[0].token_bytes - found[0].state_bytes == sum(runner.weight_bytes.values())
     assert {"tg2", "tg2: warming up", "pp300 @ d7: going to depth 7"} <= set(steps)
+
+
+class Rival:
+    """Stands for the process of llama.cpp; `fails` names the calls that go wrong."""
+
+    def __init__(self, calls: list[str], fails: Sequence[str] = ()) -> None:
+        self.calls, self.fails = calls, fails
+        self.pid: int | None = os.getpid()
+
+    def load(self, path: Path, threads: int) -> None:
+        assert (path.suffix, threads) == (".safetensors", 1)
+        self._note("load")
+
+    def open(self, kind: str, depth: int, tokens: Sequence[int]) -> PeerContext:
+        assert list(tokens) == benchmark.trace(tokens_in_vocabulary(), depth + 2)
+        self._note(f"open {kind} @ {depth}")
+        return PeerContext(1, 2, 3, "off")
+
+    def prepare(self) -> None:
+        self._note("prepare")
+
+    def run(self, *, logits: bool = False) -> PeerRun:
+        self._note("warm up" if logits else "run")
+        values = np.arange(tokens_in_vocabulary(), dtype=np.float32)
+        if "nan" in self.fails:
+            values[0] = np.nan
+        return PeerRun(0.5, 123, values if logits else None)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.fails:
+            self.pid = None
+            raise PeerError(f"{call} crashed")
+
+
+@cache
+def tokens_in_vocabulary() -> int:
+    """Return the number of tokens that the built-in model knows."""
+    return Engine.load(installed.embedded_model_path(), threads=1).config.vocab_size
+
+
+def compare(
+    load: Callable[[], Engine], rival: Rival, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[Measurement]:
+    """Compare with a rival in two tests of two tokens, twice each; note our own samples too."""
+    sample = OwnEngine.sample
+
+    def note(self: OwnEngine) -> None:
+        rival.calls.append("ours")
+        sample(self)
+
+    monkeypatch.setattr(OwnEngine, "sample", note)
+    peer = cast(Peer, rival)
+    runner = Benchmark(load(), repeats=2, roof_bytes=1 << 20, peer=peer, **options)
+    return list(runner.run([Case("pp", 2, 0), Case("tg", 2, 3)]))
+
+
+@needs_jit
+def test_engines_take_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    found = compare(lambda: engine, Rival(calls), monkeypatch)
+    theirs = ["prepare", "run"]
+    turns = ["prepare", "warm up", "ours", *theirs, *theirs, "ours"]
+    assert calls == ["load", "open pp @ 0", *turns, "open tg @ 3", *turns]
+    for measurement in found:
+        assert measurement.peer is not None and measurement.peer.series is not None
+        assert measurement.peer.series.median == 4
+        assert measurement.peer.peak_bytes == 123
+        assert measurement.peer.context == PeerContext(1, 2, 3, "off")
+        assert measurement.peer.agreement is not None
+        assert measurement.ratio == measurement.own.median / 4
+        assert len(measurement.roofs) == 2
+
+
+@needs_jit
+def test_one_engine_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    path = installed.embedded_model_path()
+    engines: list[weakref.ref[Engine]] = []
+
+    class Alone(Rival):
+        def load(self, path: Path, threads: int) -> None:
+            assert all(engine() is None for engine in engines)
+            super().load(path, threads)
+
+    def load() -> Engine:
+        engine = Engine.load(path, threads=1)
+        engines.append(weakref.ref(engine))
+        calls.append("load ours")
+        return engine
+
+    found = compare(load, Alone(calls), monkeypatch, reload=load)
+    theirs = ["prepare", "warm up", "prepare", "run", "prepare", "run"]
+    assert calls == [
+        *("load ours", "close", "ours", "ours", "load", "open pp @ 0", *theirs),
+        # who is in memory begins the next test
+        *("open tg @ 3", *theirs, "close", "load ours", "ours", "ours"),
+    ]
+    assert [len(measurement.roofs) for measurement in found] == [3, 3]
+
+
+@needs_jit
+@pytest.mark.parametrize(
+    ("fails", "problems", "loads"),
+    [
+        (["run"], ["run crashed", "run crashed"], 2),
+        (["open tg @ 3"], [None, "open tg @ 3 crashed"], 1),
+        (["load"], ["load crashed", "load crashed"], 1),
+        (["nan"], ["llama.cpp: its logits are not finite"] * 2, 1),
+    ],
+)
+def test_faults_of_the_peer_are_noted(
+    fails: list[str],
+    problems: list[str | None],
+    loads: int,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rival = Rival([], fails)
+    found = compare(lambda: engine, rival, monkeypatch)
+    assert [m.peer.problem for m in found if m.peer is not None] == problems
+    assert rival.calls.count("load") == loads
+    for measurement, problem in zip(found, problems, strict=True):
+        assert measurement.peer is not None
+        assert (measurement.peer.series is None) == (problem is not None)
+        assert len(measurement.own.samples) == 2
 
 
 @needs_jit
@@ -229,6 +413,28 @@ def test_foreign_cores() -> None:
     assert machine.foreign_cores(before, quiet) == 0
     now = machine.cpu_times()
     assert 0 < now.own_s <= now.busy_s + 1
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert machine.cpu_times(other.pid).own_s < now.own_s
+        other.communicate(b"\n")
+    with pytest.raises(ProcessLookupError):
+        machine.cpu_times(other.pid)
+
+
+def test_memory_of_this_process(tmp_path: Path) -> None:
+    size = 64 << 20
+    before = machine.resident_bytes()
+    held = np.ones(size, np.uint8)
+    assert machine.resident_bytes() - before > size // 2
+    del held
+    assert machine.peak_resident_bytes() > before + size // 2
+    assert machine.peak_resident_bytes() >= machine.resident_bytes() - (8 << 20)
+    assert machine.available_bytes() > 0
+    path = tmp_path / "mapped"
+    path.write_bytes(bytes(1 << 20))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert sum(view[::4096]) == 0
+        found = machine.resident_file_bytes([path])
+    assert found == (None if sys.platform == "darwin" else 1 << 20)
 
 
 def test_machine_facts_name_nobody(tmp_path: Path) -> None:

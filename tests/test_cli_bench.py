@@ -16,6 +16,7 @@ from terminal import Ended, needs_jit, run_here, start_localv4
 
 from localv4.cli.bench import parse_sizes
 from localv4.engine import benchmark, machine
+from localv4.engine.measurement import Measurement
 from localv4.errors import Cancelled, UsageError
 
 pytestmark = needs_jit
@@ -28,10 +29,10 @@ def _small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "RoofProbe", lambda threads, _nbytes: probe(threads, 1 << 20))
 
 
-def bench(*arguments: str, home: Path) -> Ended:
-    """Run the command on the built-in model, with tests that are short."""
+def bench(*arguments: str, home: Path, model: str = "tiny-v4") -> Ended:
+    """Run the command, on the built-in model if no other is given, with tests that are short."""
     sizes = ("-p", "3", "-n", "2", "-r", "2", "-t", "1")
-    return run_here("bench", "-m", "tiny-v4", *sizes, *arguments, home=home)
+    return run_here("bench", "-m", model, *sizes, *arguments, home=home)
 
 
 def test_json(tmp_path: Path) -> None:
@@ -52,6 +53,22 @@ def test_json(tmp_path: Path) -> None:
         assert (test["int8_peak_share"] is None) == (test["kind"] == "tg")
     assert found["machine"]["isa"]
     assert str(tmp_path) not in ended.stdout
+    assert_holds_what_the_tables_show(found)
+
+
+def assert_holds_what_the_tables_show(found: dict[str, Any]) -> None:
+    assert found["peer"] is None
+    for test in found["tests"]:
+        assert test["peer"] is None
+        parts = test["memory_bytes"]
+        assert {"state", "rest"} <= set(parts) and parts["state"] > 0
+        assert test["peak_rss_bytes"] > 50e6
+        assert test["clean_repeats"] <= test["repeats"]
+        assert test["stdev_tok_s"] >= 0
+        assert all(roof["int8_ops_s"] > 0 for roof in test["roofs"])
+    machine_facts, model = found["machine"], found["model"]
+    assert machine_facts["ram_bytes"] > 0
+    assert model["bytes"] > 0 and model["parameters"] > 0 and model["layers"] > 0
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -67,7 +84,7 @@ def test_markdown(tmp_path: Path) -> None:
     ended = bench("-d", "0", home=tmp_path)
     assert ended.code == 0, ended.stderr
     tables = [block.splitlines() for block in ended.stdout.strip().split("\n\n")]
-    for table in (tables[0], tables[2]):
+    for table in (tables[0], tables[2], tables[3]):
         assert len({len(line) for line in table}) == 1
         assert len({line.count("|") for line in table}) == 1
         assert set(table[1]) <= set("|-:")
@@ -75,6 +92,24 @@ def test_markdown(tmp_path: Path) -> None:
     assert "Roofs with 1 threads" in tables[1][0]
     assert any("routed experts" in line for line in tables[2])
     assert any("state in tg2" in line for line in tables[2])
+    assert tables[3][0].startswith("| memory after ")
+    assert {"mapped weights", "state", "rest", "together", "peak RSS"} <= cells(tables[3][0])
+
+
+def cells(row: str) -> set[str]:
+    """Return the texts of a row of a table."""
+    return {text.strip() for text in row.strip("|").split("|")}
+
+
+def test_several_sizes_threads_and_repeats(tmp_path: Path) -> None:
+    sizes = ("-p", "3,5", "-n", "1", "-d", "2,0", "-r", "3", "-t", "2")
+    ended = run_here("bench", "-m", "tiny-v4", *sizes, "-o", "json", home=tmp_path)
+    assert ended.code == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    names = ["pp3", "pp5", "tg1"]
+    assert [test["test"] for test in found["tests"]] == [*(f"{n} @ d2" for n in names), *names]
+    assert found["threads"] == 2
+    assert all(len(test["samples"]) == test["repeats"] == 3 for test in found["tests"])
 
 
 def test_what_does_not_fit_is_skipped_and_named(tmp_path: Path) -> None:
@@ -122,7 +157,7 @@ def test_what_is_finished_survives_an_interrupt(
 ) -> None:
     run = benchmark.Benchmark.run
 
-    def cut(self: benchmark.Benchmark, cases: Any) -> Iterator[benchmark.Measurement]:
+    def cut(self: benchmark.Benchmark, cases: Any) -> Iterator[Measurement]:
         yield from run(self, cases[:1])
         raise Cancelled("stopped")
 
@@ -138,7 +173,7 @@ def test_what_is_finished_survives_an_interrupt(
 def test_an_interrupt_before_the_first_result(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: benchmark.Benchmark, cases: Any) -> Iterator[benchmark.Measurement]:
+    def stop(self: benchmark.Benchmark, cases: Any) -> Iterator[Measurement]:
         raise Cancelled("stopped")
         yield
 
@@ -150,11 +185,11 @@ def test_an_interrupt_before_the_first_result(
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process on Windows")
 def test_ctrl_c(tmp_path: Path) -> None:
     # the way back is too long to be free: the tokens before are read again for each repeat
-    sizes = ("-p", "257", "-n", "0", "-d", "0,3500,3501,3502,3503", "-r", "1")
+    sizes = ("-p", "257", "-n", "0", "-d", "0,1500,1501,1502,1503", "-r", "1")
     with start_localv4("bench", "-m", "tiny-v4", *sizes, home=tmp_path) as process:
         assert process.stderr is not None and process.stdout is not None
         seen = b""
-        while b"@ d350" not in seen:
+        while b"@ d150" not in seen:
             line = process.stderr.readline()
             assert line, seen
             seen += line
@@ -163,4 +198,4 @@ def test_ctrl_c(tmp_path: Path) -> None:
         written = process.stdout.read().decode()
         assert process.wait() == 130
         assert time.monotonic() - start < 10
-    assert "| pp257 " in written and "d3503" not in written
+    assert "| pp257 " in written and "d1503" not in written

@@ -1,7 +1,10 @@
 """`localv4 bench`: how fast a model reads and generates here, and how fast it could be at best."""
 
 import threading
+from contextlib import ExitStack
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +20,7 @@ INTERRUPTED = 130
 MAX_SIZES = 64
 MAX_TOKENS = 1 << 24
 MAX_PAUSE_S = 600.0
+MAX_UBATCH = 1 << 16
 
 
 class BenchFormat(StrEnum):
@@ -27,8 +31,22 @@ class BenchFormat(StrEnum):
     JSON = "json"
 
 
-def _option(*names: str, **rest: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Test", **rest)
+class Rival(StrEnum):
+    """Another engine to compare with."""
+
+    LLAMA_CPP = "llama.cpp"
+
+
+class FlashAttention(StrEnum):
+    """Whether llama.cpp uses its flash attention."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+def _option(*names: str, panel: str = "Test", **rest: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **rest)
 
 
 PromptTokens = Annotated[
@@ -53,12 +71,61 @@ Pause = Annotated[
         help="Rest before each repeat, for machines that are slowed down when busy for long.",
     ),
 ]
+Compare = Annotated[
+    Rival | None,
+    _option(
+        "--compare",
+        panel="Comparison",
+        help="Run the same tests on llama.cpp, in turns with ours; needs a GGUF file.",
+    ),
+]
+PeerPython = Annotated[
+    Path | None,
+    _option(
+        "--peer-python",
+        panel="Comparison",
+        metavar="PATH",
+        help="Python of another environment, in which llama-cpp-python is. Default: this one.",
+    ),
+]
+PeerUbatch = Annotated[
+    int,
+    _option(
+        "--peer-ubatch",
+        panel="Comparison",
+        metavar="N",
+        min=1,
+        max=MAX_UBATCH,
+        help="Tokens of a prompt that llama.cpp takes at a time.",
+    ),
+]
+PeerFlash = Annotated[
+    FlashAttention,
+    _option("--peer-flash-attn", panel="Comparison", help="Flash attention of llama.cpp."),
+]
+PeerRepack = Annotated[
+    bool,
+    _option(
+        "--peer-repack/--no-peer-repack",
+        panel="Comparison",
+        help="Whether llama.cpp keeps weights in the layouts of its fastest kernels.",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    _option(
+        "--plot",
+        panel="Output",
+        metavar="FILE",
+        help="Draw tokens per second against depth, as .png or .svg; needs localv4[plot].",
+    ),
+]
 Output = Annotated[
     BenchFormat,
-    typer.Option(
+    _option(
         "-o",
         "--output",
-        rich_help_panel="Output",
+        panel="Output",
         help="md: tables; csv: one line per test; json: everything, with all samples.",
     ),
 ]
@@ -74,7 +141,13 @@ def bench(
     pause: Pause = 0.0,
     threads: options.Threads = None,
     numerics: options.Numerics = options.Arithmetic.EXACT,
+    compare: Compare = None,
+    peer_python: PeerPython = None,
+    peer_ubatch: PeerUbatch = 512,
+    peer_flash_attn: PeerFlash = FlashAttention.AUTO,
+    peer_repack: PeerRepack = True,
     output: Output = BenchFormat.MD,
+    plot: Plot = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -82,44 +155,70 @@ def bench(
 
     Names are llama-bench's: pp512 reads 512 tokens, tg128 generates 128, @ d4096 after 4096 others.
     """
-    prompts = parse_sizes(prompt_tokens, "--prompt-tokens")
-    generated = parse_sizes(gen_tokens, "--gen-tokens")
-    depths = parse_sizes(depth, "--depth")
-    if not any((*prompts, *generated)):
-        raise UsageError("nothing to measure", hint="give -p or -n a number above 0")
+    sizes = _parse_all(prompt_tokens, gen_tokens, depth)
+    if plot is not None:
+        from localv4.cli.bench_plot import check_target
+
+        check_target(plot)
+    reference = options.one_of(model_argument, model, "--model")
+    cancelled = threading.Event()
 
     # imported before the model is loaded: the probes are kernels, compiled with the others
-    from localv4.cli import loading, worker
+    from localv4.cli import bench_peer, loading, worker
     from localv4.cli.bench_report import Report, write
-    from localv4.cli.generation import peak_memory_bytes
     from localv4.cli.progress import Progress
     from localv4.engine.benchmark import Benchmark, plan
+    from localv4.engine.engine import Engine
+    from localv4.engine.peer import PeerSettings
 
-    loaded = loading.load_engine(
-        options.one_of(model_argument, model, "--model"),
-        ctx_size=None,
-        threads=threads,
-        numerics=numerics.value,
-        quiet=quiet,
-        no_color=no_color,
-    )
-    cases = plan(prompts, generated, depths, loaded.engine.ctx_size)
-    if cases.skipped and not quiet:
-        names = ", ".join(case.name for case in cases.skipped)
-        loading.note(f"the context holds {loaded.engine.ctx_size} tokens, skipped: {names}")
-    cancelled = threading.Event()
-    peak_bytes = peak_memory_bytes()
-    with Progress(quiet=quiet, no_color=no_color) as progress:
+    settings = PeerSettings(peer_ubatch, peer_flash_attn.value, peer_repack)
+    with ExitStack() as stack:
+        rival = None
+        if compare is not None:
+            rival = bench_peer.start_rival(reference, peer_python, settings, cancelled, quiet)
+            stack.callback(rival.close)
+        loaded = loading.load_engine(
+            reference,
+            ctx_size=None,
+            threads=threads,
+            numerics=numerics.value,
+            quiet=quiet,
+            no_color=no_color,
+        )
+        cases = plan(*sizes, loaded.engine.ctx_size)
+        _tell_skipped(cases, loaded.engine.ctx_size, quiet)
+        reload = partial(Engine.load, loaded.model.path, threads=threads, numerics=numerics.value)
+        progress = stack.enter_context(Progress(quiet=quiet, no_color=no_color))
         benchmark = worker.call(
-            lambda: Benchmark(
-                loaded.engine, repeats=repeat, pause_s=pause, on_step=progress, cancelled=cancelled
+            partial(
+                Benchmark,
+                loaded.engine,
+                repeats=repeat,
+                pause_s=pause,
+                peer=rival.peer if rival is not None else None,
+                reload=None if rival is None or rival.fits_together else reload,
+                on_step=progress,
+                cancelled=cancelled,
             )
         )
-        report = Report(loaded.name, benchmark, cases.skipped, peak_bytes)
+        report = Report(loaded.name, benchmark, cases.skipped, rival)
+        del loaded  # the benchmark may have to forget the engine: it must be the last to hold it
         _run(report, benchmark, cases, cancelled)
     write(report, output.value)
+    if plot is not None:
+        from localv4.cli.bench_plot import draw
+
+        draw(report, plot)
     if not report.is_complete:
         raise typer.Exit(INTERRUPTED)
+
+
+def _tell_skipped(cases: "Plan", ctx_size: int, quiet: bool) -> None:
+    from localv4.cli import loading
+
+    if cases.skipped and not quiet:
+        names = ", ".join(case.name for case in cases.skipped)
+        loading.note(f"the context holds {ctx_size} tokens, skipped: {names}")
 
 
 def _run(
@@ -133,10 +232,21 @@ def _run(
         with interrupt_sets(cancelled):
             for measurement in worker.stream(lambda: benchmark.run(cases.fitting)):
                 if measurement is not None:
-                    report.add(measurement)
+                    report.measurements.append(measurement)
     except (Cancelled, KeyboardInterrupt):
         return
     report.is_complete = True
+
+
+def _parse_all(prompts: str, generated: str, depths: str) -> tuple[list[int], list[int], list[int]]:
+    sizes = (
+        parse_sizes(prompts, "--prompt-tokens"),
+        parse_sizes(generated, "--gen-tokens"),
+        parse_sizes(depths, "--depth"),
+    )
+    if not any((*sizes[0], *sizes[1])):
+        raise UsageError("nothing to measure", hint="give -p or -n a number above 0")
+    return sizes
 
 
 def parse_sizes(text: str, name: str) -> list[int]:

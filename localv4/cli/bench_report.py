@@ -5,12 +5,15 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from localv4.cli import terminal
-from localv4.cli.generation import format_bytes, peak_memory_bytes
-from localv4.engine.benchmark import Benchmark, Case, Measurement
-from localv4.engine.machine import ROOF_BYTES, machine_facts
+from localv4.cli.bench_peer import Rival
+from localv4.cli.generation import format_bytes
+from localv4.engine.benchmark import Benchmark
+from localv4.engine.machine import machine_facts
+from localv4.engine.measurement import Case, Measurement, PeerResult, Series
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,49 +26,47 @@ HEADER = (
 )
 NUMBERS = frozenset(range(1, len(HEADER))) - {3, 5}  # columns that are set to the right
 
+PEER_HEADER = (
+    *("test", "localv4", "clean", "llama.cpp", "clean", "ratio", "of clean", "same logits"),
+    "peak RSS of llama.cpp",
+)
+
 
 class Report:
-    """The finished measurements of one run, and what a reader must know beside them.
-
-    `peak_bytes` is the process's peak before the probe's buffer was made.
-    """
+    """The finished measurements of one run, and what a reader must know beside them."""
 
     def __init__(
-        self, model: str, benchmark: Benchmark, skipped: Sequence[Case], peak_bytes: int
+        self, model: str, benchmark: Benchmark, skipped: Sequence[Case], rival: Rival | None
     ) -> None:
         self.model = model
         self.benchmark = benchmark
         self.skipped = skipped
-        self.measurements: list[tuple[Measurement, int]] = []  # each with the peak after it
+        self.rival = rival
+        self.measurements: list[Measurement] = []
         self.is_complete = False
-        self._peak_bytes = peak_bytes
-
-    def add(self, measurement: Measurement) -> None:
-        """Take in a finished measurement."""
-        # the probe holds its buffer from the first test to the last: it is part of the new peak
-        peak = max(self._peak_bytes, peak_memory_bytes() - ROOF_BYTES)
-        self.measurements.append((measurement, peak))
 
     def markdown(self) -> str:
-        """Return a table of the results, and one of the bytes that a token reads."""
+        """Return tables: the results, the comparison, the bytes of a token, the memory."""
         if not self.measurements:
             return ""
-        lines = [*_table(HEADER, [self._cells(*row) for row in self.measurements], NUMBERS), ""]
-        roofs = [roof for measurement, _ in self.measurements for roof in measurement.roofs]
+        lines = [*_table(HEADER, [self._cells(m) for m in self.measurements], NUMBERS), ""]
+        roofs = [roof for measurement in self.measurements for roof in measurement.roofs]
         reads = [roof.read_bytes_s / 1e9 for roof in roofs]
         peaks = [roof.int8_ops_s / 1e12 for roof in roofs]
         lines.append(
             f"Roofs with {self.benchmark.threads} threads: read {min(reads):.1f} to "
             f"{max(reads):.1f} GB/s, int8 {min(peaks):.2f} to {max(peaks):.2f} Tops/s"
         )
-        lines += ["", *self._traffic_table()]
+        if self.rival is not None:
+            lines += ["", *self._peer_lines(self.rival)]
+        lines += ["", *self._traffic_table(), "", *self._memory_table()]
         return "\n".join(lines)
 
     def csv(self) -> str:
         """Return a line per test; sizes in bytes, rates per second, shares from 0 to 1."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        rows = [self._flat(measurement, peak) for measurement, peak in self.measurements]
+        rows = [self._flat(measurement) for measurement in self.measurements]
         writer.writerow(rows[0] if rows else ())
         writer.writerows(row.values() for row in rows)
         return out.getvalue().removesuffix("\n") if rows else ""
@@ -80,19 +81,20 @@ class Report:
                 "name": self.model,
                 "bytes": self.benchmark.model_bytes,
                 "parameters": self.benchmark.parameters,
-                "layers": self.benchmark.engine.config.n_layers,
+                "layers": self.benchmark.n_layers,
             },
             "numerics": self.benchmark.numerics,
             "threads": self.benchmark.threads,
-            "roof_buffer_bytes": ROOF_BYTES,
+            "roof_buffer_bytes": self.benchmark.roof_bytes,
             "bytes_per_token": self.benchmark.weight_bytes,
+            "peer": self._peer_document(),
             "skipped": [case.name for case in self.skipped],
-            "tests": [self._document(*row) for row in self.measurements],
+            "tests": [_document(measurement) for measurement in self.measurements],
         }
         return json.dumps(document, ensure_ascii=False, indent=2)
 
-    def _cells(self, measurement: Measurement, peak: int) -> tuple[str, ...]:
-        rate = measurement.read_bytes_s
+    def _cells(self, measurement: Measurement) -> tuple[str, ...]:
+        rate, own = measurement.read_bytes_s, measurement.own
         return (
             self.model,
             format_bytes(self.benchmark.model_bytes),
@@ -100,40 +102,66 @@ class Report:
             self.benchmark.numerics,
             str(self.benchmark.threads),
             measurement.case.name,
-            f"{measurement.mean:.2f} ± {measurement.stdev:.2f}",
-            f"{measurement.median:.2f}",
-            f"{measurement.clean}/{len(measurement.samples)}",
+            f"{own.mean:.2f} ± {own.stdev:.2f}",
+            f"{own.median:.2f}",
+            _clean_text(own),
             "" if rate is None else f"{rate / 1e9:.2f}",
             _percent(measurement.read_share),
             _percent(measurement.int8_share),
-            format_bytes(peak),
+            format_bytes(measurement.memory.peak),
         )
 
-    def _flat(self, measurement: Measurement, peak: int) -> dict[str, Any]:
+    def _flat(self, measurement: Measurement) -> dict[str, Any]:
         return {
             "model": self.model,
             "size_bytes": self.benchmark.model_bytes,
             "params": self.benchmark.parameters,
             "numerics": self.benchmark.numerics,
             "threads": self.benchmark.threads,
-            **_figures(measurement, peak),
+            **_figures(measurement),
+            **({} if measurement.peer is None else _flat_peer(measurement, measurement.peer)),
         }
 
-    def _document(self, measurement: Measurement, peak: int) -> dict[str, Any]:
-        samples = zip(measurement.samples, measurement.rates, strict=True)
+    def _peer_lines(self, rival: Rival) -> "Iterator[str]":
+        """Yield the comparison: a table, what failed, and how it was made."""
+        compared = [(m, m.peer) for m in self.measurements if m.peer is not None]
+        rows = [_peer_cells(measurement, result) for measurement, result in compared]
+        yield from _table(PEER_HEADER, rows, frozenset(range(1, len(PEER_HEADER))))
+        yield ""
+        for problem in dict.fromkeys(result.problem for _, result in compared if result.problem):
+            yield f"No figure: {problem}"
+        yield f"{rival.name}: {rival.facts.system}"
+        contexts = [result.context for _, result in compared if result.context is not None]
+        flash = [context.flash_attention for context in contexts] or [
+            rival.settings.flash_attention
+        ]
+        weights = "repacked" if rival.settings.repack else "as in the file"
+        yield (
+            f"Set for llama.cpp: {self.benchmark.threads} threads, n_batch {rival.settings.batch}, "
+            f"n_ubatch {rival.settings.ubatch}, flash attention {', '.join(dict.fromkeys(flash))}, "
+            f"weights {weights}, no GPU"
+        )
+        yield f"Medians of samples {self._turns()}"
+
+    def _turns(self) -> str:
+        if self.benchmark.together:
+            return "in turns, both models in memory"
+        return "of one engine after the other in each test: memory holds one of the two at a time"
+
+    def _peer_document(self) -> dict[str, Any] | None:
+        if self.rival is None:
+            return None
         return {
-            **_figures(measurement, peak),
-            "token_bytes": measurement.token_bytes,
-            "state_bytes": measurement.state_bytes,
-            "token_multiply_adds": measurement.token_macs,
-            "roofs": [
-                {"read_bytes_s": roof.read_bytes_s, "int8_ops_s": roof.int8_ops_s}
-                for roof in measurement.roofs
-            ],
-            "samples": [
-                {"seconds": sample.seconds, "tok_s": rate, "foreign_cores": sample.foreign_cores}
-                for sample, rate in samples
-            ],
+            "name": "llama.cpp",
+            "package": self.rival.facts.package,
+            "ggml": self.rival.facts.ggml,
+            "system": self.rival.facts.system,
+            "python": self.rival.facts.python,
+            "n_batch": self.rival.settings.batch,
+            "n_ubatch": self.rival.settings.ubatch,
+            "flash_attention": self.rival.settings.flash_attention,
+            "repack": self.rival.settings.repack,
+            "in_memory_together": self.benchmark.together,
         }
 
     def _traffic_table(self) -> "Iterator[str]":
@@ -141,13 +169,27 @@ class Report:
         total = sum(parts.values())
         rows = [(name, f"{n / 1e6:.2f}", f"{100 * n / total:.1f}") for name, n in parts.items()]
         rows.append(("all weights", f"{total / 1e6:.2f}", "100.0"))
-        states = {m.case: m.state_bytes for m, _ in self.measurements if m.case.kind == "tg"}
+        states = {m.case: m.state_bytes for m in self.measurements if m.case.kind == "tg"}
         rows += [
             (f"state in {case.name}", f"{n / 1e6:.2f}", f"{100 * n / total:.1f}")
             for case, n in states.items()
         ]
         header = ("read for each generated token", "MB", "% of weights")
         yield from _table(header, rows, frozenset({1, 2}))
+
+    def _memory_table(self) -> "Iterator[str]":
+        names = dict.fromkeys(name for m in self.measurements for name in m.memory.parts)
+        header = ("memory after", *names, "together", "peak RSS")
+        rows = [
+            (
+                measurement.case.name,
+                *(format_bytes(measurement.memory.parts.get(name, 0)) for name in names),
+                format_bytes(measurement.memory.total),
+                format_bytes(measurement.memory.peak),
+            )
+            for measurement in self.measurements
+        ]
+        yield from _table(header, rows, frozenset(range(1, len(header))))
 
 
 def write(report: Report, output: str) -> None:
@@ -161,7 +203,7 @@ def write(report: Report, output: str) -> None:
     sys.stdout.flush()
 
 
-def _figures(measurement: Measurement, peak: int) -> dict[str, Any]:
+def _figures(measurement: Measurement) -> dict[str, Any]:
     """Return the numbers of a test in base units."""
     case = measurement.case
     return {
@@ -169,16 +211,99 @@ def _figures(measurement: Measurement, peak: int) -> dict[str, Any]:
         "kind": case.kind,
         "tokens": case.tokens,
         "depth": case.depth,
-        "mean_tok_s": measurement.mean,
-        "stdev_tok_s": measurement.stdev,
-        "median_tok_s": measurement.median,
-        "repeats": len(measurement.samples),
-        "clean_repeats": measurement.clean,
+        **_statistics(measurement.own),
         "read_bytes_s": measurement.read_bytes_s,
         "read_roof_share": measurement.read_share,
         "int8_peak_share": measurement.int8_share,
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": measurement.memory.peak,
     }
+
+
+def _statistics(series: Series) -> dict[str, Any]:
+    return {
+        "mean_tok_s": series.mean,
+        "stdev_tok_s": series.stdev,
+        "median_tok_s": series.median,
+        "clean_median_tok_s": series.clean_median,
+        "repeats": len(series.samples),
+        "clean_repeats": series.clean,
+    }
+
+
+def _flat_peer(measurement: Measurement, result: PeerResult) -> dict[str, Any]:
+    """Return the columns of the comparison; empty where llama.cpp failed."""
+    series = result.series
+    names = ("mean_tok_s", "stdev_tok_s", "median_tok_s", "clean_median_tok_s", "repeats")
+    found = dict.fromkeys((*names, "clean_repeats")) if series is None else _statistics(series)
+    return {
+        **{f"peer_{name}": value for name, value in found.items()},
+        "ratio": measurement.ratio,
+        "clean_ratio": measurement.clean_ratio,
+        "logits_correlation": result.agreement,
+        "peer_peak_rss_bytes": result.peak_bytes,
+        "peer_problem": result.problem,
+    }
+
+
+def _document(measurement: Measurement) -> dict[str, Any]:
+    """Return a test with all its samples."""
+    return {
+        **_figures(measurement),
+        "token_bytes": measurement.token_bytes,
+        "state_bytes": measurement.state_bytes,
+        "token_multiply_adds": measurement.token_macs,
+        "memory_bytes": measurement.memory.parts,
+        "roofs": [
+            {"read_bytes_s": roof.read_bytes_s, "int8_ops_s": roof.int8_ops_s}
+            for roof in measurement.roofs
+        ],
+        "samples": _samples(measurement.own),
+        "peer": None if measurement.peer is None else _peer_test(measurement, measurement.peer),
+    }
+
+
+def _peer_test(measurement: Measurement, result: PeerResult) -> dict[str, Any]:
+    series = result.series
+    return {
+        "problem": result.problem,
+        **({} if series is None else _statistics(series)),
+        "ratio": measurement.ratio,
+        "clean_ratio": measurement.clean_ratio,
+        "logits_correlation": result.agreement,
+        "peak_rss_bytes": result.peak_bytes,
+        "context": None if result.context is None else asdict(result.context),
+        "samples": [] if series is None else _samples(series),
+    }
+
+
+def _samples(series: Series) -> list[dict[str, float]]:
+    return [
+        {"seconds": sample.seconds, "tok_s": rate, "foreign_cores": sample.foreign_cores}
+        for sample, rate in zip(series.samples, series.rates, strict=True)
+    ]
+
+
+def _peer_cells(measurement: Measurement, result: PeerResult) -> tuple[str, ...]:
+    own, theirs = measurement.own, result.series
+    return (
+        measurement.case.name,
+        f"{own.median:.2f}",
+        _clean_text(own),
+        "failed" if theirs is None else f"{theirs.median:.2f}",
+        "" if theirs is None else _clean_text(theirs),
+        _times(measurement.ratio),
+        _times(measurement.clean_ratio),
+        "" if result.agreement is None else f"{result.agreement:.4f}",
+        "" if result.peak_bytes is None else format_bytes(result.peak_bytes),
+    )
+
+
+def _clean_text(series: Series) -> str:
+    return f"{series.clean}/{len(series.samples)}"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def _table(

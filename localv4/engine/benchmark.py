@@ -3,54 +3,26 @@
 Every token is taken from one fixed trace, so that two runs route to the same experts.
 """
 
-import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from localv4.engine.contender import Contender, OnStep, OwnEngine, PeerEngine
 from localv4.engine.engine import Engine
-from localv4.engine.machine import (
-    ROOF_BYTES,
-    Roof,
-    RoofProbe,
-    cpu_times,
-    foreign_cores,
-)
-from localv4.engine.session import Session
+from localv4.engine.machine import ROOF_BYTES, Roof, RoofProbe, peak_resident_bytes
+from localv4.engine.measurement import Case, CaseKind, Measurement, Series
+from localv4.engine.peer import Peer
 from localv4.errors import Cancelled, DoesNotFitError, UsageError
 from localv4.model import traffic
 
 TRACE_SEED = 20261122
 
-QUIET_CORES = 0.08
-"""A sample is clean if others took less of the machine than this part of one core."""
-
-OPERATIONS = 2
-"""Of a multiply-add: the integer peak counts both."""
-
-CaseKind = Literal["pp", "tg"]
-
-OnStep = Callable[[str, int, int], None]
-"""Called with (phase, done, total) while a test runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Read (`pp`) or generate (`tg`) `tokens` tokens after `depth` others."""
-
-    kind: CaseKind
-    tokens: int
-    depth: int
-
-    @property
-    def name(self) -> str:
-        """The name in llama-bench's vocabulary: `tg128 @ d4096`."""
-        name = f"{self.kind}{self.tokens}"
-        return f"{name} @ d{self.depth}" if self.depth else name
+# Of the bytes of a model's files: what an engine holds besides its weights, its packing included.
+OWN_FACTOR, PEER_FACTOR = 1.1, 1.05
+OWN_EXTRA_BYTES = ROOF_BYTES + (1 << 30)
+PEER_EXTRA_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,80 +31,6 @@ class Plan:
 
     fitting: tuple[Case, ...]
     skipped: tuple[Case, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One timed repeat; `foreign_cores` is what others took of the machine meanwhile."""
-
-    seconds: float
-    foreign_cores: float
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether the machine was ours."""
-        return self.foreign_cores < QUIET_CORES
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """A test with all its samples, and the roofs measured before and after it.
-
-    `token_bytes` are the weights and the state that one decoded token reads at this depth, the
-    mean over the test; `token_macs` the multiply-adds of one token, the mean over the prompt.
-    """
-
-    case: Case
-    samples: tuple[Sample, ...]
-    roofs: tuple[Roof, Roof]
-    token_bytes: int
-    state_bytes: int
-    token_macs: int
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Tokens per second of each sample."""
-        return tuple(self.case.tokens / max(sample.seconds, 1e-9) for sample in self.samples)
-
-    @property
-    def mean(self) -> float:
-        """Mean tokens per second."""
-        return statistics.fmean(self.rates)
-
-    @property
-    def stdev(self) -> float:
-        """Standard deviation of the rates, 0 for a single sample."""
-        return statistics.stdev(self.rates) if len(self.rates) > 1 else 0.0
-
-    @property
-    def median(self) -> float:
-        """Median tokens per second: what the shares of the roofs are computed from."""
-        return statistics.median(self.rates)
-
-    @property
-    def clean(self) -> int:
-        """Number of samples during which the machine was ours."""
-        return sum(sample.is_clean for sample in self.samples)
-
-    @property
-    def read_bytes_s(self) -> float | None:
-        """Bytes per second that generating reads; a prompt reads weights for many tokens."""
-        return self.median * self.token_bytes if self.case.kind == "tg" else None
-
-    @property
-    def read_share(self) -> float | None:
-        """Part of the read roof that generating reaches, of the higher one of the two."""
-        if self.read_bytes_s is None:
-            return None
-        return self.read_bytes_s / max(roof.read_bytes_s for roof in self.roofs)
-
-    @property
-    def int8_share(self) -> float | None:
-        """Part of the integer peak that reading a prompt reaches, of the higher one of the two."""
-        if self.case.kind == "tg":
-            return None
-        operations_s = self.median * self.token_macs * OPERATIONS
-        return operations_s / max(roof.int8_ops_s for roof in self.roofs)
 
 
 def plan(
@@ -169,11 +67,27 @@ def trace(vocab_size: int, count: int) -> list[int]:
     return tokens
 
 
-class Benchmark:
-    """Runs tests on an engine, one after the other, on one session.
+def fit_together(model_bytes: int, available: int) -> bool:
+    """Say whether two engines fit into memory with a copy of a model each, or one after the other.
 
-    The session goes back to the depth of a test before each sample. A short way back is free;
-    after a long one the tokens before are processed again, which no sample counts.
+    Raises DoesNotFitError when not even one fits.
+    """
+    own = int(model_bytes * OWN_FACTOR) + OWN_EXTRA_BYTES
+    peer = int(model_bytes * PEER_FACTOR) + PEER_EXTRA_BYTES
+    if max(own, peer) > available:
+        raise DoesNotFitError(
+            f"the comparison needs about {max(own, peer) / 2**30:.1f} GiB of memory for one engine "
+            f"alone, {available / 2**30:.1f} GiB are free",
+            hint="use a smaller model, or close other programs",
+        )
+    return own + peer <= available
+
+
+class Benchmark:
+    """Runs tests one after the other, on our engine and, if there is a peer, on llama.cpp.
+
+    `reload` gives the engine again after it was forgotten: with it, only one of the two engines is
+    in memory at a time, and nobody else may hold ours.
     """
 
     def __init__(
@@ -183,88 +97,95 @@ class Benchmark:
         repeats: int,
         pause_s: float = 0.0,
         roof_bytes: int = ROOF_BYTES,
+        peer: Peer | None = None,
+        reload: Callable[[], Engine] | None = None,
         on_step: OnStep | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        self.engine = engine
-        self.threads = engine.network.numerics.threads
-        self.numerics = engine.network.numerics.name
         weights, config = engine.network.weights, engine.config
+        self.threads: int = engine.network.threads
+        self.numerics = engine.network.name
+        self.n_layers = config.n_layers
+        self.model_bytes = sum(tensor.nbytes for tensor in engine.checkpoint.tensors.values())
+        """Bytes of all tensors in the model's files."""
+        self.parameters = traffic.parameters(weights)
         self.weight_bytes = traffic.weight_bytes(
             weights, config, packs_experts=self.numerics == "fast"
         )
-        self.parameters = traffic.parameters(weights)
+        self.together = reload is None
+        self.roof_bytes = roof_bytes
+        self._config = config
         self._macs = traffic.multiplications(weights, config)
         self._head_macs = traffic.head_multiplications(weights)
         self._repeats = repeats
         self._pause_s = pause_s
         self._on_step = on_step
         self._cancelled = cancelled or threading.Event()
+        self._peak_bytes = peak_resident_bytes()
         self._probe = RoofProbe(self.threads, roof_bytes)
-
-    @property
-    def model_bytes(self) -> int:
-        """Bytes of all tensors in the model's files."""
-        return sum(tensor.nbytes for tensor in self.engine.checkpoint.tensors.values())
+        self._own = OwnEngine(engine, reload, self._report, self._cancelled)
+        self._peer: PeerEngine | None = None
+        if peer is not None:
+            self._peer = PeerEngine(peer, engine.checkpoint.files[0], self.threads, self._report)
 
     def run(self, cases: Sequence[Case]) -> Iterator[Measurement]:
         """Yield the measurement of each test as it is finished. Raises Cancelled when stopped."""
         longest = max(case.depth + case.tokens for case in cases)
-        tokens = trace(self.engine.config.vocab_size, longest)
-        session = self.engine.new_session()
-        for case in cases:
-            yield self._measure(session, case, tokens)
+        tokens = trace(self._config.vocab_size, longest)
+        for number, case in enumerate(cases):
+            yield self._measure(case, tokens, self._stints(number))
 
-    def _measure(self, session: Session, case: Case, tokens: Sequence[int]) -> Measurement:
-        self._report(f"{case.name}: warming up", 0)
-        self._sample(session, case, tokens)  # pages come in, experts of this trace are packed
-        before = self._roof()
-        samples = []
-        for done in range(self._repeats):
-            self._report(case.name, done)
-            self._rest()
-            samples.append(self._sample(session, case, tokens))
-        after = self._roof()
-        positions = range(case.depth, case.depth + case.tokens)
-        state = traffic.state_bytes(self.engine.config, positions)
+    def _stints(self, number: int) -> list[list[Contender]]:
+        """Return who is in memory together, one after the other, in test `number`.
+
+        Who came last begins the next test: it is still there.
+        """
+        if self._peer is None:
+            return [[self._own]]
+        if self.together:
+            return [[self._own, self._peer]]
+        alone: list[list[Contender]] = [[self._own], [self._peer]]
+        return alone if number % 2 == 0 else alone[::-1]
+
+    def _measure(
+        self, case: Case, tokens: Sequence[int], stints: Sequence[Sequence[Contender]]
+    ) -> Measurement:
+        roofs = []
+        memory = None
+        for stint in stints:
+            self._make_room(stint)
+            for contender in stint:
+                contender.open(case, tokens)
+            roofs.append(self._roof())
+            self._take_samples(case, stint)
+            if self._own in stint:
+                memory = self._own.memory(self._peak_bytes, self.roof_bytes)
+        roofs.append(self._roof())
+        assert memory is not None
+        state = traffic.state_bytes(self._config, range(case.depth, case.depth + case.tokens))
         return Measurement(
             case=case,
-            samples=tuple(samples),
-            roofs=(before, after),
+            own=Series(case.tokens, tuple(self._own.samples)),
+            roofs=tuple(roofs),
             token_bytes=sum(self.weight_bytes.values()) + state,
             state_bytes=state,
             token_macs=self._macs + self._head_macs // case.tokens,
+            memory=memory,
+            peer=self._peer.result(self._own.logits) if self._peer is not None else None,
         )
 
-    def _sample(self, session: Session, case: Case, tokens: Sequence[int]) -> Sample:
-        """Run a test once; only its own tokens are timed."""
-        self._go_to(session, case, tokens)
-        self.engine.checkpoint.check_unchanged()
-        timed = tokens[case.depth : case.depth + case.tokens]
-        before = cpu_times()
-        start = time.perf_counter()
-        if case.kind == "pp":
-            session.extend(timed, cancelled=self._cancelled)
-        else:
-            for token in timed:
-                session.extend([token], cancelled=self._cancelled)
-        seconds = time.perf_counter() - start
-        after = cpu_times()
-        self.engine.checkpoint.check_unchanged()
-        return Sample(seconds, foreign_cores(before, after))
+    def _make_room(self, stint: Sequence[Contender]) -> None:
+        for contender in (self._own, self._peer):
+            if contender is not None and contender not in stint:
+                contender.unload()
 
-    def _go_to(self, session: Session, case: Case, tokens: Sequence[int]) -> None:
-        """Bring the session to the depth of a test."""
-        session.rollback(min(case.depth, session.position))
-        missing = tokens[session.position : case.depth]
-        if missing:
-            session.extend(
-                missing,
-                cancelled=self._cancelled,
-                on_progress=lambda done, total: self._report(
-                    f"{case.name}: going to depth {case.depth}", done, total
-                ),
-            )
+    def _take_samples(self, case: Case, stint: Sequence[Contender]) -> None:
+        """Time every repeat of a test; two engines take turns in going first."""
+        for done in range(self._repeats):
+            self._report(case.name, done)
+            for contender in stint if done % 2 == 0 else reversed(stint):
+                self._rest()
+                contender.sample()
 
     def _roof(self) -> Roof:
         if self._cancelled.is_set():

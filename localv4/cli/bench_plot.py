@@ -1,0 +1,257 @@
+"""The picture of a benchmark: tokens per second against depth, beside the roof of memory."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from localv4.errors import LocalV4Error, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from localv4.cli.bench_report import Report
+    from localv4.engine.measurement import CaseKind, Measurement, Series
+
+SUFFIXES = (".png", ".svg")
+
+OWN, PEER, ROOF = "#1764ab", "#d9700a", "#5f6b76"  # also apart for the colour-blind, and in grey
+GRID, TEXT = "#e3e6e9", "#22272b"
+MARKERS = "osD^vP*X"  # one for each size of a test
+PANEL_INCHES, HEIGHT_INCHES, DPI = 5.2, 4.2, 160
+HEADROOM = 1.18
+LABEL_SHARE = 0.09  # of the height: what a label needs
+Place = Literal["above", "below", "right"]
+# Shift in points, horizontal and vertical alignment of a label beside its point.
+LABELS: dict[Place, tuple[tuple[int, int], str, str]] = {
+    "above": ((0, 6), "center", "bottom"),
+    "below": ((0, -7), "center", "top"),
+    "right": ((7, 0), "left", "center"),
+}
+TITLES = {"pp": "Reading a prompt", "tg": "Generating"}
+
+
+def check_target(path: Path) -> None:
+    """Raise LocalV4Error if no picture can be made at `path`, long before there is one to make."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--plot is {path.name!r}, expected a name ending in .png or .svg")
+    if not path.parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.parent} for the plot")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise LocalV4Error(f"cannot write {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotFoundError("--plot needs matplotlib", hint="pip install 'localv4[plot]'")
+
+
+def draw(report: "Report", path: Path) -> None:
+    """Write the picture of the finished tests, if there are any; raise OSError if that fails."""
+    if not report.measurements:
+        return
+    figure = make_figure(report)
+    unfinished = path.with_name(f".{path.name}.part")
+    # without a date, the same figures make the same file
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    try:
+        figure.savefig(
+            unfinished,
+            format=path.suffix[1:].lower(),
+            dpi=DPI,
+            metadata=metadata,
+            facecolor="white",
+        )
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def make_figure(report: "Report") -> "Figure":
+    """Return the picture: a panel for reading and one for generating, whichever was measured."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(m.case.kind for m in report.measurements))
+    figure = Figure(figsize=(PANEL_INCHES * len(kinds), HEIGHT_INCHES), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for kind, axes in zip(kinds, panels, strict=True):
+        measurements = [m for m in report.measurements if m.case.kind == kind]
+        _draw_panel(axes, kind, measurements)
+    figure.suptitle(_title(report), fontsize=11, color=TEXT, x=0.01, ha="left")
+    return figure
+
+
+def _title(report: "Report") -> str:
+    from localv4.engine.machine import machine_facts
+
+    benchmark = report.benchmark
+    threads = f"{benchmark.threads} thread" + ("s" if benchmark.threads > 1 else "")
+    title = f"{report.model}, {benchmark.numerics}, {threads}, {machine_facts()['cpu']}"
+    return title.replace("$", r"\$")  # a dollar sign would begin a formula
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One test on one engine at several depths."""
+
+    label: str
+    color: str
+    marker: str
+    points: "tuple[tuple[Measurement, Series], ...]"
+
+
+def _curves(kind: "CaseKind", measurements: "Sequence[Measurement]") -> list[Curve]:
+    """Return ours and the other engine's curves, those of larger tests last."""
+    found = []
+    engines: list[tuple[str, str, Callable[[Measurement], Series | None]]] = [
+        ("localv4", OWN, lambda m: m.own),
+        ("llama.cpp", PEER, lambda m: m.peer.series if m.peer is not None else None),
+    ]
+    for size, marker in zip(dict.fromkeys(m.case.tokens for m in measurements), cycle(MARKERS)):
+        chosen = sorted((m for m in measurements if m.case.tokens == size), key=_depth)
+        for engine, color, series_of in engines:
+            pairs = [(m, series) for m in chosen if (series := series_of(m)) is not None]
+            if pairs:
+                found.append(Curve(f"{engine} {kind}{size}", color, marker, tuple(pairs)))
+    return found
+
+
+def _draw_panel(axes: "Axes", kind: "CaseKind", measurements: "Sequence[Measurement]") -> None:
+    curves = _curves(kind, measurements)
+    depths = sorted({m.case.depth for m in measurements})
+    if len(depths) > 1:
+        _draw_lines(axes, curves, depths)
+    else:
+        _draw_bars(axes, curves, depths[0])
+    if kind == "tg":
+        _draw_roof(axes, measurements)
+    axes.set_title(TITLES[kind], fontsize=10.5, loc="left", color=TEXT)
+    axes.set_ylabel("tokens per second", color=TEXT, fontsize=9.5)
+    axes.set_ylim(0, axes.dataLim.y1 * HEADROOM)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=TEXT, length=0, labelsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.15),
+            ncols=3 if kind == "tg" else 2,
+            frameon=False,
+            fontsize=8.5,
+            labelcolor=TEXT,
+        )
+
+
+def _draw_lines(axes: "Axes", curves: Sequence[Curve], depths: Sequence[int]) -> None:
+    """Draw medians as lines with their values, and every sample as a faint point."""
+    highest = max(series.median for curve in curves for _, series in curve.points)
+    for curve in curves:
+        for measurement, series in curve.points:
+            depth, above = measurement.case.depth, _nearest_above(curves, measurement, series)
+            _draw_samples(axes, depth, series, curve.color)
+            room = LABEL_SHARE * highest
+            where: Place = "above"
+            if above is not None and above - series.median < room:
+                where = "below" if series.median > room else "right"
+            _label(axes, depth, measurement, series, curve.color, where)
+        axes.plot(
+            [measurement.case.depth for measurement, _ in curve.points],
+            [series.median for _, series in curve.points],
+            color=curve.color,
+            marker=curve.marker,
+            markersize=5.5,
+            linewidth=1.8,
+            label=curve.label,
+            zorder=3,
+        )
+    axes.set_xlabel("tokens in the context before", color=TEXT, fontsize=9.5)
+    positive = [depth for depth in depths if depth > 0]
+    if len(positive) > 1:  # by their logarithm, with a place for 0
+        axes.set_xscale("symlog", base=2, linthresh=positive[0], linscale=1)
+    axes.set_xticks(depths, [f"{depth:,}" for depth in depths])
+    axes.minorticks_off()
+    axes.margins(x=0.12)
+
+
+def _draw_bars(axes: "Axes", curves: Sequence[Curve], depth: int) -> None:
+    """Draw medians of one depth as bars, and every sample as a point."""
+    for place, curve in enumerate(curves):
+        measurement, series = curve.points[0]
+        axes.bar(place, series.median, width=0.62, color=curve.color, alpha=0.85, zorder=1)
+        _draw_samples(axes, place, series, TEXT)
+        _label(axes, place, measurement, series, curve.color)
+    names = [curve.label.replace(" ", "\n") for curve in curves]
+    axes.set_xticks(range(len(curves)), names)
+    axes.set_xlim(-0.7, len(curves) - 0.3)
+    if depth:
+        axes.set_xlabel(f"with {depth:,} tokens in the context before", color=TEXT, fontsize=9.5)
+
+
+def _draw_samples(axes: "Axes", place: float, series: "Series", color: str) -> None:
+    places = [place] * len(series.rates)
+    axes.scatter(places, series.rates, s=9, color=color, alpha=0.35, linewidths=0, zorder=2)
+
+
+def _nearest_above(
+    curves: Sequence[Curve], measurement: "Measurement", series: "Series"
+) -> float | None:
+    """Return the next higher median at the same depth."""
+    others = [
+        other.median
+        for curve in curves
+        for m, other in curve.points
+        if m.case.depth == measurement.case.depth and other is not series
+    ]
+    return min((rate for rate in others if rate >= series.median), default=None)
+
+
+def _label(
+    axes: "Axes",
+    place: float,
+    measurement: "Measurement",
+    series: "Series",
+    color: str,
+    where: Place = "above",
+) -> None:
+    """Write a median beside its point, for ours with the share of the roof."""
+    text = _rate_text(series.median)
+    if series is measurement.own and measurement.read_share is not None:
+        text += f" ({100 * measurement.read_share:.0f} %)"
+    shift, horizontal, vertical = LABELS[where]
+    axes.annotate(
+        text,
+        (place, max(series.rates) if where == "above" else series.median),
+        xytext=shift,
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        fontsize=8,
+        color=color,
+    )
+
+
+def _draw_roof(axes: "Axes", measurements: "Sequence[Measurement]") -> None:
+    """Draw what the read roof allows: it falls with depth, since the state is read as well."""
+    best = {m.case.depth: m.roof_rate or 0.0 for m in sorted(measurements, key=_depth)}
+    roof = max(m.read_roof for m in measurements) / 1e9
+    look: dict[str, Any] = {
+        "color": ROOF,
+        "linestyle": (0, (5, 3)),
+        "linewidth": 1.4,
+        "label": f"read roof ({roof:.1f} GB/s)",
+        "zorder": 1,
+    }
+    if len(best) > 1:
+        axes.plot(list(best), list(best.values()), **look)
+    else:
+        axes.axhline(next(iter(best.values())), **look)
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _depth(measurement: "Measurement") -> int:
+    return measurement.case.depth
