@@ -6,8 +6,8 @@ cache: right after the block before has written into them, for blocks of COLUMNS
 so that even a single token occupies many threads.
 
 The results wait in partials (tokens, hidden / COLUMNS, partial_row(rows)) f32: for each block of
-columns the dot products of the streams with the rows of fn, in the place of the last row (rows
-rounded up to a multiple of four) + 1 the sum of their squares, then whatever it was.
+columns the dot products of the streams with the rows of fn, and at partial_squares(rows) the sum of
+their squares; the other floats are of no meaning.
 """
 
 from typing import Any
