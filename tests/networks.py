@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.engine.session import Session
+from localv4.engine.session import Network, Session
+from localv4.kernels.team import Team
 from localv4.model.loading import read_model_config
 from localv4.model.matrix import Numerics
 from localv4.model.names import official_names
@@ -23,11 +24,11 @@ def open_network(path: Path, threads: int = 2) -> Transformer:
     table = official_names(checkpoint)
     config = read_model_config(checkpoint, table)
     weights = load_weights(checkpoint, table, config)
-    return Transformer(config, weights, Numerics(threads, weights.widest))
+    return Transformer(config, weights, Numerics(Team(threads), weights.widest))
 
 
 def logits(
-    network: Transformer, ids: list[int], chunks: Iterable[int] = (1 << 30,)
+    network: Network, ids: list[int], chunks: Iterable[int] = (1 << 30,)
 ) -> NDArray[np.float32]:
     """Return the logits after every token; `chunks` are cycled until the tokens are used up."""
     session, rows, start = Session(network, CONTEXT), [], 0

@@ -20,7 +20,7 @@ from reference_packed import (
     weight_values,
 )
 
-from localv4.kernels import activations, matvec, packed, probes
+from localv4.kernels import activations, float_rows, matvec, packed, probes
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.isa import ISA
 from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
@@ -175,13 +175,13 @@ def test_f8_matvec_is_exact_in_the_weights(rows: int, cols: int) -> None:
     weights = aligned(weights)
     scale = np.ldexp(F32(1), rng.integers(-20, 3, (-(-rows // 128), cols // 128))).astype(F32)
     x, out = inputs("normal", cols), floats(rows)
-    call = (cols, address(x), address(scale))
-    matvec.matvec_f8(address(out), address(weights), 0, rows // 16, *call)
+    call = (cols, address(x), address(scale), 0)
+    float_rows.matvec_f8(address(out), address(weights), 0, rows // 16, *call)
     wide = unpack_f8(weights, scale, rows, cols).astype(np.float64)
     assert distance(out, wide @ x) < TOLERANCE
     split = floats(rows)
     for g in range(rows // 16):
-        matvec.matvec_f8(address(split), address(weights), g, g + 1, *call)
+        float_rows.matvec_f8(address(split), address(weights), g, g + 1, *call)
     assert np.array_equal(split, out)
 
 
@@ -195,8 +195,8 @@ def test_f8_matvec_knows_every_code() -> None:
     for column in range(cols):
         x, out = np.zeros(cols, F32), floats(16)
         x[column] = 1
-        call = (cols, address(x), address(scale))
-        matvec.matvec_f8(address(out), address(weights), 0, 1, *call)
+        call = (cols, address(x), address(scale), 0)
+        float_rows.matvec_f8(address(out), address(weights), 0, 1, *call)
         assert np.array_equal(out, wide[:, column])
 
 

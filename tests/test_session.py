@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import logits, open_network
 
-from localv4.engine.session import PREFILL_CHUNK, ROLLBACK_TOKENS, Session
+from localv4.engine.session import Session
 from localv4.errors import Cancelled, DoesNotFitError, UsageError
-from localv4.model.transformer import Transformer
+from localv4.model.transformer import CHUNK_TOKENS, SLACK_TOKENS, Transformer
 
 IDS = load_golden("tiny300").input_ids
 
@@ -50,8 +50,8 @@ def test_rolling_back_over_other_tokens(
 def test_rolling_back_as_far_as_the_rings_reach(network: Transformer, clean: np.ndarray) -> None:
     session = new_session(network)
     session.extend(IDS)
-    session.rollback(len(IDS) - ROLLBACK_TOKENS)
-    assert session.position == len(IDS) - ROLLBACK_TOKENS
+    session.rollback(len(IDS) - SLACK_TOKENS)
+    assert session.position == len(IDS) - SLACK_TOKENS
     rest = IDS[session.position :]
     assert np.array_equal(session.all_logits(rest), clean[-len(rest) :])
 
@@ -59,7 +59,7 @@ def test_rolling_back_as_far_as_the_rings_reach(network: Transformer, clean: np.
 def test_rolling_back_further_starts_anew(network: Transformer, clean: np.ndarray) -> None:
     session = new_session(network)
     session.extend(IDS)
-    session.rollback(len(IDS) - ROLLBACK_TOKENS - 1)
+    session.rollback(len(IDS) - SLACK_TOKENS - 1)
     assert session.position == 0 and session.tokens == []
     assert np.array_equal(session.extend(IDS), clean[-1])
 
@@ -122,8 +122,8 @@ def test_cancelling_keeps_finished_chunks_and_continues(
     session, cancelled = new_session(network), threading.Event()
     with pytest.raises(Cancelled):
         session.extend(IDS, on_progress=lambda done, total: cancelled.set(), cancelled=cancelled)
-    assert session.position == PREFILL_CHUNK and session.tokens == IDS[:PREFILL_CHUNK]
-    assert np.array_equal(session.extend(IDS[PREFILL_CHUNK:]), clean[-1])
+    assert session.position == CHUNK_TOKENS and session.tokens == IDS[:CHUNK_TOKENS]
+    assert np.array_equal(session.extend(IDS[CHUNK_TOKENS:]), clean[-1])
 
 
 def test_an_interrupted_layer_leaves_no_trace(

@@ -1,7 +1,7 @@
 """A loaded model: opened files, network and tokenizer, ready for sessions."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -9,16 +9,17 @@ from typing import Literal
 import psutil
 
 from localv4.engine.reply import Reply, ReplyOptions
-from localv4.engine.session import PREFILL_CHUNK, ROLLBACK_TOKENS, Progress, Session
+from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
-from localv4.kernels.compiler import are_compiled, compile_kernels
+from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels
+from localv4.kernels.team import Team
 from localv4.kernels.threads import most_threads
 from localv4.model.config import ModelConfig
-from localv4.model.fast import FastNumerics
+from localv4.model.fast import FastTransformer, can_run
 from localv4.model.loading import read_model_config
 from localv4.model.matrix import Floats, Numerics
 from localv4.model.names import official_names
-from localv4.model.packing import pack_dense
+from localv4.model.packing import families, pack_dense
 from localv4.model.transformer import Transformer
 from localv4.model.weights import load_weights
 from localv4.storage import Checkpoint, open_checkpoint
@@ -28,6 +29,12 @@ COMPILING = "compiling kernels (first run only)"
 """The phase of loading that takes a minute, once."""
 
 NumericsName = Literal["exact", "fast"]
+
+HEADS_TOKENS = 128
+"""Tokens that are processed together where the logits of all of them are wanted."""
+
+MOST_HEADS_TOKENS = 256
+"""The same on demand: bounds the memory for logits."""
 
 EXPERT_SHARE = 0.6
 """Share of the free memory that packed experts may take; the rest is for files and programs."""
@@ -39,7 +46,7 @@ OnLoad = Callable[[str, int, int], None]
 class Engine:
     """One model on one machine. Weights stay in the files, mapped into memory and shared."""
 
-    def __init__(self, checkpoint: Checkpoint, network: Transformer, ctx_size: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, network: Network, ctx_size: int) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
         self.network = network
@@ -60,7 +67,8 @@ class Engine:
 
         `ctx_size` in tokens defaults to what the model allows, `threads` to the physical cores.
         `numerics` "fast" multiplies packed weights with rounded activations; packing needs memory
-        for the dense weights and for the experts in use.
+        for the dense weights and for the experts in use. Networks of dimensions that its kernels
+        do not know are computed in "exact" (`network.name` tells).
         Raises NotFoundError, BadFileError, UsageError or DoesNotFitError.
         """
         checkpoint = open_checkpoint(path)
@@ -68,15 +76,14 @@ class Engine:
         config = read_model_config(checkpoint, table)
         size = _checked_ctx_size(ctx_size, config)
         count = _checked_threads(threads)
-        phase = "loading kernels" if are_compiled() else COMPILING
-        compile_kernels(_phase(on_progress, phase))
         weights = load_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
-        if numerics == "exact":
-            exact = Numerics(count, weights.widest)
-            return cls(checkpoint, Transformer(config, weights, exact), size)
-        weights = pack_dense(weights, count, _phase(on_progress, "packing weights"))
-        fast = FastNumerics(count, weights.widest, _expert_budget())
-        return cls(checkpoint, Transformer(config, weights, fast), size)
+        if numerics == "fast" and can_run(config):
+            _make_kernels(families(weights), on_progress)
+            weights = pack_dense(weights, count, _phase(on_progress, "packing weights"))
+            return cls(checkpoint, FastTransformer(config, weights, count, _expert_budget()), size)
+        _make_kernels({EXACT}, on_progress)
+        exact = Numerics(Team(count), weights.widest)
+        return cls(checkpoint, Transformer(config, weights, exact), size)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -130,12 +137,11 @@ class Engine:
     ) -> Iterator[Floats]:
         """Yield the logits after every token, as arrays (some tokens, vocab) in order.
 
-        `chunk` tokens are processed at a time; 1 decodes token by token. More than ROLLBACK_TOKENS
-        are taken in parts, which changes no bit.
+        `chunk` tokens are processed at a time, at most MOST_HEADS_TOKENS; 1 decodes token by token.
         """
         self.checkpoint.check_unchanged()
         session = self.new_session()
-        size = PREFILL_CHUNK if chunk is None else min(chunk, ROLLBACK_TOKENS)
+        size = min(chunk or HEADS_TOKENS, MOST_HEADS_TOKENS)
         for start in range(0, len(token_ids), size):
             part = token_ids[start : start + size]
             rows = session.all_logits(part, chunk=size)
@@ -148,6 +154,11 @@ class Engine:
 def _expert_budget() -> int:
     """Return the bytes that packed experts may take: most of the memory that is free now."""
     return int(psutil.virtual_memory().available * EXPERT_SHARE)
+
+
+def _make_kernels(families: Set[str], on_progress: OnLoad | None) -> None:
+    phase = "loading kernels" if are_compiled(families) else COMPILING
+    compile_kernels(families, _phase(on_progress, phase))
 
 
 def _phase(on_progress: OnLoad | None, phase: str) -> Progress | None:

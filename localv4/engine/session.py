@@ -7,15 +7,12 @@ import numpy as np
 
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.threads import use_threads
+from localv4.model.fast import FastTransformer
 from localv4.model.matrix import Floats
 from localv4.model.state import State
 from localv4.model.transformer import Transformer
 
-PREFILL_CHUNK = 128
-"""Tokens per forward pass in prefill: each expert row is decoded once for all of them."""
-
-ROLLBACK_TOKENS = 256
-"""How far a session can go back without recomputing; costs memory in every layer."""
+Network = Transformer | FastTransformer
 
 Progress = Callable[[int, int], None]
 
@@ -26,12 +23,12 @@ class Session:
     `tokens` are the processed ids; `position` is their number. Not for use by two threads at once.
     """
 
-    def __init__(self, network: Transformer, ctx_size: int) -> None:
+    def __init__(self, network: Network, ctx_size: int) -> None:
         self.network = network
         self.ctx_size = ctx_size
         self.tokens: list[int] = []
         try:
-            self._state = State(network.config, max(PREFILL_CHUNK, ROLLBACK_TOKENS))
+            self._state = State(network.config, network.slack)
         except MemoryError:
             raise DoesNotFitError("not enough memory for the state of a new session") from None
 
@@ -52,7 +49,7 @@ class Session:
     def rollback(self, position: int) -> None:
         """Forget the tokens at `position` and after.
 
-        Free for the last `ROLLBACK_TOKENS` tokens; further back the sequence starts anew and
+        Free for the last `network.slack` tokens; further back the sequence starts anew and
         the next `extend` has to process its prefix again (`position` is then 0).
         """
         if not 0 <= position <= self.position:
@@ -84,9 +81,9 @@ class Session:
     ) -> Floats:
         """Process tokens and return the logits (vocab,) after the last one.
 
-        `chunk` tokens go through the network at a time (default `PREFILL_CHUNK`), which changes
-        speed but no result. `on_progress(done, total)` is called after each chunk. Raises Cancelled
-        when the event is set; finished chunks stay.
+        `chunk` tokens go through the network at a time (default `network.chunk_tokens`), which
+        changes speed but no result. `on_progress(done, total)` is called after each chunk.
+        Raises Cancelled when the event is set; finished chunks stay.
         """
         for vectors in self._process(token_ids, chunk, on_progress, cancelled):
             last = vectors[-1:]
@@ -107,9 +104,10 @@ class Session:
     ) -> Iterator[Floats]:
         """Yield the final vectors (tokens, hidden) of each chunk; there is at least one."""
         ids = self._checked(token_ids)
-        size = PREFILL_CHUNK if chunk is None else min(max(chunk, 1), self._state.slack)
-        use_threads(self.network.numerics.threads)
-        self.network.numerics.cancelled = cancelled
+        most = self.network.chunk_tokens
+        size = most if chunk is None else min(max(chunk, 1), most)
+        use_threads(self.network.threads)
+        self.network.cancelled = cancelled
         try:
             for start in range(0, ids.shape[0], size):
                 part = ids[start : start + size]
@@ -124,7 +122,7 @@ class Session:
                 hint="use a smaller context: --ctx-size",
             ) from None
         finally:
-            self.network.numerics.cancelled = None
+            self.network.cancelled = None
 
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return the ids as an array, all in the vocabulary and within the context."""

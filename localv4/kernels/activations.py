@@ -1,17 +1,20 @@
 """Activations as int8, for products with packed weights of any integer format.
 
-Of n activations (n a multiple of 32) there are three buffers, one entry for each block of 32:
+Of a row of n activations (n a multiple of 32) there are three buffers, one entry for each block of
+32; rows follow one another, those of q with a line between them, so that equal columns of many rows
+do not fall into the same sets of a cache:
 
-| buffer | bytes        | holds                                                             |
-|--------|--------------|-------------------------------------------------------------------|
-| q      | n            | int8: x * 127 / size, rounded to nearest even                     |
-| d      | n / 32 * 4   | float32 scale: size / 127, size the largest absolute value        |
-| b      | n / 32 * 8   | two int32: -bias * sum of q, for 4-bit and then for 8-bit weights |
+| buffer | bytes of a row | holds                                                        |
+|--------|----------------|--------------------------------------------------------------|
+| q      | n + 64         | int8: x * 127 / size, rounded to nearest even                |
+| d      | n / 32 * 4     | float32 scale: size / 127, size the largest absolute value   |
+| b      | n / 32 * 16    | four int32 of q: -bias * sum for 4-bit weights, the same for |
+|        |                | 8-bit weights, the sum of columns 0 ... 15, that of 16 ... 31 |
 
-The sums are where a product starts: on x86 weights are unsigned, value + bias (`kernels.isa`);
-where they are not, the bias is 0. Sizes below 1e-30 count as 1e-30, so that nothing overflows. A
-block with NaN or infinity gets such a scale, and so do all products with it: no error is lost.
-Several tokens are rows of these buffers, one after another.
+The first two sums are where a product starts: on x86 weights are unsigned, value + bias
+(`kernels.isa`); where they are not, the bias is 0. The others are for weights with a minimum. Sizes
+below 1e-30 count as 1e-30, so that nothing overflows. A block with NaN or infinity gets such a
+scale, and so do all products with it: no error is lost.
 """
 
 import numpy as np
@@ -22,7 +25,6 @@ from localv4.kernels.packed import BLOCK
 from localv4.kernels.simd import (
     Vector,
     add,
-    add_i32,
     at_least,
     at_most,
     divide,
@@ -62,30 +64,58 @@ _ONE = np.float32(1)
 _EXP_LOW, _EXP_HIGH = np.float32(-87), np.float32(88)
 
 
-def scale_bytes(n: int) -> int:
-    """Return the bytes of the buffer d of n activations."""
-    return n // BLOCK * 4
+Q_GAP = 64
+"""Bytes between two rows of q."""
+
+SUMS_BYTES = 16
+"""Bytes of the sums of a block."""
 
 
-def sum_bytes(n: int) -> int:
-    """Return the bytes of the buffer b of n activations."""
-    return n // BLOCK * 8
+@device
+def q_row(cols: int) -> int:
+    """Return the bytes from a row of q to the next."""
+    return cols + Q_GAP
+
+
+@device
+def d_row(cols: int) -> int:
+    """Return the bytes from a row of d to the next."""
+    return cols // BLOCK * 4
+
+
+@device
+def b_row(cols: int) -> int:
+    """Return the bytes from a row of b to the next."""
+    return cols // BLOCK * SUMS_BYTES
+
+
+def row_bytes(cols: int) -> tuple[int, int, int]:
+    """Return the bytes from a row to the next of q, d and b, for callers outside of kernels."""
+    return cols + Q_GAP, cols // BLOCK * 4, cols // BLOCK * SUMS_BYTES
 
 
 @device
 def quantize(q: int, d: int, b: int, x: int, first: int, end: int) -> None:
-    """Fill blocks first ... end - 1 of the buffers q, d, b from the float32 at x."""
+    """Fill blocks first ... end - 1 of a row of the buffers q, d, b from the float32 at x."""
     for i in range(first, end):
         low, high = load_f32(x + 128 * i), load_f32(x + 128 * i + 64)
-        size = at_least_smallest(largest_magnitude(largest_i32(magnitudes(low), magnitudes(high))))
-        factor = splat_f32(LEVELS / size)
-        low_q, high_q = round_i32(multiply(low, factor)), round_i32(multiply(high, factor))
-        store_i8(q + 32 * i, low_q)
-        store_i8(q + 32 * i + 16, high_q)
-        write_f32(d + 4 * i, size * PER_LEVEL)
-        total = sum_i32(add_i32(low_q, high_q))
-        write_i32(b + 8 * i, np.int32(total * _CODE_BIAS))
-        write_i32(b + 8 * i + 4, np.int32(total * _BYTE_BIAS))
+        quantize_block(q + 32 * i, d + 4 * i, b + SUMS_BYTES * i, low, high)
+
+
+@device
+def quantize_block(q: int, d: int, b: int, low: Vector, high: Vector) -> None:
+    """Write one block of the buffers from its two vectors."""
+    size = at_least_smallest(largest_magnitude(largest_i32(magnitudes(low), magnitudes(high))))
+    factor = splat_f32(LEVELS / size)
+    low_q, high_q = round_i32(multiply(low, factor)), round_i32(multiply(high, factor))
+    store_i8(q, low_q)
+    store_i8(q + 16, high_q)
+    write_f32(d, size * PER_LEVEL)
+    low_sum, high_sum = sum_i32(low_q), sum_i32(high_q)
+    write_i32(b, np.int32((low_sum + high_sum) * _CODE_BIAS))
+    write_i32(b + 4, np.int32((low_sum + high_sum) * _BYTE_BIAS))
+    write_i32(b + 8, low_sum)
+    write_i32(b + 12, high_sum)
 
 
 @device

@@ -6,7 +6,7 @@ import numpy as np
 from numba import prange
 
 from localv4.kernels.arrays import Floats, Indices, Ints, Scalar
-from localv4.kernels.compiler import kernel
+from localv4.kernels.compiler import EXACT, kernel
 from localv4.kernels.device import device
 from localv4.kernels.matmul import dot
 
@@ -47,6 +47,7 @@ def softmax_with_sink(scores: Floats, count: int, sinks: Floats) -> None:
     "void(f4[:, :, ::1], f4[:, :, ::1], f4[:, ::1], i8, i8, f4[:, ::1], i4[:, ::1], i8[::1],"
     " f4[::1], f4[:, :, ::1])",
     parallel=True,
+    family=EXACT,
 )
 def attend(
     out: Floats,

@@ -35,6 +35,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 COMMON = "common"
 """The family of kernels that every model needs."""
 
+EXACT = "exact"
+"""The family of kernels that only the arithmetic `exact` needs."""
+
 # Between kernels the OpenMP helpers shall sleep, not spin: on a machine that is busy otherwise,
 # spinning helpers keep the thread that they wait for off its core (measured: 10 times slower).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -6,10 +6,10 @@ import numpy as np
 from numba import prange
 
 from localv4.kernels.arrays import Floats
-from localv4.kernels.compiler import kernel
+from localv4.kernels.compiler import EXACT, kernel
 
 
-@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, ::1], i8, i8)", parallel=True)
+@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, ::1], i8, i8)", parallel=True, family=EXACT)
 def pool(out: Floats, keys: Floats, gates: Floats, first_entry: int, ratio: int) -> None:
     """out[i, c] = sum over the slots of entry (first_entry + i) of softmax(gate)[slot, c] * key
 

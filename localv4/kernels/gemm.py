@@ -5,15 +5,14 @@ A product of a panel has two steps, so that any way to multiply goes with any us
 1. A function called `sums_...`, here or in `kernels.small_batches`, multiplies a panel with up to
    BATCH_TOKENS tokens; the sums, float32 [token][64 rows], stay in the scratch memory of the
    thread (SCRATCH_BYTES each, best on a cache line).
-2. `store_sums`, `store_gated_sums` or `add_weighted_sums` puts them where they belong.
+2. `store_sums`, `round_gated_sums` or `add_weighted_sums` puts them where they belong.
 
-A token's sums have the same bits whoever its neighbours are. With activations of span FINE
-(`kernels.panels`) they are the bits of the mat-vec too. `sums_mx4_coarse` wants span COARSE, merges
-segments, and differs from the mat-vec by the rounding of the activations.
+A token's sums have the bits of the mat-vec, whoever its neighbours are.
 
-Arguments: `w` a packed matrix of `groups` groups, `panel` the number of a panel of it (the last may
-be narrower); `q`, `d`, `s` the activations; `first` the first of `count` tokens, a multiple of
-TILE_TOKENS as BATCH_TOKENS is.
+Arguments: `w` a packed matrix of `groups` groups, `panel` the number of a panel of it (the last
+may be narrower); `q`, `d`, `b` the activations (`kernels.activations`), rows of `cols`; `first` the
+first of `count` tokens. Rows of activations behind the last token are read, but not used: there
+must be room for SPARE_TOKENS of them.
 """
 
 from collections.abc import Callable
@@ -21,12 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from localv4.kernels.activations import swiglu
+from localv4.kernels.activations import (
+    SUMS_BYTES,
+    b_row,
+    d_row,
+    q_row,
+    quantize_block,
+    swiglu,
+)
 from localv4.kernels.device import device
-from localv4.kernels.isa import ISA
-from localv4.kernels.packed import BLOCK, F8_SPAN, PackedFormat
-from localv4.kernels.panels import expand_mx4, expander
-from localv4.kernels.readers import MX4_READER, Q4_READER, Q8_READER
+from localv4.kernels.packed import BLOCK, F8_SPAN
+from localv4.kernels.panels import expander
+from localv4.kernels.readers import MX4_READER, Q4_READER, Q8_READER, Reader
 from localv4.kernels.simd import (
     broadcast_f32,
     load_f32,
@@ -35,16 +40,13 @@ from localv4.kernels.simd import (
     store_f32,
     zeros_f32,
 )
-from localv4.kernels.simd_blocks import SHIFTED_BIAS
 from localv4.kernels.tiles import (
     LINE,
     STEP,
     TILE_GROUPS,
     TILE_TOKENS,
-    WORD,
     add_byte_products,
     add_code_products,
-    add_shifted_products,
     flush_sums,
     start_sums,
 )
@@ -55,20 +57,22 @@ PANEL_ROWS = 16 * PANEL_GROUPS
 BATCH_TOKENS = 240
 """Tokens of one call: their sums and activations stay in the second cache."""
 
+SPARE_TOKENS = 16
+"""Rows of activations that may be read behind the last one."""
+
 SUMS_ROW = 4 * PANEL_ROWS
 """Bytes of the sums of a token, which start at the scratch memory."""
 
 # Columns expanded at a time: at most 16 KiB of lines, which stay in the first cache beside the
 # activations of a tile.
 _CHUNK = 256
-LINES_OFFSET = BATCH_TOKENS * SUMS_ROW
+LINES_OFFSET = (BATCH_TOKENS + SPARE_TOKENS) * SUMS_ROW
 """Where the expanded weights stand in the scratch memory."""
 
 _SCALES = LINES_OFFSET + _CHUNK // 4 * LINE
-_SEGMENTS = _SCALES + _CHUNK // BLOCK * LINE
-# Float32 weights (`kernels.gemm_f8`) need more: a span and two sets of sums of a tile.
+# Float32 weights (`kernels.gemm_floats`) need more: a span and two sets of sums of a tile.
 _FLOATS = LINES_OFFSET + F8_SPAN * LINE + 2 * LINE * TILE_TOKENS
-SCRATCH_BYTES = max(_SEGMENTS + _CHUNK // BLOCK * 8, _FLOATS)
+SCRATCH_BYTES = max(_SCALES + _CHUNK // BLOCK * LINE, _FLOATS)
 """Memory that each thread needs for itself."""
 
 
@@ -83,26 +87,23 @@ def panel_groups(panel: int, groups: int) -> int:
     return min(PANEL_GROUPS, groups - panel * PANEL_GROUPS)
 
 
-def _summer(fmt: PackedFormat, expand: Any, add_products: Any, bias: int) -> Any:
+def _summer(reader: Reader, add_products: Any) -> Any:
     """Make the function that multiplies panels of a format."""
+    fmt, expand, sum_offset = reader.fmt, expander(reader), reader.sum_offset
     columns, superblock_bytes, blocks = fmt.columns, fmt.superblock_bytes, fmt.columns // BLOCK
     chunk = _CHUNK // columns
-    weight_bias = np.int32(bias)
 
     @device
-    def add_tile(out: int, scratch: int, count: int, q: int, d: int, s: int) -> None:
-        """Add the expanded superblocks times a tile of tokens to the sums at out."""
+    def add_tile(out: int, scratch: int, count: int, cols: int, q: int, d: int, b: int) -> None:
+        """Add `count` expanded blocks times a tile of tokens to the sums at out."""
         lines, scales = scratch + LINES_OFFSET, scratch + _SCALES
-        for i in range(count):
-            parts = read_i64(scratch + _SEGMENTS + 8 * i)
-            steps, skip = columns // (4 * STEP) // parts, blocks // parts * WORD
-            for _ in range(parts):
-                sums = start_sums(s, s + skip, weight_bias)
-                for _ in range(steps):
-                    sums = add_products(sums, lines, q)
-                    lines, q = lines + STEP * LINE, q + STEP * WORD
-                flush_sums(out, SUMS_ROW, sums, scales, d)
-                scales, d, s = scales + LINE, d + skip, s + skip
+        for _ in range(count):
+            sums = start_sums(b, b_row(cols))
+            for _ in range(8 // STEP):
+                sums = add_products(sums, lines, q, q_row(cols))
+                lines, q = lines + STEP * LINE, q + 4 * STEP
+            flush_sums(out, SUMS_ROW, sums, scales, d, d_row(cols))
+            scales, d, b = scales + LINE, d + 4, b + SUMS_BYTES
 
     @device
     def sums(
@@ -113,38 +114,38 @@ def _summer(fmt: PackedFormat, expand: Any, add_products: Any, bias: int) -> Any
         cols: int,
         q: int,
         d: int,
-        s: int,
+        b: int,
         first: int,
         count: int,
     ) -> None:
-        superblocks, first_tile = cols // columns, first // TILE_TOKENS
+        superblocks = cols // columns
         size, tiles = superblocks * superblock_bytes, (count + TILE_TOKENS - 1) // TILE_TOKENS
-        lines, scales, segments = scratch + LINES_OFFSET, scratch + _SCALES, scratch + _SEGMENTS
+        lines, scales = scratch + LINES_OFFSET, scratch + _SCALES
         for i in range(tiles * TILE_TOKENS * PANEL_GROUPS):
             store_f32(scratch + 64 * i, zeros_f32())
         for start in range(0, superblocks, chunk):
             length = min(chunk, superblocks - start)
+            at = start * blocks
             for group in range(0, panel_groups(panel, groups), TILE_GROUPS):
                 source = w + (panel * PANEL_GROUPS + group) * size + start * superblock_bytes
                 width = min(TILE_GROUPS, panel_groups(panel, groups) - group)
-                expand(lines, scales, segments, source, size, width, length)
+                expand(lines, scales, source, size, width, length)
                 for tile in range(tiles):
                     out = scratch + tile * TILE_TOKENS * SUMS_ROW + 64 * group
-                    block = (first_tile + tile) * (cols // BLOCK) + start * blocks
-                    sum_at = s + (block + first_tile + tile) * WORD  # a tile has one more sum
-                    add_tile(out, scratch, length, q + block * 8 * WORD, d + block * WORD, sum_at)
+                    token = first + tile * TILE_TOKENS
+                    own_q = q + token * q_row(cols) + BLOCK * at
+                    own_d = d + token * d_row(cols) + 4 * at
+                    own_b = b + token * b_row(cols) + SUMS_BYTES * at + sum_offset
+                    add_tile(out, scratch, length * blocks, cols, own_q, own_d, own_b)
 
     return sums
 
 
 Sums = Callable[[int, int, int, int, int, int, int, int, int, int], None]
 
-_fine = (expander(MX4_READER), add_code_products, ISA.code_bias)
-_coarse = (expand_mx4, add_shifted_products, SHIFTED_BIAS)
-sums_mx4: Sums = _summer(MX4_READER.fmt, *_fine)
-sums_mx4_coarse: Sums = _summer(MX4_READER.fmt, *_coarse)
-sums_q4: Sums = _summer(Q4_READER.fmt, expander(Q4_READER), add_code_products, ISA.code_bias)
-sums_q8: Sums = _summer(Q8_READER.fmt, expander(Q8_READER), add_byte_products, ISA.byte_bias)
+sums_mx4: Sums = _summer(MX4_READER, add_code_products)
+sums_q4: Sums = _summer(Q4_READER, add_code_products)
+sums_q8: Sums = _summer(Q8_READER, add_byte_products)
 
 
 @device
@@ -159,9 +160,10 @@ def store_sums(
 
 
 @device
-def store_gated_sums(
-    out: int,
-    stride: int,
+def round_gated_sums(
+    q: int,
+    d: int,
+    b: int,
     scratch: int,
     panel: int,
     groups: int,
@@ -169,12 +171,17 @@ def store_gated_sums(
     count: int,
     limit: np.float32,
 ) -> None:
-    """The same for alternating groups of gate and up: out = swiglu(gate, up), half as many rows."""
+    """Round swiglu(gate, up) of alternating groups of gate and up: a block of 32 for each token.
+
+    q, d, b: activations of groups * 8 columns, of which the panel makes block number `panel`.
+    """
+    inner = groups * 8
     for t in range(count):
-        row = out + (first + t) * stride + panel * (SUMS_ROW // 2)
-        for pair in range(panel_groups(panel, groups) // 2):
-            at = scratch + t * SUMS_ROW + 128 * pair
-            store_f32(row + 64 * pair, swiglu(load_f32(at), load_f32(at + 64), limit))
+        at, row = scratch + t * SUMS_ROW, first + t
+        low = swiglu(load_f32(at), load_f32(at + 64), limit)
+        high = swiglu(load_f32(at + 128), load_f32(at + 192), limit)
+        own_q, own_d = q + row * q_row(inner) + BLOCK * panel, d + row * d_row(inner) + 4 * panel
+        quantize_block(own_q, own_d, b + row * b_row(inner) + SUMS_BYTES * panel, low, high)
 
 
 @device

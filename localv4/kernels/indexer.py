@@ -4,7 +4,7 @@ import numpy as np
 from numba import prange
 
 from localv4.kernels.arrays import Floats, Indices, Ints, Scalar
-from localv4.kernels.compiler import kernel
+from localv4.kernels.compiler import EXACT, kernel
 from localv4.kernels.device import device
 from localv4.kernels.matmul import dot
 
@@ -57,6 +57,7 @@ def select_top(chosen: Ints, scores: Floats) -> None:
 @kernel(
     "void(i4[:, ::1], i8[::1], f4[:, :, ::1], f4[:, ::1], f4[:, ::1], i8, i8, f4[:, ::1])",
     parallel=True,
+    family=EXACT,
 )
 def select_entries(
     selected: Ints,

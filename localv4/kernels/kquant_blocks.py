@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from localv4.kernels.isa import Isa
-from localv4.kernels.simd_dots import activations, add_dot
+from localv4.kernels.readers import FAR_BYTES, NEAR_BYTES
+from localv4.kernels.simd_dots import activations, add_dot, prefetch
 from localv4.kernels.simd_ir import (
     BYTES,
     I8,
@@ -226,8 +227,18 @@ def place(b: Builder, w: Value, start: int, size: int, step: Value) -> Value:
 
 
 def load_lines(b: Builder, address: Value, count: int) -> list[Value]:
-    """Read some lines."""
-    return [load(b, BYTES, offset(b, address, 64 * i)) for i in range(count)]
+    """Read some lines, and ask for those some way behind them."""
+    lines = []
+    for i in range(count):
+        prefetch_behind(b, offset(b, address, 64 * i))
+        lines.append(load(b, BYTES, offset(b, address, 64 * i)))
+    return lines
+
+
+def prefetch_behind(b: Builder, address: Value) -> None:
+    """Ask for a line some way behind an address."""
+    prefetch(b, offset(b, address, NEAR_BYTES), 3)
+    prefetch(b, offset(b, address, FAR_BYTES), 2)
 
 
 def six_bit_numbers(b: Builder, w: Value, step: Value) -> list[Value]:

@@ -22,7 +22,6 @@ from localv4.kernels.kquant_readers import (
 from localv4.kernels.matvec import Expert, Matvec, partner
 from localv4.kernels.packed import BLOCK
 from localv4.kernels.packed_kquants import STEP, STEPS, SUPERBLOCK
-from localv4.kernels.readers import prefetch_lines
 from localv4.kernels.simd import Vector, load_f32, multiply_add, splat_f32, store_f32
 
 _TOKENS = 4  # of one call of the products of a few: a block is decoded once for all of them
@@ -31,21 +30,18 @@ _D_STEP, _B_STEP = STEP // BLOCK * 4, STEP // BLOCK * SUMS_BYTES
 
 def _pair_products(reader: SuperblockReader) -> Any:
     """Make the function that multiplies two groups of sixteen rows with one token."""
-    one = reader.operations(1)
+    one, size = reader.operations(1), reader.fmt.superblock_bytes
     nothing, no_parts, add_step, finish = one.nothing, one.no_parts, one.add_step, one.finish
-    size, step_bytes, codes_at = reader.fmt.superblock_bytes, reader.step_bytes, reader.codes_at
+    prefetch_head = one.prefetch_head
 
     @device
     def pair(w: int, v: int, cols: int, q: int, d: int, b: int) -> tuple[Vector, Vector]:
         acc_w, acc_v = nothing(), nothing()
         for _ in range(cols // SUPERBLOCK):
-            prefetch_lines(w, codes_at // 64)
-            prefetch_lines(v, codes_at // 64)
+            prefetch_head(w)
+            prefetch_head(v)
             parts_w, parts_v = no_parts(), no_parts()
             for step in range(STEPS):
-                at = codes_at + step_bytes * step
-                prefetch_lines(w + at, step_bytes // 64)
-                prefetch_lines(v + at, step_bytes // 64)
                 parts_w = add_step(parts_w, w, step, (q,), (d,), (b,))
                 parts_v = add_step(parts_v, v, step, (q,), (d,), (b,))
                 q, d, b = q + STEP, d + _D_STEP, b + _B_STEP
@@ -102,8 +98,7 @@ def _summer(reader: SuperblockReader) -> Sums:
     """Make the function that multiplies panels of a format with a few tokens."""
     four = reader.operations(_TOKENS)
     nothing, no_parts, add_step, finish = four.nothing, four.no_parts, four.add_step, four.finish
-    superblock_bytes, step_bytes = reader.fmt.superblock_bytes, reader.step_bytes
-    codes_at = reader.codes_at
+    prefetch_head, superblock_bytes = four.prefetch_head, reader.fmt.superblock_bytes
 
     @device
     def multiply_four(
@@ -113,10 +108,9 @@ def _summer(reader: SuperblockReader) -> Sums:
         qr, dr, br = q_row(cols), d_row(cols), b_row(cols)
         acc = nothing()
         for _ in range(cols // SUPERBLOCK):
-            prefetch_lines(w, codes_at // 64)
+            prefetch_head(w)
             parts = no_parts()
             for step in range(STEPS):
-                prefetch_lines(w + codes_at + step_bytes * step, step_bytes // 64)
                 own_q = (q, q + r1 * qr, q + r2 * qr, q + r3 * qr)
                 own_d = (d, d + r1 * dr, d + r2 * dr, d + r3 * dr)
                 own_b = (b, b + r1 * br, b + r2 * br, b + r3 * br)

@@ -9,7 +9,7 @@ from numba.core import cgutils
 from localv4.kernels import simd_dots, simd_ir
 from localv4.kernels.activations import SUMS_BYTES
 from localv4.kernels.isa import ISA
-from localv4.kernels.kquant_blocks import Step, q2_step, q3_step, q4k_step, q6_step
+from localv4.kernels.kquant_blocks import Step, prefetch_behind, q2_step, q3_step, q4k_step, q6_step
 from localv4.kernels.packed import BLOCK, PackedFormat
 from localv4.kernels.packed_kquants import Q2, Q3, Q4K, Q6, STEPS
 from localv4.kernels.simd import operation
@@ -22,6 +22,7 @@ class TokenOperations:
     """Operations for a fixed number of tokens, on the row sums of sixteen rows for each of them.
 
     `nothing()` are sums of nothing, and `no_parts()` those of the parts of a superblock.
+    `prefetch_head(w)` asks for what is some way behind head and scales of the superblock at w.
     `add_step(parts, w, step, q, d, b)` adds the products of a step of the superblock at w; q, d, b:
     for each token where the activations of the step are. `finish(sums, parts, w)` adds the parts of
     a whole superblock to sums.
@@ -29,6 +30,7 @@ class TokenOperations:
 
     nothing: Any
     no_parts: Any
+    prefetch_head: Any
     add_step: Any
     finish: Any
 
@@ -61,6 +63,7 @@ class SuperblockReader:
         return TokenOperations(
             _zeros(tokens),
             _zeros(self.parts * tokens),
+            _head_prefetcher(self),
             _step_adder(self, tokens),
             _finisher(self, tokens),
         )
@@ -73,6 +76,16 @@ def _zeros(count: int) -> Any:
         return [simd_ir.filled(FLOATS, 0.0)] * count
 
     return zeros
+
+
+def _head_prefetcher(reader: SuperblockReader) -> Any:
+    @operation(types.void, types.int64)
+    def prefetch_head(b: Builder, w: Value) -> None:
+        """Ask for the lines behind head and scales."""
+        for i in range(reader.codes_at // 64):
+            prefetch_behind(b, simd_ir.offset(b, w, 64 * i))
+
+    return prefetch_head
 
 
 def _step_adder(reader: SuperblockReader, tokens: int) -> Any:

@@ -1,140 +1,110 @@
-"""Operations on many tokens: panels of packed weights against all tokens at once."""
+"""Operations on many tokens: panels of packed weights against all tokens at once.
 
-import numpy as np
-from numba import carray
+The bodies here take the functions of a format as arguments; `kernels.formats` makes operations of
+them. Tokens of all experts follow one another, sorted by expert: those of expert e are rows
+starts[e] ... starts[e + 1] - 1 of the activations. The scratch memory has `gemm.SCRATCH_BYTES` for
+each member.
+"""
 
-from localv4.kernels import packed
-from localv4.kernels.blocks import FP4
+from typing import Any
+
 from localv4.kernels.device import device
 from localv4.kernels.gemm import (
     BATCH_TOKENS,
     PANEL_GROUPS,
     SCRATCH_BYTES,
     add_weighted_sums,
-    store_gated_sums,
+    round_gated_sums,
     store_sums,
-    sums_mx4,
-    sums_q4,
-    sums_q8,
 )
-from localv4.kernels.gemm_f8 import copy_tiles, sums_f8
-from localv4.kernels.matmul import product_rows
-from localv4.kernels.memory import pointer_to
-from localv4.kernels.operation import (
-    F8,
-    GEMM,
-    GEMM_DOWN,
-    GEMM_GATE_UP,
-    INPUTS,
-    LARGEST_CHUNK,
-    MX4,
-    Q4,
-    Q8,
-    float_at,
-    take_chunk,
-    word,
-)
-from localv4.kernels.panels import FINE, quantize_tiles
-from localv4.kernels.small_batches import few_sums_mx4, few_sums_q4, few_sums_q8
-from localv4.kernels.tiles import TILE_TOKENS
+from localv4.kernels.operation import float_word, take_chunk, word
+
+FEW_TOKENS = 8
+"""Tokens up to which the weights are better decoded for each four than expanded once."""
 
 
 @device
-def prepare_tiles(operation: int) -> None:
-    """Round the activations of many tokens and sort them into tiles."""
-    q, d, s, x = word(operation, 1), word(operation, 2), word(operation, 3), word(operation, 4)
-    rows, count, cols = word(operation, 5), word(operation, 6), word(operation, 7)
-    tile = take_chunk(operation)
-    while tile * TILE_TOKENS < count:
-        quantize_tiles(q, d, s, x, rows, count, cols, FINE, tile, tile + 1)
-        tile = take_chunk(operation)
+def share_gemm(operation: int, member: int, few_sums: Any, many_sums: Any) -> None:
+    """out[t] = matrix . x[t] for each token.
+
+    Words: matrix, row groups, columns, q, d, b, tokens, out, its row stride in bytes, scratch.
+    """
+    w, groups, cols = word(operation, 1), word(operation, 2), word(operation, 3)
+    q, d, b, tokens = word(operation, 4), word(operation, 5), word(operation, 6), word(operation, 7)
+    out, stride = word(operation, 8), word(operation, 9)
+    scratch = word(operation, 10) + member * SCRATCH_BYTES
+    batches = (tokens + BATCH_TOKENS - 1) // BATCH_TOKENS
+    taken = take_chunk(operation)
+    while taken < batches * panels_of(groups):
+        panel, first = taken // batches, taken % batches * BATCH_TOKENS
+        count = min(BATCH_TOKENS, tokens - first)
+        if count <= FEW_TOKENS:
+            few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+        else:
+            many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+        store_sums(out, stride, scratch, panel, groups, first, count)
+        taken = take_chunk(operation)
 
 
 @device
-def prepare_float_tiles(operation: int) -> None:
-    """Sort the activations of many tokens into tiles, for FP8 weights."""
-    tiles, x, rows = word(operation, 1), word(operation, 2), word(operation, 3)
-    count, cols = word(operation, 4), word(operation, 5)
-    tile = take_chunk(operation)
-    while tile * TILE_TOKENS < count:
-        copy_tiles(tiles, x, rows, count, cols, tile, tile + 1)
-        tile = take_chunk(operation)
+def panels_of(groups: int) -> int:
+    """Return the number of panels of a matrix of `groups` groups."""
+    return (groups + PANEL_GROUPS - 1) // PANEL_GROUPS
 
 
 @device
-def multiply_panels(operation: int, kind: int, member: int) -> None:
-    """One of the GEMM family: panels of 64 rows, each for all tokens."""
-    groups, count = word(operation, 3), word(operation, 8)
-    scratch = word(operation, 11) + member * SCRATCH_BYTES
-    panel = take_chunk(operation)
-    while panel * PANEL_GROUPS < groups:
-        for first in range(0, count, BATCH_TOKENS):
-            tokens = min(BATCH_TOKENS, count - first)
-            if word(operation, INPUTS) == 0:
-                sum_tiles(operation, scratch, panel, first, tokens)
+def share_experts_gate_up(operation: int, member: int, few_sums: Any, many_sums: Any) -> None:
+    """Round the hidden layer of each expert for its tokens.
+
+    Words: records (i64 for each expert), experts, starts (i64, experts + 1), row groups, columns,
+    q, d, b, q, d, b of the hidden layer, scratch, limit as f32 bits.
+    """
+    records, experts, starts = word(operation, 1), word(operation, 2), word(operation, 3)
+    groups, cols = word(operation, 4), word(operation, 5)
+    q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
+    inner_q, inner_d, inner_b = word(operation, 9), word(operation, 10), word(operation, 11)
+    scratch, limit = word(operation, 12) + member * SCRATCH_BYTES, float_word(operation, 13)
+    panels = panels_of(groups)
+    taken = take_chunk(operation)
+    while taken < experts * panels:
+        expert, panel = taken // panels, taken % panels
+        w, first, end = word(records, expert), word(starts, expert), word(starts, expert + 1)
+        while first < end:
+            count = min(BATCH_TOKENS, end - first)
+            if count <= FEW_TOKENS:
+                few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
             else:
-                sum_few(operation, scratch, panel, first, tokens)
-            use_sums(operation, kind, scratch, panel, first, tokens)
+                many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+            round_gated_sums(inner_q, inner_d, inner_b, scratch, panel, groups, first, count, limit)
+            first += count
+        taken = take_chunk(operation)
+
+
+@device
+def share_experts_down(operation: int, member: int, few_sums: Any, many_sums: Any) -> None:
+    """out[rows[i]] += weights[i] * (down of i's expert) . hidden layer[i], in the order of experts.
+
+    Words: records, experts, starts, row groups, columns, q, d, b, out, its row stride in bytes,
+    scratch, rows (i64), weights (f32), offset of down in a record. A member does a panel for all
+    experts, so that the order of additions is always the same.
+    """
+    records, experts, starts = word(operation, 1), word(operation, 2), word(operation, 3)
+    groups, cols = word(operation, 4), word(operation, 5)
+    q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
+    out, stride = word(operation, 9), word(operation, 10)
+    scratch = word(operation, 11) + member * SCRATCH_BYTES
+    rows, weights, offset = word(operation, 12), word(operation, 13), word(operation, 14)
+    panel = take_chunk(operation)
+    while panel < panels_of(groups):
+        for expert in range(experts):
+            w = word(records, expert) + offset
+            first, end = word(starts, expert), word(starts, expert + 1)
+            while first < end:
+                count = min(BATCH_TOKENS, end - first)
+                if count <= FEW_TOKENS:
+                    few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+                else:
+                    many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+                add_weighted_sums(out, stride, scratch, panel, groups, first, count, rows, weights)
+                first += count
         panel = take_chunk(operation)
-
-
-@device
-def sum_tiles(operation: int, scratch: int, panel: int, first: int, tokens: int) -> None:
-    """Multiply a panel with tokens in tiles; the sums stay in scratch."""
-    fmt, w, groups = word(operation, 1), word(operation, 2), word(operation, 3)
-    cols, q, d, s = word(operation, 4), word(operation, 5), word(operation, 6), word(operation, 7)
-    if fmt == MX4:
-        sums_mx4(scratch, w, panel, groups, cols, q, d, s, first, tokens)
-    elif fmt == Q4:
-        sums_q4(scratch, w, panel, groups, cols, q, d, s, first, tokens)
-    elif fmt == Q8:
-        sums_q8(scratch, w, panel, groups, cols, q, d, s, first, tokens)
-    elif fmt == F8:
-        sums_f8(scratch, w, panel, groups, cols, q, d, first, tokens)
-
-
-@device
-def sum_few(operation: int, scratch: int, panel: int, first: int, tokens: int) -> None:
-    """Multiply a panel with tokens in rows, which is faster for a few of them."""
-    fmt, w, groups = word(operation, 1), word(operation, 2), word(operation, 3)
-    cols, q, d, b = word(operation, 4), word(operation, 5), word(operation, 6), word(operation, 7)
-    rows = word(operation, INPUTS)
-    if fmt == MX4:
-        few_sums_mx4(scratch, w, panel, groups, cols, q, d, b, rows, first, tokens)
-    elif fmt == Q4:
-        few_sums_q4(scratch, w, panel, groups, cols, q, d, b, rows, first, tokens)
-    elif fmt == Q8:
-        few_sums_q8(scratch, w, panel, groups, cols, q, d, b, rows, first, tokens)
-
-
-@device
-def use_sums(operation: int, kind: int, scratch: int, panel: int, first: int, tokens: int) -> None:
-    """Put the sums of a panel where the operation wants them."""
-    groups, out, stride = word(operation, 3), word(operation, 9), word(operation, 10)
-    if kind == GEMM:
-        store_sums(out, stride, scratch, panel, groups, first, tokens)
-    elif kind == GEMM_GATE_UP:
-        limit = float_at(operation + 8 * 12)
-        store_gated_sums(out, stride, scratch, panel, groups, first, tokens, limit)
-    elif kind == GEMM_DOWN:
-        rows, weights = word(operation, 12), word(operation, 13)
-        add_weighted_sums(out, stride, scratch, panel, groups, first, tokens, rows, weights)
-
-
-@device
-def stored(operation: int, member: int, members: int) -> None:
-    """out = matrix . x for all tokens, in the arithmetic of `matmul`."""
-    fmt, rows, row_bytes = word(operation, 1), word(operation, 3), word(operation, 4)
-    tokens, width, groups = word(operation, 8), word(operation, 9), word(operation, 10)
-    scale_rows = rows if fmt == FP4 else -(-rows // packed.F8_SPAN)
-    data = carray(pointer_to(word(operation, 2)), (rows, row_bytes), np.uint8)
-    scale = carray(pointer_to(word(operation, 5)), (scale_rows, word(operation, 6)), np.uint8)
-    x = carray(pointer_to(word(operation, 7)), (tokens, width), np.float32)
-    out = carray(pointer_to(word(operation, 11)), (tokens, rows), np.float32)
-    scratch = carray(pointer_to(word(operation, 12)), (members, word(operation, 13)), np.float32)
-    chunk = max(1, min(LARGEST_CHUNK * packed.GROUP_ROWS, rows // (4 * members)))
-    first = take_chunk(operation) * chunk
-    while first < rows:
-        end = min(first + chunk, rows)
-        product_rows(out, x, fmt, data, scale, groups, scratch[member], first, end)
-        first = take_chunk(operation) * chunk

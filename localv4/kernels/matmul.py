@@ -82,14 +82,14 @@ def product_rows(
     fmt: int,
     data: Bytes,
     scale: Bytes,
+    cols: int,
     groups: int,
     scratch: Floats,
     first: int,
     end: int,
 ) -> None:
-    """Rows first ... end - 1 of `matmul`; scratch (>= cols + 4,) f32."""
+    """Rows first ... end - 1 of `matmul`; x and out may have more columns, scratch has cols + 4."""
     tokens = x.shape[0]
-    cols = x.shape[1] // groups
     rows_per_group = data.shape[0] // groups
     row = scratch[:cols]
     four = scratch[cols : cols + 4]
@@ -129,7 +129,8 @@ def matmul(
     block-diagonal: rows fall into equal groups and each group sees its own slice of x.
     scratch (>= cols + 4,) f32 holds a decoded row. One thread; a team runs `product_rows`.
     """
-    product_rows(out, x, fmt, data, scale, groups, scratch, 0, data.shape[0])
+    cols = x.shape[1] // groups
+    product_rows(out, x, fmt, data, scale, cols, groups, scratch, 0, data.shape[0])
 
 
 @kernel(

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from localv4.kernels import packed
-from localv4.kernels.activations import swiglu
+from localv4.kernels.activations import SUMS_BYTES, swiglu
 from localv4.kernels.device import device
 from localv4.kernels.readers import (
     HEAD_BYTES,
@@ -24,7 +23,6 @@ from localv4.kernels.readers import (
 )
 from localv4.kernels.simd import (
     Vector,
-    add,
     broadcast_f32,
     broadcast_i32,
     load_f32,
@@ -35,7 +33,6 @@ from localv4.kernels.simd import (
     to_f32,
     zeros_f32,
 )
-from localv4.kernels.simd_blocks import add_f8_dots
 
 F8_UNIT = np.float32(256)
 """What decoded F8 codes are to be multiplied with."""
@@ -63,7 +60,10 @@ def _pair_products(reader: Reader) -> Any:
                 at = HEAD_BYTES + block_bytes * i
                 prefetch_lines(w + at, block_bytes // 64)
                 prefetch_lines(v + at, block_bytes // 64)
-                start, factors = broadcast_i32(b + 8 * i + sum_offset), broadcast_f32(d + 4 * i)
+                start, factors = (
+                    broadcast_i32(b + SUMS_BYTES * i + sum_offset),
+                    broadcast_f32(d + 4 * i),
+                )
                 dots = to_f32(add_dots(start, decode(w + at), q + 32 * i))
                 acc_w = multiply_add(
                     dots, multiply(load_scale(w + scale_bytes * i), factors), acc_w
@@ -73,40 +73,10 @@ def _pair_products(reader: Reader) -> Any:
                     dots, multiply(load_scale(v + scale_bytes * i), factors), acc_v
                 )
             w, v = w + superblock_bytes, v + superblock_bytes
-            q, d, b = q + columns, d + 4 * blocks, b + 8 * blocks
+            q, d, b = q + columns, d + 4 * blocks, b + SUMS_BYTES * blocks
         return multiply(acc_w, splat_f32(factor)), multiply(acc_v, splat_f32(factor))
 
     return pair
-
-
-@device
-def f8_rows(w: int, cols: int, x: int, scale: int) -> Vector:
-    """Return the products of one group of F8 with float32 at x; scale: its row of scales."""
-    acc = zeros_f32()
-    for span in range(cols // packed.F8_SPAN):
-        a0, a1, a2, a3 = zeros_f32(), zeros_f32(), zeros_f32(), zeros_f32()
-        for _ in range(packed.F8_SPAN // 16):
-            prefetch_lines(w, 4)
-            a0 = add_f8_dots(a0, w, x)
-            a1 = add_f8_dots(a1, w + 64, x + 16)
-            a2 = add_f8_dots(a2, w + 128, x + 32)
-            a3 = add_f8_dots(a3, w + 192, x + 48)
-            w, x = w + 256, x + 64
-        factor = multiply(broadcast_f32(scale + 4 * span), splat_f32(F8_UNIT))
-        acc = multiply_add(add(add(a0, a1), add(a2, a3)), factor, acc)
-    return acc
-
-
-@device
-def matvec_f8(out: int, w: int, g0: int, g1: int, cols: int, x: int, scale: int) -> None:
-    """Write the rows of groups g0 ... g1 - 1; x: float32; scale: float32 (rows / 128, cols / 128).
-
-    The weights are exact and the activations not rounded.
-    """
-    for g in range(g0, g1):
-        row = scale + g * packed.GROUP_ROWS // packed.F8_SPAN * (cols // packed.F8_SPAN) * 4
-        rows = f8_rows(w + g * packed.GROUP_ROWS * cols, cols, x, row)
-        store_f32(out + 64 * g, rows)
 
 
 @device

@@ -91,3 +91,18 @@ def call_address(typing_context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), emit
+
+
+@intrinsic
+def call_operation(
+    typing_context: Any, entry: Any, operation: Any, member: Any, members: Any
+) -> Any:
+    """call_operation(entry, operation, member, members) runs a compiled `compiler.Entry`."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        function = builder.inttoptr(arguments[0], kind.as_pointer())
+        builder.call(function, arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit

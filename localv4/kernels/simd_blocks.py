@@ -54,12 +54,6 @@ def add_byte_dots(b: Builder, acc: Value, weights: Value, q: Value) -> Value:
     return simd_dots.add_byte_dots(b, ISA, acc, cgutils.unpack_tuple(b, weights), columns)
 
 
-@operation(f32x16, f32x16, _address, _address)
-def add_f8_dots(b: Builder, acc: Value, address: Value, x: Value) -> Value:
-    """acc + 2^-8 * products of four columns of E4M3 codes with four float32 at address x"""
-    return simd_dots.add_f8_dots(b, ISA, acc, address, x)
-
-
 @operation(types.void, _address, _address, block)
 def scatter_block(b: Builder, address: Value, stride: Value, vectors: Value) -> None:
     """Write the eight vectors of a block, `stride` bytes apart."""

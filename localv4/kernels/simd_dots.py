@@ -186,14 +186,6 @@ def f8_columns(b: Builder, isa: Isa, address: Value) -> list[Value]:
     return columns
 
 
-def add_f8_dots(b: Builder, isa: Isa, acc: Value, address: Value, x: Value) -> Value:
-    """acc[lane] += 2^-8 * sum over four columns of E4M3 weight and float32 activation."""
-    for i, weight in enumerate(f8_columns(b, isa, address)):
-        activation = splat(b, load(b, F32, offset(b, x, 4 * i)))
-        acc = multiply_add(b, weight, activation, acc)
-    return acc
-
-
 def load_e8m0(b: Builder, address: Value) -> Value:
     """Read sixteen UE8M0 scales as float32; code 0 (2^-127) reads as 0, 255 as infinity."""
     codes = b.zext(load(b, vector(I8, LANES), address), INTS)

@@ -1,90 +1,94 @@
-"""Operations on one token: rounding of activations, mat-vecs, and the experts of the token."""
+"""Operations on one token: rounding of activations, mat-vecs, and the experts of the token.
+
+The bodies here take the kernel of a format as an argument; `kernels.formats` makes operations of
+them. `records` is the address of `count` addresses of packed experts; h (count, width + 16) f32 is
+their hidden layer, `weights` (count,) f32 their share in `out`.
+"""
+
+from typing import Any
 
 from localv4.kernels import activations, packed
+from localv4.kernels.compiler import entry
 from localv4.kernels.device import device
-from localv4.kernels.matvec import (
-    expert_down_mx4,
-    expert_down_q4,
-    expert_down_q8,
-    expert_gate_up_mx4,
-    expert_gate_up_q4,
-    expert_gate_up_q8,
-    matvec_f8,
-    matvec_mx4,
-    matvec_q4,
-    matvec_q8,
-)
-from localv4.kernels.operation import F8, MX4, Q4, Q8, chunk_groups, float_at, take_chunk, word
+from localv4.kernels.operation import chunk_groups, float_at, float_word, take_chunk, word
 from localv4.kernels.simd import store_f32, zeros_f32
 
-QUANTIZE_CHUNK = 8
+ROW_GAP = 16
+"""Floats between two rows of activations; see `activations` for the reason."""
+
+QUANTIZE_CHUNK = 16
 """Blocks of 32 activations that a member takes at once."""
 
 
-@device
-def quantize(operation: int) -> None:
-    """Round activations to int8 with a scale for each block of 32."""
-    x, blocks = word(operation, 1), word(operation, 2)
-    q, d, b = word(operation, 3), word(operation, 4), word(operation, 5)
-    first = take_chunk(operation) * QUANTIZE_CHUNK
-    while first < blocks:
-        activations.quantize(q, d, b, x, first, min(first + QUANTIZE_CHUNK, blocks))
-        first = take_chunk(operation) * QUANTIZE_CHUNK
+@entry("fast")
+def quantize(operation: int, member: int, members: int) -> None:
+    """Round rows of activations to int8 with a scale for each block of 32.
+
+    Words: x, its row stride in floats, rows (i64: the row of x for each row of the result; 0: all
+    in order), count, columns, q, d, b.
+    """
+    x, stride, rows = word(operation, 1), word(operation, 2), word(operation, 3)
+    count, cols = word(operation, 4), word(operation, 5)
+    q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
+    blocks = cols // packed.BLOCK
+    chunks = -(-blocks // QUANTIZE_CHUNK)
+    taken = take_chunk(operation)
+    while taken < count * chunks:
+        row, first = taken // chunks, taken % chunks * QUANTIZE_CHUNK
+        source = x + 4 * stride * (row if rows == 0 else word(rows, row))
+        end = min(first + QUANTIZE_CHUNK, blocks)
+        own_q, own_d = q + row * activations.q_row(cols), d + row * activations.d_row(cols)
+        activations.quantize(own_q, own_d, b + row * activations.b_row(cols), source, first, end)
+        taken = take_chunk(operation)
 
 
 @device
-def matvec(operation: int, members: int) -> None:
-    """out = matrix . x for one token."""
-    fmt, w, groups = word(operation, 1), word(operation, 2), word(operation, 3)
-    cols, q, d = word(operation, 4), word(operation, 5), word(operation, 6)
-    b, out = word(operation, 7), word(operation, 8)
+def share_matvec(operation: int, members: int, multiply: Any) -> None:
+    """out = matrix . x for one token.
+
+    Words: matrix, row groups, columns, q (float weights: x), d (F8: scales), b, out.
+    """
+    w, groups, cols = word(operation, 1), word(operation, 2), word(operation, 3)
+    q, d, b, out = word(operation, 4), word(operation, 5), word(operation, 6), word(operation, 7)
     chunk = chunk_groups(groups, members)
     g0 = take_chunk(operation) * chunk
     while g0 < groups:
-        g1 = min(g0 + chunk, groups)
-        if fmt == MX4:
-            matvec_mx4(out, w, g0, g1, cols, q, d, b)
-        elif fmt == Q4:
-            matvec_q4(out, w, g0, g1, cols, q, d, b)
-        elif fmt == Q8:
-            matvec_q8(out, w, g0, g1, cols, q, d, b)
-        elif fmt == F8:
-            matvec_f8(out, w, g0, g1, cols, q, d)
+        multiply(out, w, g0, min(g0 + chunk, groups), cols, q, d, b)
         g0 = take_chunk(operation) * chunk
 
 
 @device
-def gate_up(operation: int, members: int) -> None:
-    """h[e] = silu(gate_e . x) * (up_e . x), clamped, for each expert e."""
-    fmt, records, count = word(operation, 1), word(operation, 2), word(operation, 3)
-    groups, cols = word(operation, 4), word(operation, 5)
-    q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
-    h, limit = word(operation, 9), float_at(operation + 8 * 10)
+def share_gate_up(operation: int, members: int, multiply: Any) -> None:
+    """h[e] = silu(gate_e . x) * (up_e . x), clamped, for each expert e.
+
+    Words: records, count, row groups, columns, q, d, b, h, limit as f32 bits.
+    """
+    records, count = word(operation, 1), word(operation, 2)
+    groups, cols = word(operation, 3), word(operation, 4)
+    q, d, b = word(operation, 5), word(operation, 6), word(operation, 7)
+    h, limit = word(operation, 8), float_word(operation, 9)
     chunk = chunk_groups(groups, members)
     chunks = -(-groups // chunk)
     taken = take_chunk(operation)
     while taken < count * chunks:
         expert, g0 = taken // chunks, taken % chunks * chunk
-        g1 = min(g0 + chunk, groups)
-        w = word(records, expert)
-        out = h + expert * groups * packed.GROUP_ROWS * 4
-        if fmt == MX4:
-            expert_gate_up_mx4(out, w, g0, g1, cols, q, d, b, limit)
-        elif fmt == Q4:
-            expert_gate_up_q4(out, w, g0, g1, cols, q, d, b, limit)
-        elif fmt == Q8:
-            expert_gate_up_q8(out, w, g0, g1, cols, q, d, b, limit)
+        out = h + expert * (groups * packed.GROUP_ROWS + ROW_GAP) * 4
+        end = min(g0 + chunk, groups)
+        multiply(out, word(records, expert), g0, end, cols, q, d, b, limit)
         taken = take_chunk(operation)
 
 
 @device
-def down(operation: int, members: int) -> None:
-    """out = sum over the experts e, in their order, of weights[e] * down_e . h[e]."""
-    fmt, records, count = word(operation, 1), word(operation, 2), word(operation, 3)
-    groups, cols = word(operation, 4), word(operation, 5)
-    q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
-    out, weights, offset = word(operation, 9), word(operation, 10), word(operation, 11)
-    blocks = cols // packed.BLOCK
+def share_down(operation: int, members: int, multiply: Any) -> None:
+    """out = sum over the experts e, in their order, of weights[e] * down_e . h[e].
+
+    Words: records, count, row groups, columns, q, d, b, out, weights, offset in a record.
+    """
+    records, count = word(operation, 1), word(operation, 2)
+    groups, cols = word(operation, 3), word(operation, 4)
+    q, d, b = word(operation, 5), word(operation, 6), word(operation, 7)
+    out, weights, offset = word(operation, 8), word(operation, 9), word(operation, 10)
+    q_row, d_row, b_row = activations.q_row(cols), activations.d_row(cols), activations.b_row(cols)
     chunk = chunk_groups(groups, members)
     g0 = take_chunk(operation) * chunk
     while g0 < groups:
@@ -93,11 +97,6 @@ def down(operation: int, members: int) -> None:
             store_f32(out + 64 * g, zeros_f32())
         for e in range(count):
             w, weight = word(records, e) + offset, float_at(weights + 4 * e)
-            eq, ed, eb = q + e * cols, d + 4 * e * blocks, b + 8 * e * blocks
-            if fmt == MX4:
-                expert_down_mx4(out, w, g0, g1, cols, eq, ed, eb, weight)
-            elif fmt == Q4:
-                expert_down_q4(out, w, g0, g1, cols, eq, ed, eb, weight)
-            elif fmt == Q8:
-                expert_down_q8(out, w, g0, g1, cols, eq, ed, eb, weight)
+            eq, ed, eb = q + e * q_row, d + e * d_row, b + e * b_row
+            multiply(out, w, g0, g1, cols, eq, ed, eb, weight)
         g0 = take_chunk(operation) * chunk

@@ -1,17 +1,13 @@
 """A few tokens times packed weights: each block of weights is decoded once for four tokens.
 
-The sums of a panel as in `kernels.gemm`, with the activations of the mat-vec: `q`, `d`, `b` hold
-those of any number of tokens, row after row; entries first ... first + count - 1 of the int64 at
-`rows` say which of them to multiply. Each token gets the bits of the mat-vec. Faster than large
-products for up to about 8 tokens.
+The sums of a panel as in `kernels.gemm`. Faster than large products for up to about 8 tokens.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 
+from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row
 from localv4.kernels.device import device
-from localv4.kernels.gemm import PANEL_GROUPS, SUMS_ROW, panel_groups
+from localv4.kernels.gemm import PANEL_GROUPS, SUMS_ROW, Sums, panel_groups
 from localv4.kernels.packed import BLOCK
 from localv4.kernels.readers import (
     HEAD_BYTES,
@@ -27,7 +23,6 @@ from localv4.kernels.simd import (
     broadcast_i32,
     multiply,
     multiply_add,
-    read_i64,
     splat_f32,
     store_f32,
     to_f32,
@@ -36,8 +31,6 @@ from localv4.kernels.simd import (
 
 TOKENS = 4
 """Tokens that are multiplied at a time; of fewer the last one is computed several times."""
-
-Sums = Callable[[int, int, int, int, int, int, int, int, int, int, int], None]
 
 
 def _summer(reader: Reader) -> Sums:
@@ -54,11 +47,11 @@ def _summer(reader: Reader) -> Sums:
 
     @device
     def multiply_four(
-        out: int, w: int, cols: int, q: int, d: int, b: int, t0: int, t1: int, t2: int, t3: int
+        out: int, w: int, cols: int, q: int, d: int, b: int, r1: int, r2: int, r3: int
     ) -> None:
-        """Write the sums of a group with the rows t0 ... t3 of the activations."""
+        """Write the sums of a group with four rows of activations: the first, and r1 ... r3."""
         a0, a1, a2, a3 = zeros_f32(), zeros_f32(), zeros_f32(), zeros_f32()
-        d_row, b_row = cols // BLOCK * 4, cols // BLOCK * 8
+        qr, dr, br = q_row(cols), d_row(cols), b_row(cols)
         b += sum_offset
         for _ in range(cols // columns):
             prefetch_lines(w, 1)
@@ -66,11 +59,11 @@ def _summer(reader: Reader) -> Sums:
                 prefetch_lines(w + HEAD_BYTES + block_bytes * i, block_bytes // 64)
                 block = decode(w + HEAD_BYTES + block_bytes * i)
                 scale = load_scale(w + scale_bytes * i)
-                a0 = add_block(a0, block, scale, q + t0 * cols, d + t0 * d_row, b + t0 * b_row)
-                a1 = add_block(a1, block, scale, q + t1 * cols, d + t1 * d_row, b + t1 * b_row)
-                a2 = add_block(a2, block, scale, q + t2 * cols, d + t2 * d_row, b + t2 * b_row)
-                a3 = add_block(a3, block, scale, q + t3 * cols, d + t3 * d_row, b + t3 * b_row)
-                q, d, b = q + 32, d + 4, b + 8
+                a0 = add_block(a0, block, scale, q, d, b)
+                a1 = add_block(a1, block, scale, q + r1 * qr, d + r1 * dr, b + r1 * br)
+                a2 = add_block(a2, block, scale, q + r2 * qr, d + r2 * dr, b + r2 * br)
+                a3 = add_block(a3, block, scale, q + r3 * qr, d + r3 * dr, b + r3 * br)
+                q, d, b = q + BLOCK, d + 4, b + SUMS_BYTES
             w += superblock_bytes
         unit = splat_f32(factor)
         store_f32(out, multiply(a0, unit))
@@ -88,19 +81,19 @@ def _summer(reader: Reader) -> Sums:
         q: int,
         d: int,
         b: int,
-        rows: int,
         first: int,
         count: int,
     ) -> None:
-        size, last = cols // columns * superblock_bytes, first + count - 1
+        size = cols // columns * superblock_bytes
         for group in range(panel_groups(panel, groups)):
             at = w + (panel * PANEL_GROUPS + group) * size
-            for t in range(first, first + count, TOKENS):
-                t0, t1 = read_i64(rows + 8 * t), read_i64(rows + 8 * min(t + 1, last))
-                t2 = read_i64(rows + 8 * min(t + 2, last))
-                t3 = read_i64(rows + 8 * min(t + 3, last))
-                out = scratch + (t - first) * SUMS_ROW + 64 * group
-                multiply_four(out, at, cols, q, d, b, t0, t1, t2, t3)
+            for t in range(0, count, TOKENS):
+                row, left = first + t, count - t - 1
+                out = scratch + t * SUMS_ROW + 64 * group
+                own_q, own_d = q + row * q_row(cols), d + row * d_row(cols)
+                own_b = b + row * b_row(cols)
+                last1, last2, last3 = min(1, left), min(2, left), min(3, left)
+                multiply_four(out, at, cols, own_q, own_d, own_b, last1, last2, last3)
 
     return sums
 

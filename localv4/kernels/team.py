@@ -15,16 +15,22 @@ import numpy as np
 
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
-from localv4.kernels.memory import atomic_add, atomic_load, atomic_store, call_address, pause
+from localv4.kernels.memory import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    call_address,
+    call_operation,
+    pause,
+)
 from localv4.kernels.operation import ALONGSIDE, COUNTER, WORDS
-from localv4.kernels.program import run_operation
 
 _LINE = 64
 """Bytes of a cache line; every control word has a line of its own."""
 
 # control words, as byte offsets
-EPOCH, STOPPED, PROGRAM, LENGTH, ARRIVED, TURN, ASLEEP, YIELD = (_LINE * i for i in range(8))
-_CONTROL_BYTES = _LINE * 9
+EPOCH, STOPPED, PROGRAM, LENGTH, ARRIVED, TURN, ASLEEP, YIELD, HALT = (_LINE * i for i in range(9))
+_CONTROL_BYTES = _LINE * 10
 
 SPINS = 30_000
 """Turns that a helper waits for work before it sleeps: about a millisecond."""
@@ -40,20 +46,38 @@ SPINS_AT_BARRIER = 2_000
 
 
 @device
-def wait_for_all(control: int, members: int) -> None:
-    """Return when every member has called this for the same time."""
+def wait_for_all(control: int, members: int) -> bool:
+    """Return when every member has called this for the same time; say whether one halted.
+
+    The last to arrive decides that for all: TURN counts in steps of two, its lowest bit is the
+    answer.
+    """
     turn = atomic_load(control + TURN)
     if atomic_add(control + ARRIVED, 1) == members - 1:
+        halted = was_halted(control)
         atomic_store(control + ARRIVED, 0)
-        atomic_store(control + TURN, turn + 1)
-        return
+        atomic_store(control + TURN, ((turn >> 1) + 1) * 2 + int(halted))
+        return halted
     spins = 0
-    while atomic_load(control + TURN) == turn:
+    now = turn
+    while now == turn:
         pause()
         spins += 1
         if spins == SPINS_AT_BARRIER:
             spins = 0
             call_address(atomic_load(control + YIELD))
+        now = atomic_load(control + TURN)
+    halted_by_one: bool = now & 1 == 1
+    return halted_by_one
+
+
+@device
+def was_halted(control: int) -> bool:
+    """Say whether an operation has halted the program, and forget it."""
+    if atomic_load(control + HALT) == 0:
+        return False
+    atomic_store(control + HALT, 0)
+    return True
 
 
 @device
@@ -80,15 +104,16 @@ def take_part(
 ) -> int:
     """Member 0 runs a program with all others; they take part in every program after `epoch`.
 
-    Member 0 gets 0, or, having done nothing, the number of members that are asleep. The others get
-    the epoch of their last program when it gets quiet, -1 when the team was dismissed. Both are one
-    function, since all operations are compiled into it; and posting and running a program are one
-    call, since an exception between them would leave the helpers waiting.
+    Member 0 gets the number of operations that were done, fewer than `length` when one of them
+    halted the program; or, having done nothing, minus the number of members that are asleep. The
+    others get the epoch of their last program when it gets quiet, -1 when the team was dismissed.
+    Posting and running a program are one call, since an exception between them would leave the
+    helpers waiting.
     """
     if member == 0:
         asleep: int = atomic_load(control + ASLEEP)
         if asleep > 0:
-            return asleep
+            return -asleep
         post(control, program, length)
     while True:
         if member > 0:
@@ -98,14 +123,18 @@ def take_part(
                 return -1
             epoch += 1
         first = atomic_load(control + PROGRAM)
-        last = atomic_load(control + LENGTH) - 1
-        for i in range(last + 1):
-            operation = first + 8 * WORDS * i
-            run_operation(operation, member, members)
-            if members > 1 and (i == last or atomic_load(operation + 8 * ALONGSIDE) == 0):
-                wait_for_all(control, members)
+        count = atomic_load(control + LENGTH)
+        done = 0
+        while done < count:
+            operation = first + 8 * WORDS * done
+            call_operation(atomic_load(operation), operation, member, members)
+            done += 1
+            if done < count and atomic_load(operation + 8 * ALONGSIDE) != 0:
+                continue
+            if wait_for_all(control, members):
+                break
         if member == 0:
-            return 0
+            return done
 
 
 @kernel("i8(i8, i8)")
@@ -174,17 +203,23 @@ class Team:
             ).start()
         self._dismiss = weakref.finalize(self, self._shared.dismiss)
 
-    def run(self, program: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
-        """Run a program (operations, WORDS) to its end.
+    @property
+    def halt_address(self) -> int:
+        """Where an operation writes a 1 to end the program after itself."""
+        return self._shared.control + HALT
 
-        The arrays behind its addresses must be kept alive by the caller.
+    def run(self, program: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> int:
+        """Run a program (operations, WORDS); return how many were done: all, unless one halted it.
+
+        The arrays behind its addresses must be kept alive by the caller. Layout: `operation`.
         """
         program[:, COUNTER] = 0
         shared, address = self._shared, program.ctypes.data
         length = program.shape[0]
-        while take_part(shared.control, 0, self.members, 0, address, length) > 0:
+        while (done := take_part(shared.control, 0, self.members, 0, address, length)) < 0:
             shared.rouse()
             time.sleep(WAKING_S)
+        return done
 
     def close(self) -> None:
         """Let the helpers end; the team cannot be used any more."""

@@ -2,7 +2,7 @@
 
 A tile is TILE_GROUPS groups of sixteen rows times TILE_TOKENS tokens, as many sums as the registers
 hold. Its weights are lines of 64 bytes, four columns of sixteen rows; its activations are words of
-four int8. Integer sums run over a segment of columns that shares one scale of each row and token;
+four int8. Integer sums run over a block of columns that shares one scale of each row and token;
 then they are scaled and added to float32 sums in memory.
 """
 
@@ -31,32 +31,35 @@ STEP = 4 if ISA.level == "avx2" else 2
 LINE = 64 * TILE_GROUPS
 """Bytes from a line of a group to the next one of the same group."""
 
-WORD = 4 * TILE_TOKENS
-"""Bytes from an entry of a token to the next one of the same token, four bytes each."""
-
 _sums = types.UniTuple(i32x16, TILE_GROUPS * TILE_TOKENS)
-_address, _int = types.int64, types.int32
+_address = types.int64
 
 
-@operation(_sums, _address, _address, _int)
-def start_sums(b: Builder, before: Value, after: Value, bias: Value) -> list[Value]:
-    """Return bias * (before[token] - after[token]) in all lanes: int32 at two addresses."""
+def _of_token(b: Builder, address: Value, row: Value, token: int, distance: int = 0) -> Value:
+    """Return an address in the row of a token of the tile."""
+    start = b.add(address, b.mul(row, ir.Constant(I64, token)))
+    return simd_ir.offset(b, start, distance)
+
+
+@operation(_sums, _address, _address)
+def start_sums(b: Builder, starts: Value, row: Value) -> list[Value]:
+    """Return in all lanes the int32 of each token; those lie `row` bytes apart."""
     sums = []
     for token in range(TILE_TOKENS):
-        first, last = (
-            simd_ir.load(b, I32, simd_ir.offset(b, address, 4 * token))
-            for address in (before, after)
-        )
-        sums += [simd_ir.splat(b, b.mul(b.sub(first, last), bias))] * TILE_GROUPS
+        start = simd_ir.load(b, I32, _of_token(b, starts, row, token))
+        sums += [simd_ir.splat(b, start)] * TILE_GROUPS
     return sums
 
 
 def _adder(add_lines: Any) -> Any:
     """Make the operation that adds the products of STEP lines to the sums."""
 
-    @operation(_sums, _sums, _address, _address)
-    def add_products(b: Builder, sums: Value, lines: Value, words: Value) -> Value:
-        """Return sums + products of the lines of weights with the words of activations."""
+    @operation(_sums, _sums, _address, _address, _address)
+    def add_products(b: Builder, sums: Value, lines: Value, words: Value, row: Value) -> Value:
+        """Return sums + products of the lines of weights with the words of activations.
+
+        The words of a token follow one another, tokens are `row` bytes apart.
+        """
         totals = cgutils.unpack_tuple(b, sums)
         weights = [
             [
@@ -66,8 +69,8 @@ def _adder(add_lines: Any) -> Any:
             for group in range(TILE_GROUPS)
         ]
         for token in range(TILE_TOKENS):
-            places = [WORD * step + 4 * token for step in range(STEP)]
-            loaded = [simd_ir.load(b, I32, simd_ir.offset(b, words, place)) for place in places]
+            places = [_of_token(b, words, row, token, 4 * step) for step in range(STEP)]
+            loaded = [simd_ir.load(b, I32, place) for place in places]
             columns = [b.bitcast(simd_ir.splat(b, word), BYTES) for word in loaded]
             for group in range(TILE_GROUPS):
                 i = TILE_GROUPS * token + group
@@ -78,18 +81,23 @@ def _adder(add_lines: Any) -> Any:
 
 
 add_code_products = _adder(simd_dots.add_code_lines)
-add_shifted_products = _adder(simd_dots.add_lines)
 add_byte_products = _adder(simd_dots.add_byte_lines)
 
 
-@operation(types.void, _address, _address, _sums, _address, _address)
+@operation(types.void, _address, _address, _sums, _address, _address, _address)
 def flush_sums(
-    b: Builder, out: Value, stride: Value, sums: Value, scales: Value, factors: Value
+    b: Builder,
+    out: Value,
+    stride: Value,
+    sums: Value,
+    scales: Value,
+    factors: Value,
+    row: Value,
 ) -> None:
-    """out[token][row] += sums * scales[row] * factors[token]
+    """out[token][weight row] += sums * scales[weight row] * factors[token]
 
     out: float32, tokens `stride` bytes apart; scales: sixteen float32 for each group; factors: one
-    float32 for each token.
+    float32 for each token, `row` bytes apart.
     """
     totals = cgutils.unpack_tuple(b, sums)
     rows = [
@@ -97,7 +105,7 @@ def flush_sums(
         for group in range(TILE_GROUPS)
     ]
     for token in range(TILE_TOKENS):
-        factor = simd_ir.splat(b, simd_ir.load(b, F32, simd_ir.offset(b, factors, 4 * token)))
+        factor = simd_ir.splat(b, simd_ir.load(b, F32, _of_token(b, factors, row, token)))
         start = b.add(out, b.mul(stride, ir.Constant(I64, token)))
         for group, scale in enumerate(rows):
             address = simd_ir.offset(b, start, 64 * group)

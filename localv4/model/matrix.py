@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from localv4.errors import Cancelled
 from localv4.kernels import elementwise, matmul, operation, routing
+from localv4.kernels.stored import stored_product
 from localv4.kernels.team import Team
 
 if TYPE_CHECKING:
@@ -46,17 +47,15 @@ class Numerics:
     """Arithmetic `exact`: float32 activations and rows, as transformers computes in float32.
 
     Every product and every row that enters the decoder state passes through this object, so another
-    arithmetic (`fast.FastNumerics`; the release's own FP8/FP4 activation rounding) is another class
-    with these methods.
+    arithmetic in the same order of steps (the release's own FP8/FP4 activation rounding) is another
+    class with these methods.
     """
 
-    name = "exact"
-
-    def __init__(self, threads: int, widest: int) -> None:
-        self.threads = threads
-        self.team = Team(threads)
+    def __init__(self, team: Team, widest: int) -> None:
+        self.threads = team.members
+        self.team = team
         self.cancelled: threading.Event | None = None
-        self._scratch = np.empty((threads, widest + 4), F32)
+        self._scratch = np.empty((team.members, widest + 4), F32)
 
     def linear(self, x: Floats, weight: Matrix, groups: int = 1) -> Floats:
         """Return weight . x for each token; x (tokens, groups * cols) -> (tokens, rows).
@@ -88,13 +87,12 @@ class Numerics:
         x: Floats,
         chosen: NDArray[np.int64],
         weights: Floats,
-        layer: int,
         experts: "tuple[Expert, ...]",
         limit: np.float32,
     ) -> Floats:
         """Return the weighted sum of each token's chosen experts (tokens, hidden).
 
-        chosen, weights (tokens, k); experts: all of `layer`. Experts are visited in ascending
+        chosen, weights (tokens, k); experts: all of the layer. Experts are visited in ascending
         order, so a token's sum does not depend on its neighbours.
         """
         out = np.zeros_like(x)
@@ -119,10 +117,11 @@ def _stored_product(
 ) -> NDArray[np.int64]:
     """Return the program that multiplies with a matrix as it is stored."""
     steps = np.zeros((1, operation.WORDS), np.int64)
-    steps[0, :14] = (
-        *(operation.STORED, weight.format, weight.data.ctypes.data, *weight.data.shape),
-        *(weight.scale.ctypes.data, weight.scale.shape[1], x.ctypes.data, *x.shape, groups),
-        *(out.ctypes.data, scratch.ctypes.data, scratch.shape[1]),
+    steps[0, :16] = (
+        *(stored_product.address, weight.format, weight.data.ctypes.data, *weight.data.shape),
+        *(weight.scale.ctypes.data, weight.scale.shape[1], x.ctypes.data, x.shape[1]),
+        *(x.shape[0], weight.cols, groups, out.ctypes.data, out.shape[1]),
+        *(scratch.ctypes.data, scratch.shape[1]),
     )
     return steps
 

@@ -36,7 +36,6 @@ class MoeBlock:
 
     def __init__(self, layer: Layer, index: int, config: ModelConfig, numerics: Numerics) -> None:
         self.router = RouterBlock(layer.router, config, numerics)
-        self.index = index
         self.shared = layer.shared
         self.experts = layer.experts
         self.limit = F32(config.swiglu_limits[index])
@@ -46,6 +45,6 @@ class MoeBlock:
     def __call__(self, x: Floats, token_ids: NDArray[np.int64]) -> Floats:
         """Return the output (tokens, hidden) for normed inputs x (tokens, hidden)."""
         chosen, weights = self.router(x, token_ids)
-        out = self.numerics.mix_experts(x, chosen, weights, self.index, self.experts, self.limit)
+        out = self.numerics.mix_experts(x, chosen, weights, self.experts, self.limit)
         out += self.numerics.run_expert(x, self.shared, self.shared_limit)
         return out

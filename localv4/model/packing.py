@@ -1,18 +1,15 @@
 """Weights repacked in memory for the fast kernels, value for value.
 
-Dense matrices are packed when a model is loaded, experts when a token first chooses them. What has
-no packed form (other storage types, odd shapes) stays in the file and is multiplied exactly.
+Dense matrices are packed when a model is loaded, experts when a token first chooses them
+(`model.experts`). What has no packed form stays in the file and is multiplied as it is stored.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
-
-from localv4.kernels import blocks, packing
+from localv4.kernels import blocks, packing, packing_floats
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.packed import (
     F8,
@@ -22,13 +19,12 @@ from localv4.kernels.packed import (
     Q8,
     PackedFormat,
     can_pack,
-    down_offset,
-    expert_bytes,
     group_bytes,
     packed_bytes,
 )
+from localv4.kernels.packing_floats import B16, F32R, fits_bf16, float_bytes, groups_of
 from localv4.model.matrix import Floats, Matrix, Packed
-from localv4.model.weights import Expert, Layer, Weights
+from localv4.model.weights import Expert, HyperConnection, Layer, Weights
 
 _PACKED_FORMS = {
     blocks.FP4: MX4,
@@ -36,7 +32,18 @@ _PACKED_FORMS = {
     blocks.Q4_0: Q4,
     blocks.Q8_0: Q8,
     blocks.F8: F8,
+    blocks.BF16: B16,
+    blocks.F16: F32R,
+    blocks.F32: F32R,  # or B16, where no digit is lost
 }
+_FLOAT_PACKERS = {
+    (blocks.BF16, B16): packing_floats.pack_bf16,
+    (blocks.F16, F32R): packing_floats.pack_f16,
+    (blocks.F32, F32R): packing_floats.pack_f32,
+    (blocks.F32, B16): packing_floats.pack_f32_as_b16,
+}
+_INTEGER_FORMS = (MX4, Q4, Q8)
+"""Formats that experts are packed into."""
 
 Node = TypeVar("Node")
 
@@ -51,16 +58,45 @@ class PackedMatrix(Matrix):
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertRecord:
-    """One expert, packed: groups of gate and up in turn, then those of down."""
+class ExpertForm:
+    """How an expert is packed into one record: gate and up in turn, then down.
 
-    form: PackedFormat
-    data: Packed
+    `hidden` and `inner` are the dimensions of the expert, `nbytes` those of its record, of which
+    down starts at `offset`.
+    """
+
+    gate_up: PackedFormat
+    down: PackedFormat
+    hidden: int
+    inner: int
+
+    @property
+    def offset(self) -> int:
+        """Where the down projection starts in a record."""
+        return 2 * packed_bytes(self.gate_up, self.inner, self.hidden)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a record."""
+        return self.offset + packed_bytes(self.down, self.hidden, self.inner)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExpert(Expert):
+    """An expert with its packed record."""
+
+    form: ExpertForm
+    record: Packed
 
 
 def packed_form(weight: Matrix) -> PackedFormat | None:
     """Return the format that a stored matrix packs into, None if there is none."""
     form = _PACKED_FORMS.get(weight.format)
+    if form in (B16, F32R):  # the last group of rows may be short
+        if weight.cols % form.columns_unit:
+            return None
+        halved = weight.format == blocks.F32 and fits_bf16(weight.data.reshape(-1))
+        return B16 if halved else form
     return form if form is not None and can_pack(form, weight.rows, weight.cols) else None
 
 
@@ -69,32 +105,41 @@ def pack_matrix(weight: Matrix) -> Matrix:
     form = packed_form(weight)
     if form is None:
         return weight
+    if form in (B16, F32R):
+        return _pack_floats(weight, form)
     data = aligned_bytes(packed_bytes(form, weight.rows, weight.cols))
     if _pack(data, weight, step=1) > 0:
         return weight
     scales = packing.f8_scales(weight.scale) if form is F8 else None
-    stored = (weight.format, weight.rows, weight.cols, weight.data, weight.scale)
-    return PackedMatrix(*stored, form, data, scales)
+    return PackedMatrix(*_stored(weight), form, data, scales)
 
 
-def expert_form(expert: Expert) -> PackedFormat | None:
-    """Return the one format that all three matrices of an expert pack into, None if none."""
-    form = packed_form(expert.w1)
-    same = form is packed_form(expert.w2) is packed_form(expert.w3)
-    return form if same and form is not F8 else None
+def _pack_floats(weight: Matrix, form: PackedFormat) -> PackedMatrix:
+    data = aligned_bytes(float_bytes(form, weight.rows, weight.cols))
+    source, groups = weight.data.reshape(-1), groups_of(weight.rows)
+    _FLOAT_PACKERS[weight.format, form](data, source, weight.cols, 0, groups, 1)
+    return PackedMatrix(*_stored(weight), form, data, None)
 
 
-def pack_expert(expert: Expert) -> ExpertRecord | None:
-    """Return the packed form of an expert, None if it has none or holds a NaN."""
-    form = expert_form(expert)
-    if form is None:
+def _stored(weight: Matrix) -> tuple[int, int, int, Packed, Packed]:
+    """Return the fields of a matrix as it is stored."""
+    return weight.format, weight.rows, weight.cols, weight.data, weight.scale
+
+
+def expert_form(expert: Expert) -> ExpertForm | None:
+    """Return the form of an expert's record; None if a matrix of it has no packed form."""
+    gate, up, down = packed_form(expert.w1), packed_form(expert.w3), packed_form(expert.w2)
+    if gate not in _INTEGER_FORMS or down not in _INTEGER_FORMS or up is not gate:
         return None
-    hidden, inner = expert.w1.cols, expert.w1.rows
-    data = aligned_bytes(expert_bytes(form, hidden, inner))
-    nans = _pack(data, expert.w1, step=2)
-    nans += _pack(data[group_bytes(form, hidden) :], expert.w3, step=2)
-    nans += _pack(data[down_offset(form, hidden, inner) :], expert.w2, step=1)
-    return None if nans else ExpertRecord(form, data)
+    return ExpertForm(gate, down, expert.w1.cols, expert.w1.rows)
+
+
+def pack_expert(out: Packed, expert: Expert, form: ExpertForm) -> bool:
+    """Fill a record; return False if it would hold a NaN that no product shows."""
+    nans = _pack(out, expert.w1, step=2)
+    nans += _pack(out[group_bytes(form.gate_up, form.hidden) :], expert.w3, step=2)
+    nans += _pack(out[form.offset :], expert.w2, step=1)
+    return nans == 0
 
 
 def _pack(out: Packed, weight: Matrix, step: int) -> int:
@@ -116,8 +161,8 @@ def pack_dense(
 ) -> Weights:
     """Return the weights with every dense matrix packed that has a packed form.
 
-    Routed experts and the embedding, which is looked up by row, stay as they are.
-    `on_progress(layers done, layers)`.
+    Not the routed experts, the embedding, which is looked up by row, and the small matrices of the
+    hyper-connections. `on_progress(layers done, layers)`.
     """
     layers: list[Layer] = []
     with ThreadPoolExecutor(threads) as pool:
@@ -131,71 +176,50 @@ def pack_dense(
 
 
 def _map_matrices(node: Node, pool: ThreadPoolExecutor) -> Node:
-    """Return a tree of dataclasses with `pack_matrix` applied to the matrices in it."""
-    found: list[Matrix] = []
+    """Return a tree of dataclasses with its experts and other matrices packed."""
+    found: list[Matrix | Expert] = []
     _collect(node, found)
-    packed = dict(zip(map(id, found), pool.map(pack_matrix, found), strict=True))
+    packed = dict(zip(map(id, found), pool.map(_pack_leaf, found), strict=True))
     result: Node = _rebuild(node, packed)
     return result
 
 
-def _collect(node: object, found: list[Matrix]) -> None:
-    if isinstance(node, Matrix):
+def _pack_leaf(leaf: Matrix | Expert) -> Matrix | Expert:
+    if isinstance(leaf, Matrix):
+        return pack_matrix(leaf)
+    form = expert_form(leaf)
+    if form is not None:
+        record = aligned_bytes(form.nbytes)
+        if pack_expert(record, leaf, form):
+            return PackedExpert(leaf.w1, leaf.w2, leaf.w3, form, record)
+    return Expert(pack_matrix(leaf.w1), pack_matrix(leaf.w2), pack_matrix(leaf.w3))
+
+
+def _collect(node: object, found: list[Matrix | Expert]) -> None:
+    if isinstance(node, (Matrix, Expert)):
         found.append(node)
-    elif is_dataclass(node):
+    elif is_dataclass(node) and not isinstance(node, HyperConnection):
         for field in fields(node):
             _collect(getattr(node, field.name), found)
 
 
-def _rebuild(node: Any, packed: dict[int, Matrix]) -> Any:
-    if isinstance(node, Matrix):
+def _rebuild(node: Any, packed: dict[int, Matrix | Expert]) -> Any:
+    if isinstance(node, (Matrix, Expert)):
         return packed[id(node)]
-    if not is_dataclass(node) or isinstance(node, type):
+    if not is_dataclass(node) or isinstance(node, (type, HyperConnection)):
         return node
     return replace(node, **{f.name: _rebuild(getattr(node, f.name), packed) for f in fields(node)})
 
 
-class ExpertCache:
-    """Packed experts by (layer, number), the least recently used given up beyond `budget` bytes."""
-
-    def __init__(self, budget_bytes: int, threads: int = 1) -> None:
-        self.budget_bytes = budget_bytes
-        self._pool = ThreadPoolExecutor(threads, "packing")
-        self._records: OrderedDict[tuple[int, int], ExpertRecord] = OrderedDict()
-        self.held_bytes = 0
-
-    def get_all(
-        self, layer: int, numbers: Sequence[int], experts: Sequence[Expert]
-    ) -> dict[int, ExpertRecord] | None:
-        """Return the records of some experts of a layer; None if any has no packed form.
-
-        What is not there is packed by all threads. The caller's references keep the records
-        alive, even when they do not fit into the budget together.
-        """
-        missing = [number for number in numbers if (layer, number) not in self._records]
-        packed = self._pool.map(pack_expert, [experts[number] for number in missing])
-        fresh = dict(zip(missing, packed, strict=True))
-        found: dict[int, ExpertRecord] = {}
-        for number in numbers:
-            key = (layer, number)
-            record = fresh[number] if number in fresh else self._records[key]
-            if record is None:
-                return None
-            found[number] = record
-        for number in numbers:
-            self._keep((layer, number), found[number])
-        return found
-
-    def _keep(self, key: tuple[int, int], record: ExpertRecord) -> None:
-        """Put a record at the young end, giving up the oldest ones for it."""
-        if self._records.pop(key, None) is None:
-            self.held_bytes += record.data.nbytes
-        while self._records and self.held_bytes > self.budget_bytes:
-            _, oldest = self._records.popitem(last=False)
-            self.held_bytes -= oldest.data.nbytes
-        self._records[key] = record
-
-
-def record_addresses(records: list[ExpertRecord]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return where the records lie; they must be kept alive while the addresses are in use."""
-    return np.array([record.data.ctypes.data for record in records], np.int64)
+def families(weights: Weights) -> set[str]:
+    """Return the families of kernels that the packed form of a network needs."""
+    found: list[Matrix | Expert] = []
+    for layer in weights.layers:
+        _collect(layer, found)
+        found += layer.experts
+    matrices = [weights.head]
+    for leaf in found:
+        matrices += [leaf.w1, leaf.w2, leaf.w3] if isinstance(leaf, Expert) else [leaf]
+    formats = {matrix.format for matrix in matrices} & _PACKED_FORMS.keys()
+    names = {_PACKED_FORMS[number].name for number in formats}
+    return {"fast", *names} | ({B16.name} if blocks.F32 in formats else set())

@@ -8,10 +8,9 @@ serves it again.
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 
-from localv4.kernels.packed import expert_bytes
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32, Floats, Matrix
-from localv4.model.packing import PackedMatrix, expert_form
+from localv4.model.packing import PackedExpert, PackedMatrix, expert_form
 from localv4.model.weights import Expert, Layer, Router, Weights
 
 VALUE_BYTES = F32().itemsize  # of a value in the decoder state
@@ -73,11 +72,13 @@ def _expert_bytes(expert: Expert, packs: bool) -> int:
     form = expert_form(expert) if packs else None
     if form is None:
         return _bytes(expert)
-    return expert_bytes(form, expert.w1.cols, expert.w1.rows)
+    return form.nbytes
 
 
 def _bytes(node: object) -> int:
     """Return the bytes of all weights in a part of the tree, in the form that is multiplied."""
+    if isinstance(node, PackedExpert):
+        return node.record.nbytes
     return sum(_leaf_bytes(leaf) for leaf in _leaves(node))
 
 
@@ -93,6 +94,8 @@ def _leaves(node: object) -> Iterator[Matrix | Floats]:
         return
     if isinstance(node, Matrix):
         yield node
+    elif isinstance(node, Expert):
+        yield from (node.w1, node.w2, node.w3)
     elif is_dataclass(node):
         for field in fields(node):
             yield from _leaves(getattr(node, field.name))

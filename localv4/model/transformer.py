@@ -1,5 +1,7 @@
 """The DeepSeek-V4 network: embedding, blocks between hyper-connections, head."""
 
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,8 +42,19 @@ class Block:
         return self.ffn_hc.leave(streams, update, mix)
 
 
+CHUNK_TOKENS = 128
+"""Tokens of one forward pass: each row of weights is decoded once for all of them."""
+
+SLACK_TOKENS = 256
+"""How far a sequence can be taken back."""
+
+
 class Transformer:
     """Immutable weights and the forward pass over them; sequences live in `State` objects."""
+
+    name = "exact"
+    chunk_tokens = CHUNK_TOKENS
+    slack = SLACK_TOKENS
 
     def __init__(self, config: ModelConfig, weights: Weights, numerics: Numerics) -> None:
         self.config = config
@@ -59,6 +72,20 @@ class Transformer:
             )
             for index, layer in enumerate(weights.layers)
         ]
+
+    @property
+    def threads(self) -> int:
+        """How many threads multiply."""
+        return self.numerics.threads
+
+    @property
+    def cancelled(self) -> threading.Event | None:
+        """The event that makes a forward pass raise Cancelled."""
+        return self.numerics.cancelled
+
+    @cancelled.setter
+    def cancelled(self, event: threading.Event | None) -> None:
+        self.numerics.cancelled = event
 
     def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         """Process tokens at `state.position` and return their final vectors (tokens, hidden).

@@ -1,0 +1,203 @@
+"""Hybrid attention as operations: a raw window plus compressed entries under one softmax.
+
+The same steps as in `model.attention`, which explains them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.kernels import attend, index_scores, pooling, rows
+from localv4.kernels.head_lanes import spread
+from localv4.kernels.operation import float_bits
+from localv4.model.config import LayerKind, ModelConfig
+from localv4.model.program import Input, Program, Rows
+from localv4.model.state import compressor_capacity, window_capacity
+from localv4.model.weights import Attention, Compressor
+from localv4.model.workspace import AttentionBuffers, CompressorBuffers
+
+
+class FastAttention:
+    """The attention of one layer, whose state has rings with room for `slack` more positions."""
+
+    def __init__(
+        self, weights: Attention, kind: LayerKind, ratio: int, config: ModelConfig, slack: int
+    ) -> None:
+        self.weights, self.kind, self.ratio, self.config = weights, kind, ratio, config
+        self.rotation = 0 if kind is LayerKind.SLIDING else 1
+        self.sinks = spread(weights.sinks)
+        self.eps = float_bits(config.rms_eps)
+        self.window_capacity = window_capacity(config.window, slack)
+        self.capacity = compressor_capacity(self.reach, ratio, slack)
+
+    @property
+    def reach(self) -> int:
+        """Windows that are pooled into an entry."""
+        return 2 if self.kind is LayerKind.CSA else 1
+
+    def add(
+        self,
+        program: Program,
+        buffers: AttentionBuffers,
+        x: Input,
+        update: Rows,
+        cells: "Cells",
+        tokens: int,
+    ) -> None:
+        """Compute update (tokens, hidden) from the normed input x (tokens, hidden)."""
+        self._project(program, buffers, x, tokens)
+        self._store(program, buffers, cells, tokens)
+        self._pool(program, buffers, cells, tokens)
+        indexer = self.weights.indexer
+        if indexer is not None:
+            self._choose(program, buffers, cells, tokens)
+        self._attend(program, buffers, cells, tokens)
+        with program.alongside():
+            for number, part in enumerate(buffers.out_rounded):
+                program.round(part, buffers.query, tokens, column=number * part.cols)
+        blocks = buffers.out_rounded
+        program.multiply_blocks(buffers.grouped, self.weights.wo_a, buffers.query, blocks, tokens)
+        program.round(buffers.grouped_rounded, buffers.grouped, tokens)
+        grouped = Input(buffers.grouped, buffers.grouped_rounded)
+        program.multiply(update, self.weights.wo_b, grouped, tokens)
+
+    def _project(self, program: Program, buffers: AttentionBuffers, x: Input, tokens: int) -> None:
+        """Multiply everything that sees the input itself."""
+        weights = self.weights
+        with program.alongside():
+            program.multiply(buffers.projected_latent, weights.wq_a, x, tokens)
+            program.multiply(buffers.projected_key, weights.wkv, x, tokens)
+            for compressor, own in self._compressors(buffers):
+                program.multiply(own.keys, compressor.wkv, x, tokens)
+                program.multiply(own.gates, compressor.wgate, x, tokens)
+            if weights.indexer is not None:
+                program.multiply(buffers.head_weights, weights.indexer.weights_proj, x, tokens)
+
+    def _compressors(
+        self, buffers: AttentionBuffers
+    ) -> Iterator[tuple[Compressor, CompressorBuffers]]:
+        """The compressors of the layer with their buffers."""
+        if self.weights.compressor is not None:
+            yield self.weights.compressor, buffers.compressor
+        if self.weights.indexer is not None:
+            yield self.weights.indexer.compressor, buffers.index_compressor
+
+    def _store(
+        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
+    ) -> None:
+        """Put keys and compressor inputs into the state; norm the latents."""
+        weights, config = self.weights, self.config
+        raw, context = buffers.projected_latent, buffers.context.ctypes.data
+        latent, key = buffers.latent, buffers.projected_key
+        with program.alongside():
+            program.add(
+                rows.norm,
+                *(raw.at(), raw.stride, weights.q_norm.ctypes.data, self.eps),
+                *(latent.at(), latent.stride, *buffers.latent_rounded.addresses),
+                *(tokens, config.q_lora_rank),
+            )
+            program.add(
+                rows.key,
+                *(key.at(), key.stride, weights.kv_norm.ctypes.data, self.eps),
+                *(*self._angles(buffers), cells.window, self.window_capacity, config.head_dim),
+                *(context, tokens),
+            )
+            parts = zip(self._compressors(buffers), cells.compressors, strict=False)
+            for (compressor, own), (keys, gates, _) in parts:
+                program.add(
+                    pooling.append,
+                    *(own.keys.at(), own.gates.at(), own.keys.stride),
+                    *(compressor.ape.ctypes.data, self.ratio, keys, gates, self.capacity),
+                    *(compressor.ape.shape[1], context, tokens),
+                )
+
+    def _pool(
+        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
+    ) -> None:
+        """Complete entries of the compressors; expand the latents to queries meanwhile."""
+        latent = Input(buffers.latent, buffers.latent_rounded)
+        context = buffers.context.ctypes.data
+        frequencies = buffers.frequencies[self.rotation]
+        with program.alongside():
+            parts = zip(self._compressors(buffers), cells.compressors, strict=False)
+            for (compressor, _), (keys, gates, entries) in parts:
+                program.add(
+                    pooling.pool,
+                    *(keys, gates, self.capacity, compressor.ape.shape[1], self.ratio),
+                    *(compressor.norm.ctypes.data, self.eps),
+                    *(frequencies.ctypes.data, len(frequencies)),
+                    *(entries, len(compressor.norm), context, tokens),
+                )
+            program.multiply(buffers.query, self.weights.wq_b, latent, tokens)
+            if self.weights.indexer is not None:
+                program.multiply(buffers.index_query, self.weights.indexer.wq_b, latent, tokens)
+
+    def _choose(
+        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
+    ) -> None:
+        """Let the indexer choose the entries that each token sees."""
+        config, query, weights = self.config, buffers.index_query, buffers.head_weights
+        heads, width = config.index_heads, config.index_head_dim
+        seen = (buffers.context.ctypes.data, self.ratio, config.index_top_k, heads, width)
+        entries, turn = cells.compressors[1][2], self._angles(buffers)
+        # both factors of the score, per head and per channel, are folded into the head's weight
+        factor, scratch = float_bits((heads * width) ** -0.5), buffers.index_scratch.ctypes.data
+        found = (buffers.chosen.ctypes.data, buffers.counts.ctypes.data)
+        if tokens > 1:
+            program.add(
+                index_scores.index_choose,
+                *(*seen, entries, query.at(), query.stride, tokens, *turn),
+                *(weights.at(), weights.stride, factor, *found, scratch),
+                buffers.index_scratch_bytes,
+            )
+            return
+        inputs = (query.at(), heads, width, *turn, weights.at(), factor, scratch)
+        program.add(index_scores.index_query, *inputs)
+        program.add(index_scores.index_scores, *seen, entries, scratch)
+        program.add(index_scores.index_select, *seen, scratch, *found)
+
+    def _attend(
+        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
+    ) -> None:
+        """Replace the raw queries by the output of attention."""
+        config, query, scratch = self.config, buffers.query, buffers.scratch.ctypes.data
+        heads, width = config.n_heads, config.head_dim
+        indexed = self.weights.indexer is not None
+        counts = buffers.counts.ctypes.data if indexed else 0
+        chosen = buffers.chosen.ctypes.data if indexed else 0
+        seen = (buffers.context.ctypes.data, config.window, self.ratio, counts)
+        entries = cells.compressors[0][2]
+        rows_of = (chosen, config.index_top_k, cells.window, self.window_capacity, entries)
+        turn, sinks = self._angles(buffers), self.sinks.ctypes.data
+        if tokens > 1:
+            program.add(
+                attend.attend,
+                *(*seen, *rows_of, query.at(), query.stride, tokens, heads, width),
+                *(*turn, self.eps, sinks, scratch, buffers.scratch_bytes),
+            )
+            return
+        program.add(attend.attend_query, query.at(), heads, width, *turn, self.eps, scratch)
+        program.add(attend.attend_scores, *seen, *rows_of, heads, width, scratch)
+        program.add(attend.attend_softmax, *seen, heads, width, sinks, scratch)
+        program.add(attend.attend_values, *seen, heads, width, *turn, scratch, query.at())
+
+    def _angles(self, buffers: AttentionBuffers) -> tuple[int, int, int]:
+        """Return addresses of cos and sin, and the number of pairs."""
+        cos, sin = buffers.angles[self.rotation]
+        return cos.ctypes.data, sin.ctypes.data, cos.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Where the addresses of a layer's state are: window; keys, gates, entries by compressor."""
+
+    window: int
+    compressors: tuple[tuple[int, int, int], tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, addresses: NDArray[np.int64]) -> "Cells":
+        """Name the cells (CELLS,) of a layer, which are filled before a program runs."""
+        at = [addresses.ctypes.data + 8 * i for i in range(len(addresses))]
+        return cls(at[0], ((at[1], at[2], at[3]), (at[4], at[5], at[6])))

@@ -1,0 +1,104 @@
+"""One layer as operations: attention, then experts, each between two hyper-connections."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.kernels import mixes, streams
+from localv4.kernels.operation import float_bits
+from localv4.model.config import ModelConfig
+from localv4.model.experts import ExpertStore
+from localv4.model.fast_attention import Cells, FastAttention
+from localv4.model.fast_moe import FastMoe
+from localv4.model.matrix import Floats, decode
+from localv4.model.program import Input, Program
+from localv4.model.weights import HyperConnection, Layer
+from localv4.model.workspace import AttentionBuffers, ChunkBuffers
+
+
+class Site:
+    """A hyper-connection: what a block reads from the streams, and how its output joins them."""
+
+    def __init__(self, weights: HyperConnection, norm: Floats, config: ModelConfig) -> None:
+        self.weights, self.norm, self.config = weights, norm, config
+        self.rows = weights.fn.rows
+        self.fn = streams.pack_mixing(decode(weights.fn), config.hc_mult)
+        self.eps, self.hc_eps = float_bits(config.rms_eps), float_bits(config.hc_eps)
+
+    def add_mixing(
+        self, program: Program, chunk: ChunkBuffers, tokens: int, *, updates: int = 1, leaves: bool
+    ) -> None:
+        """Write the updates of the block before into the streams, then mix them for this site.
+
+        `leaves`: there is a block before; `updates`: 2 if the shared expert's belongs to it.
+        """
+        update, config = chunk.update, self.config
+        program.add(
+            streams.leave_and_mix,
+            chunk.streams.ctypes.data,
+            *(update.at(), chunk.shared_update.at() if updates == 2 else 0, update.stride),
+            *(chunk.mix.ctypes.data if leaves else 0, self.fn.ctypes.data, self.rows),
+            *(chunk.partials.ctypes.data, tokens, config.hc_mult, config.hidden_size),
+        )
+
+    def add_entry(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
+        """Collapse the streams into the normed input of the block."""
+        weights, config = self.weights, self.config
+        program.add(
+            mixes.enter,
+            *(chunk.partials.ctypes.data, weights.scale.ctypes.data, weights.base.ctypes.data),
+            *(config.hc_iterations, self.hc_eps, chunk.streams.ctypes.data),
+            *(self.norm.ctypes.data, self.eps, chunk.x.at(), chunk.x.stride),
+            *(chunk.mix.ctypes.data, *chunk.x_rounded.addresses),
+            *(tokens, config.hc_mult, config.hidden_size),
+        )
+
+    def add_head_entry(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
+        """Collapse the streams after the last layer into the normed input of the output matrix."""
+        weights, config = self.weights, self.config
+        program.add(
+            mixes.enter_head,
+            *(chunk.partials.ctypes.data, weights.scale.ctypes.data, weights.base.ctypes.data),
+            *(self.hc_eps, chunk.streams.ctypes.data, self.norm.ctypes.data, self.eps),
+            *(chunk.x.at(), chunk.x.stride, *chunk.x_rounded.addresses),
+            *(tokens, config.hc_mult, config.hidden_size),
+        )
+
+
+class FastLayer:
+    """One layer; `cells` name the addresses of its state."""
+
+    def __init__(
+        self,
+        index: int,
+        layer: Layer,
+        config: ModelConfig,
+        store: ExpertStore,
+        cells: NDArray[np.int64],
+        slack: int,
+    ) -> None:
+        kind, ratio = config.layer_kinds[index], config.ratios[index]
+        self.attn_site = Site(layer.attn_hc, layer.attn_norm, config)
+        self.attention = FastAttention(layer.attention, kind, ratio, config, slack)
+        self.ffn_site = Site(layer.ffn_hc, layer.ffn_norm, config)
+        self.moe = FastMoe(index, layer.router, layer.shared, store, config)
+        self.cells = Cells.of(cells)
+        self.is_first = index == 0
+
+    def add_attention(
+        self, program: Program, chunk: ChunkBuffers, buffers: AttentionBuffers, tokens: int
+    ) -> None:
+        """Enter the attention and compute its update."""
+        self.attn_site.add_entry(program, chunk, tokens)
+        x = Input(chunk.x, chunk.x_rounded)
+        self.attention.add(program, buffers, x, chunk.update, self.cells, tokens)
+
+    def add_router(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
+        """Leave the attention, enter the experts, and choose them."""
+        self.ffn_site.add_mixing(program, chunk, tokens, leaves=True)
+        self.ffn_site.add_entry(program, chunk, tokens)
+        self.moe.add_router(program, chunk, tokens)
+
+    def add_mixing(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
+        """Leave the experts of the layer before, if there is one, and mix for this one."""
+        leaves = not self.is_first
+        self.attn_site.add_mixing(program, chunk, tokens, updates=2, leaves=leaves)

@@ -1,0 +1,72 @@
+"""What the programs for one token and for many have in common: layers, team, experts, state."""
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.errors import Cancelled
+from localv4.kernels.team import Team
+from localv4.model.config import ModelConfig
+from localv4.model.experts import ExpertStore
+from localv4.model.fast_layer import FastLayer, Site
+from localv4.model.matrix import F32, Numerics, look_up
+from localv4.model.program import Program, Scratch
+from localv4.model.state import CELLS, State
+from localv4.model.weights import Weights
+from localv4.model.workspace import ChunkBuffers
+
+
+class FastNetwork:
+    """The layers of a network over packed weights, and the team that runs their programs.
+
+    `slack` is that of every `State` the network is used with.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, threads: int, expert_budget: int, slack: int
+    ) -> None:
+        self.config, self.weights = config, weights
+        self.cancelled: threading.Event | None = None
+        self.team = Team(threads)
+        self.store = ExpertStore([x.experts for x in weights.layers], expert_budget, threads)
+        self._exact = Numerics(self.team, weights.widest)
+        self._scratch = Scratch.of(threads, weights.widest)
+        self._cells = np.zeros((config.n_layers, CELLS), np.int64)
+        self.layers = [
+            FastLayer(i, layer, config, self.store, self._cells[i], slack)
+            for i, layer in enumerate(weights.layers)
+        ]
+        self.head_site = Site(weights.head_hc, weights.norm, config)
+
+    def new_program(self) -> Program:
+        """Return an empty program."""
+        return Program(self._scratch)
+
+    def run(self, program: Program) -> None:
+        """Run a program that nothing halts; raise Cancelled, before it, when asked to stop."""
+        self.check_cancelled()
+        self.team.run(program.finish())
+
+    def check_cancelled(self) -> None:
+        """Raise Cancelled when the event `cancelled` is set."""
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise Cancelled("stopped")
+
+    def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
+        """Take in tokens: their embeddings in all streams, room in the state, its addresses."""
+        tokens = len(ids)
+        state.begin(tokens)
+        self._cells[:] = state.addresses
+        chunk.ids[:tokens] = ids
+        chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
+        self.store.tick += 1
+
+    def mix_stored(self, index: int, chunk: ChunkBuffers, tokens: int) -> None:
+        """Compute `update` of a layer whose experts have no packed form."""
+        self._exact.cancelled = self.cancelled
+        layer, limit = self.weights.layers[index], F32(self.config.swiglu_limits[index])
+        chosen, shares = chunk.chosen[:tokens], chunk.shares[:tokens]
+        x = np.ascontiguousarray(chunk.x.values[:tokens])
+        mixed = self._exact.mix_experts(x, chosen, shares, layer.experts, limit)
+        chunk.update.values[:tokens] = mixed
