@@ -33,6 +33,7 @@ from synthetic_tokenizer import special_tokens
 from synthetic_values import (
     PACKED_BLOCKS,
     PLAIN_BLOCKS,
+    POOL_EXPERTS,
     Noise,
     block_parts,
     expert_table,
@@ -136,7 +137,7 @@ def test_experts_of_a_layer_come_from_a_pool(tmp_path: Path) -> None:
     name = "layers.2.ffn.experts"
     entry = packed.manifest.matrices[name]
     records = packed.bytes(name).reshape(entry.records, entry.record_bytes)
-    assert 2 < len({record.tobytes() for record in records}) <= synthetic_packed.POOL_EXPERTS
+    assert 2 < len({record.tobytes() for record in records}) <= POOL_EXPERTS
 
 
 @pytest.mark.parametrize("name", PACKED_BLOCKS)

@@ -2,8 +2,12 @@
 """Write a model at true dimensions with random but sane weights, for measurements.
 
 Examples:
-  make_synthetic_model.py OUT --model flash --format packed
-  make_synthetic_model.py OUT --model pro --layers 4 --format packed --types experts=Q4,head=Q8
+  make_synthetic_model.py OUT --model flash
+  make_synthetic_model.py OUT --model pro --layers 4 --types experts=Q4,head=Q8
+  make_synthetic_model.py OUT.gguf --format gguf --layers 4 --types gate_up=IQ2_XXS,down=Q2_K
+  make_synthetic_model.py OUT --format official --layers 4
+
+Roles for --types are those of the table DEFAULT_TYPES of the format's module.
 
 A slice of five layers or more has the first layers of the release; a shorter one has one layer of
 each kind in turn, the first of them routed by token id. `--ratios 0,4,128` chooses them one by one.
@@ -18,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import synthetic_gguf
+import synthetic_official
 import synthetic_packed
 from synthetic_network import NETWORKS, Network, sliced
 
@@ -28,7 +34,6 @@ def main() -> None:
     """Read the command line and write the model."""
     options = _parser().parse_args()
     network = _network(options)
-    types = _types(options.types, synthetic_packed.DEFAULT_TYPES)
     start, total = time.monotonic(), 0
 
     def progress(name: str, nbytes: int) -> None:
@@ -37,16 +42,28 @@ def main() -> None:
         seconds = time.monotonic() - start
         sys.stderr.write(f"{name}: {total / 1e9:.1f} GB, {total / 1e9 / seconds:.2f} GB/s\n")
 
-    synthetic_packed.write_packed(network, types, options.out, options.seed, options.jobs, progress)
+    common = (options.out, options.seed, options.jobs, progress)
+    try:
+        if options.format == "packed":
+            types = _types(options.types, synthetic_packed.DEFAULT_TYPES)
+            synthetic_packed.write_packed(network, types, *common)
+        elif options.format == "gguf":
+            types = _types(options.types, synthetic_gguf.DEFAULT_TYPES)
+            synthetic_gguf.write_gguf(network, types, *common)
+        else:
+            _types(options.types, {})
+            synthetic_official.write_official(network, *common)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("out", type=Path, help="the folder, or the GGUF file, to write")
     parser.add_argument("--model", choices=NETWORKS, default="flash")
-    parser.add_argument("--format", choices=["packed"], default="packed")
+    parser.add_argument("--format", choices=["packed", "gguf", "official"], default="packed")
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--ratios", help="instead of --layers: 0, 4 or 128 for each layer")
     parser.add_argument("--hash", type=int, help="how many layers route by token id")
@@ -77,7 +94,7 @@ def _types(text: str, defaults: dict[str, str]) -> dict[str, str]:
     for pair in filter(None, text.split(",")):
         role, _, kind = pair.partition("=")
         if role not in defaults or not kind:
-            sys.exit(f"error: --types {pair}: the roles are {', '.join(defaults)}")
+            sys.exit(f"error: --types {pair}: the roles are {', '.join(defaults) or 'none'}")
         types[role] = kind
     return types
 

@@ -13,6 +13,7 @@ from synthetic_values import (
     INTEGER_FORMATS,
     PACKED_BLOCKS,
     PLAIN_BLOCKS,
+    POOL_EXPERTS,
     Bytes,
     Noise,
     block_parts,
@@ -37,9 +38,6 @@ from quant.packed_writer import (
     write_manifest,
     write_shard,
 )
-
-POOL_EXPERTS = 8
-"""Different experts of each kind of layer; more layers and experts repeat them."""
 
 ROOT_SHARD = "embedding-and-head.safetensors"
 

@@ -14,6 +14,8 @@ F32 = np.float32
 
 POOL_BYTES = 1 << 26
 PART_BYTES = 1 << 23
+POOL_EXPERTS = 8
+"""Different experts (in packed form: of each kind of layer); layers and experts repeat them."""
 
 STD_E2M1 = 2.926  # of the 16 codes of FP4, each as likely as the others
 STD_E4M3 = 1.159  # of the codes with the exponents 6 and 7
