@@ -1,449 +1,266 @@
-"""Products of several tokens: exact on rounded activations, the same bits in any company."""
+"""Products of several tokens: the bits of the mat-vec, whoever the neighbours are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 import pytest
-import reference
 from numpy.typing import NDArray
-from reference_packed import (
-    Bytes,
-    Floats,
-    Wide,
-    address,
-    aligned,
-    distance,
-    floats,
-    quantise,
-    random_weights,
-    weight_values,
-)
+from operation_runs import assert_same_bits
+from reference_packed import Bytes, Floats, address, aligned, floats, random_weights
 
-from localv4.kernels import activations, gemm, gemm_f8, matvec, packed, panels, small_batches, tiles
+from localv4.kernels import activations, packed
+from localv4.kernels.amx import TOKENS
 from localv4.kernels.buffers import aligned_bytes
-from localv4.kernels.isa import ISA
+from localv4.kernels.formats import OPERATIONS, Operations
+from localv4.kernels.gemm import BATCH_TOKENS, SCRATCH_BYTES, SPARE_TOKENS
+from localv4.kernels.many_tokens import FEW_TOKENS
+from localv4.kernels.operation import WORDS, float_bits
 from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
-from localv4.kernels.panels import COARSE, FINE
-from localv4.kernels.simd_blocks import MOST_SHIFT
+from localv4.kernels.single_token import ROW_GAP, quantize
+from localv4.kernels.team import Team
+from localv4.kernels.tiles import TILE_TOKENS
 
 pytestmark = pytest.mark.skipif(
     bool(numba.config.DISABLE_JIT), reason="kernels that take addresses need the compiler"
 )
 
 F32 = np.float32
-TOLERANCE = 1e-6
-Kernel = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The products of one format: of one token, of a few, and of many."""
-
-    fmt: PackedFormat
-    one: Kernel
-    gate_up: Kernel
-    down: Kernel
-    few: Kernel
-    many: Kernel
-
-
-MX4_KERNELS = Kernels(
-    MX4,
-    matvec.matvec_mx4,
-    matvec.expert_gate_up_mx4,
-    matvec.expert_down_mx4,
-    small_batches.few_sums_mx4,
-    gemm.sums_mx4,
-)
-Q4_KERNELS = Kernels(
-    Q4,
-    matvec.matvec_q4,
-    matvec.expert_gate_up_q4,
-    matvec.expert_down_q4,
-    small_batches.few_sums_q4,
-    gemm.sums_q4,
-)
-Q8_KERNELS = Kernels(
-    Q8,
-    matvec.matvec_q8,
-    matvec.expert_gate_up_q8,
-    matvec.expert_down_q8,
-    small_batches.few_sums_q8,
-    gemm.sums_q8,
-)
-all_formats = pytest.mark.parametrize(
-    "kernels", [MX4_KERNELS, Q4_KERNELS, Q8_KERNELS], ids=lambda kernels: kernels.fmt.name
-)
-LIMIT = F32(1.5)
+LIMIT = 1.5
+ONE, THREE = Team(1), Team(3)
+FORMATS = (MX4, Q4, Q8)
+all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+teams = pytest.mark.parametrize("team", [ONE, THREE], ids=["alone", "three"])
+COUNTS = (1, 3, FEW_TOKENS, FEW_TOKENS + 1, TILE_TOKENS * 2, TOKENS, TOKENS + 1, 3 * TOKENS - 1)
 
 
 def normal(seed: int, *shape: int) -> Floats:
     return np.random.default_rng(seed).standard_normal(shape).astype(F32)
 
 
+def run(team: Team, *operations: tuple[Any, ...]) -> None:
+    """Run a program; an operation is its entry and its operands."""
+    program = np.zeros((len(operations), WORDS), np.int64)
+    for row, (entry, *words) in zip(program, operations, strict=True):
+        row[: 1 + len(words)] = (entry.address, *words)
+    team.run(program)
+
+
 class Rows:
-    """Activations of tokens, row after row, as the mat-vec takes them, and a choice of them."""
+    """Int8 activations of some tokens; behind them, what may be read is no number."""
 
-    def __init__(self, x: Floats, rows: Sequence[int] | None = None) -> None:
-        self.rows = np.arange(len(x)) if rows is None else np.array(rows)
-        self.count, self.cols = len(self.rows), x.shape[1]
-        self.q = aligned_bytes(x.size)
-        self.d = aligned_bytes(activations.scale_bytes(x.size))
-        self.b = aligned_bytes(activations.sum_bytes(x.size))
-        source = np.ascontiguousarray(x)
-        activations.quantize(*self.at(0), address(source), 0, x.size // 32)
+    def __init__(self, x: Floats, order: Sequence[int] | None = None) -> None:
+        source, chosen = (
+            np.ascontiguousarray(x),
+            np.array(range(len(x)) if order is None else order),
+        )
+        self.count, self.cols = len(chosen), x.shape[1]
+        self.sizes = activations.row_bytes(self.cols)
+        self.buffers = [self.room(size) for size in self.sizes]
+        words = (address(source), self.cols, address(chosen), self.count, self.cols)
+        run(ONE, (quantize, *words, *self.at(0)))
 
-    def at(self, token: int) -> tuple[int, int, int]:
-        q, d, b = address(self.q), address(self.d), address(self.b)
-        n = token * self.cols
-        return q + n, d + activations.scale_bytes(n), b + activations.sum_bytes(n)
+    def room(self, size: int) -> Bytes:
+        """Memory for the rows of a buffer."""
+        room = aligned_bytes((self.count + SPARE_TOKENS) * size)
+        room[:] = 0xFF
+        return room
 
-    @property
-    def operands(self) -> tuple[int, ...]:
-        return *self.at(0), address(self.rows)
-
-
-class Tiles:
-    """Activations of the tokens x[rows] as the large products take them."""
-
-    def __init__(self, x: Floats, span: int, rows: Sequence[int] | None = None) -> None:
-        self.rows = np.arange(len(x)) if rows is None else np.array(rows)
-        self.count, self.cols = len(self.rows), x.shape[1]
-        self.q = aligned_bytes(panels.q_bytes(self.count, self.cols))
-        self.d = aligned_bytes(panels.d_bytes(self.count, self.cols))
-        self.s = aligned_bytes(panels.s_bytes(self.count, self.cols))
-        source = np.ascontiguousarray(x)
-        total = panels.tiles(self.count)
-        for first, end in ((total // 2, total), (0, total // 2)):
-            panels.quantize_tiles(
-                *(*self.operands, address(source), address(self.rows), self.count, self.cols),
-                *(span, first, end),
-            )
-
-    @property
-    def operands(self) -> tuple[int, ...]:
-        return address(self.q), address(self.d), address(self.s)
+    def at(self, token: int) -> tuple[int, ...]:
+        """Where the activations of a token are."""
+        pairs = zip(self.buffers, self.sizes, strict=True)
+        return tuple(address(buffer) + token * size for buffer, size in pairs)
 
 
-def each_panel(
-    kernel: Kernel, weights: int, groups: int, x: Rows | Tiles, use: Callable[..., None]
-) -> None:
-    """Multiply and call use(scratch, panel, groups, first, count) for each panel and batch."""
-    for panel in reversed(range(gemm.panels(16 * groups))):
-        for first in range(0, x.count, gemm.BATCH_TOKENS):
-            count = min(gemm.BATCH_TOKENS, x.count - first)
-            memory = aligned_bytes(gemm.SCRATCH_BYTES)
-            memory[:] = 0xFF  # NaN, which nothing may read
-            place = address(memory)
-            kernel(place, weights, panel, groups, x.cols, *x.operands, first, count)
-            use(place, panel, groups, first, count)
+def scratch(team: Team) -> Bytes:
+    memory = aligned_bytes(team.members * SCRATCH_BYTES)
+    memory[:] = 0xFF
+    return memory
 
 
-def multiply(kernel: Kernel, weights: Bytes, rows: int, x: Rows | Tiles) -> Floats:
-    """The product of a matrix with several tokens."""
+def multiply(team: Team, fmt: PackedFormat, weights: Bytes, rows: int, x: Rows) -> Floats:
+    """The products of all tokens, by one operation."""
+    out, memory = floats(x.count, rows + ROW_GAP), scratch(team)
+    words = (address(weights), rows // 16, x.cols, *x.at(0), x.count, address(out))
+    run(team, (OPERATIONS[fmt.name].gemm, *words, 4 * (rows + ROW_GAP), address(memory)))
+    assert np.isnan(out[:, rows:]).all()
+    return out[:, :rows]
+
+
+def one_by_one(fmt: PackedFormat, weights: Bytes, rows: int, x: Rows) -> Floats:
+    """The products of the tokens, each by a mat-vec."""
     out = floats(x.count, rows)
-
-    def store(*call: int) -> None:
-        gemm.store_sums(address(out), 4 * rows, *call)
-
-    each_panel(kernel, address(weights), rows // 16, x, store)
+    words = (address(weights), rows // 16, x.cols)
+    matvec = OPERATIONS[fmt.name].matvec
+    run(ONE, *((matvec, *words, *x.at(t), address(out[t:])) for t in range(x.count)))
     return out
 
 
-def hidden_layer(kernel: Kernel, record: Bytes, inner: int, x: Rows | Tiles) -> Floats:
-    """silu(gate) * up of an expert for several tokens."""
-    h = floats(x.count, inner)
-
-    def store(*call: int) -> None:
-        gemm.store_gated_sums(address(h), 4 * inner, *call, LIMIT)
-
-    each_panel(kernel, address(record), 2 * inner // 16, x, store)
-    return h
-
-
-def add_down(
-    out: Floats,
-    kernel: Kernel,
-    weights: int,
-    x: Rows | Tiles,
-    targets: NDArray[np.int64],
-    shares: Floats,
-) -> None:
-    """Add the weighted results of an expert to the rows `targets` of out."""
-    hidden = out.shape[1]
-
-    def add(*call: int) -> None:
-        lists = (address(targets), address(shares))
-        gemm.add_weighted_sums(address(out), 4 * hidden, *call, *lists)
-
-    each_panel(kernel, weights, hidden // 16, x, add)
-
-
-def one_by_one(kernels: Kernels, weights: Bytes, rows: int, x: Floats) -> Floats:
-    """The mat-vec of each token."""
-    out, given = floats(len(x), rows), Rows(x)
-    for t in range(len(x)):
-        at = address(out) + 4 * rows * t
-        kernels.one(at, address(weights), 0, rows // 16, x.shape[1], *given.at(t))
-    return out
-
-
-SHAPES = [(16, 128, 1), (80, 384, 13), (64, 1280, 7), (144, 128, 250)]
-
-
 @all_formats
-@pytest.mark.parametrize(("rows", "cols", "tokens"), SHAPES)
-def test_many_tokens_have_the_bits_of_one(
-    kernels: Kernels, rows: int, cols: int, tokens: int
+@pytest.mark.parametrize("tokens", COUNTS)
+@pytest.mark.parametrize(("rows", "cols"), [(80, 384), (64, 128)])
+def test_some_tokens_have_the_bits_of_one(
+    fmt: PackedFormat, rows: int, cols: int, tokens: int
 ) -> None:
-    weights, x = random_weights(rows, kernels.fmt, rows, cols), normal(cols, tokens, cols)
-    expected = one_by_one(kernels, weights, rows, x)
-    assert np.array_equal(multiply(kernels.many, weights, rows, Tiles(x, FINE)), expected)
-
-
-@all_formats
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8])
-def test_a_few_tokens_have_the_bits_of_one(kernels: Kernels, tokens: int) -> None:
-    rows, cols = 80, 256
-    weights, x = random_weights(1, kernels.fmt, rows, cols), normal(2, tokens + 2, cols)
+    weights = random_weights(rows, fmt, rows, cols)
     order = np.random.default_rng(tokens).permutation(tokens + 2)[:tokens].tolist()
-    expected = one_by_one(kernels, weights, rows, x[order])
-    assert np.array_equal(multiply(kernels.few, weights, rows, Rows(x, order)), expected)
-
-
-@pytest.mark.parametrize("kernels", [Q4_KERNELS, Q8_KERNELS], ids=["Q4", "Q8"])
-def test_columns_may_be_a_multiple_of_64(kernels: Kernels) -> None:
-    weights, x = random_weights(1, kernels.fmt, 32, 192), normal(2, 7, 192)
-    product = multiply(kernels.many, weights, 32, Tiles(x, FINE))
-    assert np.array_equal(product, one_by_one(kernels, weights, 32, x))
+    x = Rows(normal(cols, tokens + 2, cols), order)
+    expected = one_by_one(fmt, weights, rows, x)
+    assert np.isfinite(expected).all() and np.abs(expected).max() > 0
+    assert_same_bits(multiply(ONE, fmt, weights, rows, x), expected)
 
 
 @all_formats
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_expert_of_several_tokens(kernels: Kernels, tokens: int) -> None:
-    hidden, inner = 256, 96 + 32 * (kernels.fmt is MX4)
-    record = aligned(
-        np.concatenate(
-            [
-                random_weights(1, kernels.fmt, 2 * inner, hidden),
-                random_weights(2, kernels.fmt, hidden, 128),
-            ]
-        )
-    )
-    offset = packed.down_offset(kernels.fmt, hidden, inner)
-    x = 10 * normal(1, 2 * tokens, hidden)
-    chosen = np.arange(2 * tokens)[::-2].copy()
-    weights = np.abs(normal(3, tokens))
-    h, out = expert_one_by_one(kernels, record, offset, inner, x, chosen, weights)
-    for kernel, given in (
-        (kernels.few, Rows(x, chosen.tolist())),
-        (kernels.many, Tiles(x, FINE, chosen.tolist())),
-    ):
-        middle = hidden_layer(kernel, record, inner, given)
-        assert np.array_equal(middle, h)
-        middle = np.pad(middle, ((0, 0), (0, 128 - inner)))
-        result = floats(*x.shape, fill=1)
-        given = Rows(middle) if kernel is kernels.few else Tiles(middle, FINE)
-        add_down(result, kernel, address(record) + offset, given, chosen, weights)
-        assert np.array_equal(result, out)
+@pytest.mark.parametrize("tokens", [BATCH_TOKENS + 11, 2 * BATCH_TOKENS + FEW_TOKENS])
+def test_members_and_batches_change_no_bits(fmt: PackedFormat, tokens: int) -> None:
+    rows, cols = 144, 512
+    weights, x = random_weights(1, fmt, rows, cols), Rows(normal(2, tokens, cols))
+    product = multiply(THREE, fmt, weights, rows, x)
+    assert_same_bits(product, one_by_one(fmt, weights, rows, x))
 
 
-def expert_one_by_one(
-    kernels: Kernels,
-    record: Bytes,
-    offset: int,
-    inner: int,
-    x: Floats,
-    chosen: NDArray[np.int64],
-    weights: Floats,
-) -> tuple[Floats, Floats]:
-    """The hidden layer of the chosen tokens, and 1 + their weighted results at their places."""
-    hidden = x.shape[1]
-    h, out, given = floats(len(chosen), inner), floats(*x.shape, fill=1), Rows(x)
-    for i, t in enumerate(chosen.tolist()):
-        at = address(h) + 4 * inner * i
-        kernels.gate_up(at, address(record), 0, inner // 16, hidden, *given.at(t), LIMIT)
-    middle = Rows(np.pad(h, ((0, 0), (0, 128 - inner))))
-    for i, t in enumerate(chosen.tolist()):
-        at = address(out) + 4 * hidden * t
-        place = address(record) + offset
-        kernels.down(at, place, 0, hidden // 16, 128, *middle.at(i), weights[i])
-    return h, out
+@pytest.mark.parametrize("fmt", [Q4, Q8], ids=["Q4", "Q8"])
+@pytest.mark.parametrize("cols", [64, 192, 832])
+@pytest.mark.parametrize("tokens", [7, 21])
+def test_columns_may_be_a_multiple_of_64(fmt: PackedFormat, cols: int, tokens: int) -> None:
+    weights, x = random_weights(1, fmt, 32, cols), Rows(normal(2, tokens, cols))
+    product = multiply(ONE, fmt, weights, 32, x)
+    assert_same_bits(product, one_by_one(fmt, weights, 32, x))
 
 
-def random_f8(seed: int, rows: int, cols: int) -> tuple[Bytes, Floats]:
-    """Packed E4M3 codes that are numbers, and their scales."""
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 256, rows * cols, dtype=np.uint8)
-    codes[codes & 0x7F == 0x7F] = 3
-    scale = np.exp2(rng.integers(-12, 3, (-(-rows // 128), cols // 128))).astype(F32)
-    return aligned(codes), scale
+@all_formats
+@pytest.mark.parametrize("fill", [0x00, 0x77, 0x7F, 0x80, 0x88, 0xFF])
+def test_extreme_weights(fmt: PackedFormat, fill: int) -> None:
+    weights = random_weights(1, fmt, 64, 256)
+    weights.reshape(-1, fmt.superblock_bytes)[:, 64:] = fill
+    x = Rows(np.repeat(np.array([[3], [-3]], F32), 256, axis=1), [0, 1] * 9)
+    product = multiply(ONE, fmt, weights, 64, x)
+    assert_same_bits(product, one_by_one(fmt, weights, 64, x))
 
 
-@pytest.mark.parametrize(("rows", "cols", "tokens"), [*SHAPES, (272, 256, 5)])
-def test_f8_has_the_bits_of_one_token(rows: int, cols: int, tokens: int) -> None:
-    (weights, scale), x = random_f8(rows, rows, cols), normal(cols, tokens + 1, cols)
-    order = np.arange(tokens + 1)[:0:-1].copy()
-    tiled = aligned_bytes(gemm_f8.x_bytes(tokens, cols))
-    source = (address(tiled), address(x), address(order), tokens, cols)
-    total = panels.tiles(tokens)
-    for first, end in ((total // 2, total), (0, total // 2)):
-        gemm_f8.copy_tiles(*source, first, end)
-    out, memory = floats(tokens, rows), aligned_bytes(gemm.SCRATCH_BYTES)
-    for panel in reversed(range(gemm.panels(rows))):
-        for first in range(0, tokens, gemm.BATCH_TOKENS):
-            count = min(gemm.BATCH_TOKENS, tokens - first)
-            memory[:] = 0xFF
-            place = (address(memory), address(weights), panel, rows // 16, cols)
-            gemm_f8.sums_f8(*place, address(tiled), address(scale), first, count)
-            gemm.store_sums(
-                *(address(out), 4 * rows, address(memory), panel, rows // 16, first, count)
-            )
-    for i, t in enumerate(order.tolist()):
-        expected = floats(rows)
-        at = address(x) + 4 * cols * t
-        matvec.matvec_f8(
-            *(address(expected), address(weights), 0, rows // 16, cols, at, address(scale))
-        )
-        assert np.array_equal(out[i], expected)
-
-
-# --- coarse activations and merged segments ---
-
-
-def rounded(x: Floats) -> Wide:
-    """What coarse activations stand for: int8 with a scale for each 128."""
-    return np.array([quantise_128(row) for row in x])
-
-
-def quantise_128(row: Floats) -> Wide:
-    parts = row.reshape(-1, 128)
-    size = np.maximum(np.abs(parts).max(axis=1, keepdims=True), F32(1e-30))
-    q = np.rint(parts * (F32(127) / size)).astype(np.float64)
-    return (q * (size * F32(1 / 127))).reshape(-1)
-
-
-def weights_of_spread(seed: int, rows: int, cols: int, spread: int) -> Bytes:
-    """MX4 with exponents up to `spread` apart in each row of a superblock, and that far in one."""
-    weights = random_weights(seed, MX4, rows, cols)
-    heads = weights.reshape(-1, 1088)[:, :64].reshape(-1, 4, 16)
-    heads[...] = np.random.default_rng(seed).integers(118 - spread, 119, heads.shape)
-    heads[:, 0, 3], heads[:, 2, 3] = 118, 118 - spread
-    return weights
-
-
-def segments_of(weights: Bytes, groups: int, superblocks: int) -> list[int]:
-    """The number of segments into which the superblocks of the first tile's groups are expanded."""
-    lines = aligned_bytes(superblocks * 32 * tiles.LINE)
-    scales, counts = aligned_bytes(superblocks * 4 * tiles.LINE), np.zeros(superblocks, np.int64)
-    width = min(groups, tiles.TILE_GROUPS)
-    size = superblocks * 1088
-    at = (address(lines), address(scales), address(counts))
-    panels.expand_mx4(*at, address(weights), size, width, superblocks)
-    return counts.tolist()
-
-
-@pytest.mark.parametrize("spread", [0, 1, MOST_SHIFT, MOST_SHIFT + 1, 7, 30, 117])
-@pytest.mark.parametrize(("rows", "cols", "tokens"), [(64, 256, 13), (48, 1280, 3)])
-def test_coarse_products_are_exact_for_any_exponents(
-    rows: int, cols: int, tokens: int, spread: int
-) -> None:
-    weights, x = weights_of_spread(rows, rows, cols, spread), normal(cols, tokens, cols)
-    segments = segments_of(weights, rows // 16, cols // 128)
-    assert segments == [1 if spread <= MOST_SHIFT else 4] * (cols // 128)
-    product = multiply(gemm.sums_mx4_coarse, weights, rows, Tiles(x, COARSE))
-    wide = weight_values(MX4, weights, rows, cols)
-    for t in range(tokens):
-        assert distance(product[t], wide @ quantise_128(x[t])) < TOLERANCE
-
-
-def test_narrow_and_wide_superblocks_side_by_side() -> None:
-    rows, cols = 64, 512
-    weights, x = weights_of_spread(1, rows, cols, MOST_SHIFT), normal(2, 7, cols)
-    for group in range(4):
-        superblock = weights.reshape(4, 4, 1088)[group, 2]
-        superblock[16 + 5] = superblock[32 + 5] - MOST_SHIFT - 1
-    assert segments_of(weights, 4, 4) == [1, 1, 4, 1]
-    product = multiply(gemm.sums_mx4_coarse, weights, rows, Tiles(x, COARSE))
-    wide = weight_values(MX4, weights, rows, cols)
-    assert max(distance(product[t], wide @ quantise_128(x[t])) for t in range(7)) < TOLERANCE
-
-
-@pytest.mark.parametrize("spread", [MOST_SHIFT, 7])
-def test_coarse_products_do_not_depend_on_company(spread: int) -> None:
-    rows, cols, tokens = 144, 256, 251
-    weights, x = weights_of_spread(1, rows, cols, spread), normal(2, tokens, cols)
-    together = multiply(gemm.sums_mx4_coarse, weights, rows, Tiles(x, COARSE))
-    for some in ([0], [250, 3], list(range(100, 107)), list(range(251))[::-1]):
-        apart = multiply(gemm.sums_mx4_coarse, weights, rows, Tiles(x, COARSE, some))
-        assert np.array_equal(apart, together[some])
-
-
-def test_coarse_expert() -> None:
-    hidden, inner, tokens = 256, 64, 9
-    gate_up, x = random_weights(1, MX4, 2 * inner, hidden), 10 * normal(1, tokens, hidden)
-    h = hidden_layer(gemm.sums_mx4_coarse, gate_up, inner, Tiles(x, COARSE))
-    pairs = weight_values(MX4, gate_up, 2 * inner, hidden).reshape(-1, 2, 16, hidden)
-    gate, up = (rounded(x) @ pairs[:, i].reshape(inner, hidden).T for i in range(2))
-    assert distance(h, reference.swiglu(gate, up, float(LIMIT))) < 2e-6
-
-    down, out = random_weights(2, MX4, hidden, 128), floats(12, hidden, fill=2)
-    middle, shares = normal(3, tokens, 128), normal(4, tokens)
-    targets = np.arange(12)[::-1][:tokens].copy()
-    given = Tiles(middle, COARSE)
-    add_down(out, gemm.sums_mx4_coarse, address(down), given, targets, shares)
-    product = rounded(middle) @ weight_values(MX4, down, hidden, 128).T
-    expected = np.full((12, hidden), 2.0)
-    expected[targets] += shares[:, None].astype(np.float64) * product
-    assert distance(out, expected) < TOLERANCE
-
-
-# --- activations in tiles ---
-
-
-@pytest.mark.parametrize("span", [FINE, COARSE])
-@pytest.mark.parametrize("tokens", [1, 6, 8])
-def test_tiles_hold_the_quantised_tokens(span: int, tokens: int) -> None:
-    cols, width = 256, tiles.TILE_TOKENS
-    x = normal(tokens, 10, cols)
-    x[3, :40] = 0
-    x[4] *= F32(1e-35)
-    order = np.random.default_rng(tokens).permutation(10)[:tokens].tolist()
-    given = Tiles(x, span, order)
-    total = panels.tiles(tokens)
-    q = given.q.view(np.int8).reshape(total, cols // 4, width, 4)
-    q = q.transpose(0, 2, 1, 3).reshape(total * width, cols)
-    d = given.d.view(F32).reshape(total, cols // 32, width).transpose(0, 2, 1).reshape(-1, 8)
-    s = given.s.view(np.int32).reshape(total, cols // 32 + 1, width).transpose(0, 2, 1)
-    s = s.reshape(-1, 9)
-    assert not q[tokens:].any() and not d[tokens:].any() and not s[tokens:].any()
-    if span == FINE:
-        twin = quantise(x[order], 0, 0)
-        assert np.array_equal(q[:tokens], twin.q) and np.array_equal(d[:tokens], twin.d)
-    values = q[:tokens] * np.repeat(d[:tokens].astype(np.float64), 32, axis=1)
-    expected = rounded(x[order]) if span == COARSE else quantise(x[order], 0, 0).values
-    assert np.array_equal(values, expected)
-    sums = q.reshape(len(q), -1, 32).astype(int).sum(axis=2)
-    assert np.array_equal(s[:, 1:] - s[:, :-1], sums) and not s[:, 0].any()
-
-
+@all_formats
+@pytest.mark.parametrize("tokens", [3, 14])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("coarse", [False, True])
-def test_no_error_in_the_activations_is_lost(bad: float, coarse: bool) -> None:
-    x = normal(1, 3, 256)
+def test_errors_stay_with_their_token(fmt: PackedFormat, tokens: int, bad: float) -> None:
+    x = normal(1, tokens, 256)
     x[1, 77] = bad
-    weights = random_weights(1, MX4, 32, 256)
-    kernel = gemm.sums_mx4_coarse if coarse else gemm.sums_mx4
-    product = multiply(kernel, weights, 32, Tiles(x, COARSE if coarse else FINE))
+    product = multiply(ONE, fmt, random_weights(1, fmt, 32, 256), 32, Rows(x))
     assert not np.isfinite(product[1]).any()
-    assert np.isfinite(product[[0, 2]]).all()
+    assert np.isfinite(np.delete(product, 1, axis=0)).all()
 
 
-def test_the_shift_fits_the_instructions() -> None:
-    largest = 2 * (12 << MOST_SHIFT)
-    if ISA.level == "avx2":
-        assert 2 * largest * 127 < 2**15
-    else:
-        assert largest < 256
+# --- experts ---
+
+
+@dataclass
+class Experts:
+    """Packed experts and the tokens that come to each."""
+
+    fmt: PackedFormat
+    hidden: int
+    inner: int
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        shapes = ((2 * self.inner, self.hidden), (self.hidden, self.inner))
+        self.packed = [
+            aligned(np.concatenate([random_weights(seed, self.fmt, *shape) for shape in shapes]))
+            for seed in range(len(self.counts))
+        ]
+        self.records = np.array([address(expert) for expert in self.packed])
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self.tokens = int(self.starts[-1])
+
+    @property
+    def operations(self) -> Operations:
+        """Those of the format."""
+        return OPERATIONS[self.fmt.name]
+
+    @property
+    def down(self) -> int:
+        """Where the second matrix is in a record."""
+        return packed.down_offset(self.fmt, self.hidden, self.inner)
+
+    def of_each_token(self) -> NDArray[np.int64]:
+        """The record of the expert of each token."""
+        return np.repeat(self.records, self.counts)
+
+
+def gate_up(team: Team, experts: Experts, x: Rows) -> Rows:
+    """The rounded hidden layers, by one operation."""
+    middle = Rows(np.zeros((experts.tokens, experts.inner), F32))
+    for buffer in middle.buffers:
+        buffer[:] = 0xFF
+    memory = scratch(team)
+    words = (address(experts.records), len(experts.counts), address(experts.starts))
+    sizes = (2 * experts.inner // 16, experts.hidden)
+    entry = experts.operations.experts_gate_up
+    run(
+        team,
+        (entry, *words, *sizes, *x.at(0), *middle.at(0), address(memory), float_bits(LIMIT)),
+    )
+    return middle
+
+
+def gate_up_one_by_one(experts: Experts, x: Rows) -> Rows:
+    """The same by operations on one token."""
+    h, cols = floats(experts.tokens, experts.inner + ROW_GAP), experts.hidden
+    records = experts.of_each_token()
+    for t in range(experts.tokens):
+        words = (address(records[t:]), 1, experts.inner // 16, cols, *x.at(t), address(h[t:]))
+        run(ONE, (experts.operations.gate_up, *words, float_bits(LIMIT)))
+    return Rows(h[:, : experts.inner])
+
+
+EXPERTS = (
+    pytest.param((5, 0, FEW_TOKENS, 1), id="few"),
+    pytest.param((FEW_TOKENS + 1, TOKENS + 3, 0), id="many"),
+    pytest.param((2, BATCH_TOKENS + 5), id="batches"),
+)
+
+
+@all_formats
+@teams
+@pytest.mark.parametrize("counts", EXPERTS)
+def test_hidden_layers_of_experts(fmt: PackedFormat, team: Team, counts: tuple[int, ...]) -> None:
+    experts = Experts(fmt, 256, 128, counts)
+    x = Rows(10 * normal(1, experts.tokens, 256))
+    middle, expected = gate_up(team, experts, x), gate_up_one_by_one(experts, x)
+    q, q_twin = (rows.buffers[0].reshape(-1, rows.sizes[0]) for rows in (middle, expected))
+    assert_same_bits(q[: x.count, : experts.inner], q_twin[: x.count, : experts.inner])
+    for buffer, twin, size in zip(middle.buffers, expected.buffers, middle.sizes, strict=True):
+        if buffer is not middle.buffers[0]:
+            assert_same_bits(buffer[: size * x.count], twin[: size * x.count])
+
+
+@all_formats
+@teams
+@pytest.mark.parametrize("counts", EXPERTS)
+def test_results_of_experts(fmt: PackedFormat, team: Team, counts: tuple[int, ...]) -> None:
+    experts = Experts(fmt, 384, 128, counts)
+    places = np.random.default_rng(1).permutation(np.arange(experts.tokens) // 2)
+    shares, hidden = normal(3, experts.tokens), normal(4, experts.tokens, 128)
+    middle, size = Rows(hidden), 384 + ROW_GAP
+    out, expected = (floats(experts.tokens, size, fill=0) for _ in range(2))
+    memory = scratch(team)
+    words = (address(experts.records), len(counts), address(experts.starts), 384 // 16, 128)
+    target = (address(out), 4 * size, address(memory), address(places), address(shares))
+    entry = experts.operations.experts_down
+    run(team, (entry, *words, *middle.at(0), *target, experts.down))
+    add_one_by_one(expected, experts, hidden, places, shares)
+    assert_same_bits(out, expected)
+
+
+def add_one_by_one(
+    out: Floats, experts: Experts, middle: Floats, places: NDArray[np.int64], shares: Floats
+) -> None:
+    """The same by operations on one token, for each row of out."""
+    records, (hidden, inner) = experts.of_each_token(), (experts.hidden, experts.inner)
+    for place in np.unique(places):
+        tokens = np.flatnonzero(places == place)
+        own, rows = records[tokens].copy(), Rows(middle, tokens.tolist())
+        words = (address(own), len(tokens), hidden // 16, inner, *rows.at(0), address(out[place:]))
+        weights = shares[tokens].copy()
+        run(ONE, (experts.operations.down, *words, address(weights), experts.down))

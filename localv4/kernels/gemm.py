@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from localv4.kernels import amx_gemm
 from localv4.kernels.activations import (
     SUMS_BYTES,
     b_row,
@@ -29,8 +30,21 @@ from localv4.kernels.activations import (
     swiglu,
 )
 from localv4.kernels.device import device
+from localv4.kernels.isa import ISA
 from localv4.kernels.packed import BLOCK, F8_SPAN
-from localv4.kernels.panels import expander
+from localv4.kernels.panels import (
+    BATCH_TOKENS,
+    CHUNK,
+    LINES_OFFSET,
+    PANEL_GROUPS,
+    PANEL_ROWS,
+    SCALES_OFFSET,
+    SPARE_TOKENS,
+    SUMS_ROW,
+    expander,
+    panel_groups,
+    panels,
+)
 from localv4.kernels.readers import MX4_READER, Q4_READER, Q8_READER, Reader
 from localv4.kernels.simd import (
     broadcast_f32,
@@ -51,52 +65,40 @@ from localv4.kernels.tiles import (
     start_sums,
 )
 
-PANEL_GROUPS = 4
-PANEL_ROWS = 16 * PANEL_GROUPS
+__all__ = [
+    "BATCH_TOKENS",
+    "PANEL_GROUPS",
+    "PANEL_ROWS",
+    "SCRATCH_BYTES",
+    "SPARE_TOKENS",
+    "SUMS_ROW",
+    "Sums",
+    "add_weighted_sums",
+    "panel_groups",
+    "panels",
+    "round_gated_sums",
+    "store_sums",
+    "sums_mx4",
+    "sums_q4",
+    "sums_q8",
+]
 
-BATCH_TOKENS = 240
-"""Tokens of one call: their sums and activations stay in the second cache."""
-
-SPARE_TOKENS = 16
-"""Rows of activations that may be read behind the last one."""
-
-SUMS_ROW = 4 * PANEL_ROWS
-"""Bytes of the sums of a token, which start at the scratch memory."""
-
-# Columns expanded at a time: at most 16 KiB of lines, which stay in the first cache beside the
-# activations of a tile.
-_CHUNK = 256
-LINES_OFFSET = (BATCH_TOKENS + SPARE_TOKENS) * SUMS_ROW
-"""Where the expanded weights stand in the scratch memory."""
-
-_SCALES = LINES_OFFSET + _CHUNK // 4 * LINE
 # Float32 weights (`kernels.gemm_floats`) need more: a span and two sets of sums of a tile.
 _FLOATS = LINES_OFFSET + F8_SPAN * LINE + 2 * LINE * TILE_TOKENS
-SCRATCH_BYTES = max(_SCALES + _CHUNK // BLOCK * LINE, _FLOATS)
+SCRATCH_BYTES = max(amx_gemm.SCRATCH_BYTES, _FLOATS)
 """Memory that each thread needs for itself."""
-
-
-def panels(rows: int) -> int:
-    """Return the number of panels of a matrix."""
-    return -(-rows // PANEL_ROWS)
-
-
-@device
-def panel_groups(panel: int, groups: int) -> int:
-    """Return the number of groups in a panel of a matrix of `groups` groups."""
-    return min(PANEL_GROUPS, groups - panel * PANEL_GROUPS)
 
 
 def _summer(reader: Reader, add_products: Any) -> Any:
     """Make the function that multiplies panels of a format."""
-    fmt, expand, sum_offset = reader.fmt, expander(reader), reader.sum_offset
+    fmt, expand, sum_offset = reader.fmt, expander(reader, reader.decode), reader.sum_offset
     columns, superblock_bytes, blocks = fmt.columns, fmt.superblock_bytes, fmt.columns // BLOCK
-    chunk = _CHUNK // columns
+    chunk = CHUNK // columns
 
     @device
     def add_tile(out: int, scratch: int, count: int, cols: int, q: int, d: int, b: int) -> None:
         """Add `count` expanded blocks times a tile of tokens to the sums at out."""
-        lines, scales = scratch + LINES_OFFSET, scratch + _SCALES
+        lines, scales = scratch + LINES_OFFSET, scratch + SCALES_OFFSET
         for _ in range(count):
             sums = start_sums(b, b_row(cols))
             for _ in range(8 // STEP):
@@ -120,7 +122,7 @@ def _summer(reader: Reader, add_products: Any) -> Any:
     ) -> None:
         superblocks = cols // columns
         size, tiles = superblocks * superblock_bytes, (count + TILE_TOKENS - 1) // TILE_TOKENS
-        lines, scales = scratch + LINES_OFFSET, scratch + _SCALES
+        lines, scales = scratch + LINES_OFFSET, scratch + SCALES_OFFSET
         for i in range(tiles * TILE_TOKENS * PANEL_GROUPS):
             store_f32(scratch + 64 * i, zeros_f32())
         for start in range(0, superblocks, chunk):
@@ -143,9 +145,10 @@ def _summer(reader: Reader, add_products: Any) -> Any:
 
 Sums = Callable[[int, int, int, int, int, int, int, int, int, int], None]
 
-sums_mx4: Sums = _summer(MX4_READER, add_code_products)
-sums_q4: Sums = _summer(Q4_READER, add_code_products)
-sums_q8: Sums = _summer(Q8_READER, add_byte_products)
+_summer_here = amx_gemm.summer if ISA.amx else _summer
+sums_mx4: Sums = _summer_here(MX4_READER, add_code_products)
+sums_q4: Sums = _summer_here(Q4_READER, add_code_products)
+sums_q8: Sums = _summer_here(Q8_READER, add_byte_products)
 
 
 @device

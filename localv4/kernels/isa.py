@@ -6,9 +6,11 @@ and takes the features above it away from the compiler, so that the level behave
 that has no more.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import llvmlite.binding as llvm
 import numba
@@ -20,6 +22,7 @@ VARIABLE = "LOCALV4_ISA"
 
 _AVX2 = frozenset(("avx2", "fma", "f16c"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
+_AMX = frozenset(("amx-tile", "amx-int8"))
 # Best first. A level is available where the machine is of the family and has all the features.
 LEVELS = {
     "avx512-vnni": ("x86", _AVX512),
@@ -31,12 +34,14 @@ LEVELS = {
 # What LLVM must not use at a level: names that begin so. Newer extensions imply older ones.
 _ABOVE_AVX_VNNI = ("avx512", "avx10", "evex", "amx", "egpr")
 _ABOVE = {
-    "avx512-vnni": (),
+    "avx512-vnni": ("amx",),
     "avx-vnni": _ABOVE_AVX_VNNI,
     "avx2": (*_ABOVE_AVX_VNNI, "avxvnni", "avxifma", "avxneconvert"),
     "neon-dotprod": ("i8mm", "sve", "sme", "bf16"),
     "generic": ("dotprod", "i8mm", "sve", "sme", "bf16"),
 }
+# Linux on x86-64: the number of the system call, its request, and the part of the registers
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 # The baseline of every 64-bit x86; the generic level keeps nothing else there.
 _X86_64 = frozenset(("64bit", "cmov", "cx8", "fxsr", "mmx", "sse", "sse2"))
 
@@ -47,13 +52,14 @@ class Isa:
 
     `level` is a key of LEVELS, `family` "x86", "arm" or "other". `bytes_permute` says that bytes
     can be looked up across a whole 512-bit register. `fast_half` says that halves are converted
-    to float32 by an instruction.
+    to float32 by an instruction. `amx` says that tiles (`kernels.amx`) may be used.
     """
 
     level: str
     family: str
     bytes_permute: bool = False
     fast_half: bool = False
+    amx: bool = False
 
     @property
     def unsigned_weights(self) -> bool:
@@ -109,12 +115,14 @@ def choose(triple: str, features: Set[str], wanted: str | None = None) -> Isa:
         family,
         bytes_permute=level == "avx512-vnni" and "avx512vbmi" in features,
         fast_half=family == "arm" or level in ("avx512-vnni", "avx-vnni", "avx2"),
+        # a level that was asked for is that level and no more
+        amx=level == "avx512-vnni" and wanted is None and features >= _AMX,
     )
 
 
 def restricted_features(isa: Isa, features: str) -> str:
     """Return LLVM's feature string with everything above the level of `isa` switched off."""
-    banned = _ABOVE[isa.level]
+    banned = () if isa.amx else _ABOVE[isa.level]
     kept = []
     for feature in features.split(","):
         name = feature[1:]
@@ -140,9 +148,24 @@ def _choose_for_this_process() -> Isa:
     features = get_host_cpu_features() if given is None else given
     wanted = os.environ.get(VARIABLE) or None
     isa = choose(llvm.get_default_triple(), _enabled(features), wanted)
-    if wanted is not None:
+    refused = isa.amx and not _may_use_tiles()
+    if refused:
+        isa = replace(isa, amx=False)
+    if wanted is not None or refused:
         numba.config.CPU_FEATURES = restricted_features(isa, features)
     return isa
+
+
+def _may_use_tiles() -> bool:
+    """Ask for the permission to use AMX, which Linux gives to a whole process."""
+    if sys.platform != "linux":
+        return False
+    try:
+        system_call = ctypes.CDLL(None).syscall
+    except (OSError, AttributeError):
+        return False
+    numbers = (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
+    return bool(system_call(*map(ctypes.c_long, numbers)) == 0)
 
 
 ISA = _choose_for_this_process()

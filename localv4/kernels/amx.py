@@ -1,0 +1,254 @@
+"""Tiles of AMX: the unit of some x86 processors that multiplies matrices of bytes.
+
+A tile is a register of up to sixteen rows of 64 bytes. A tile of activations, 32 int8 of each
+token, times a tile of weights, the eight lines of a block (`kernels.simd_dots`) without a bias, is
+a tile of int32 sums, exact: a row of sixteen for each token. Only memory leads from there to the
+vector registers, where the sums are scaled and added. So that both units have work, blocks are
+done in steps of two: `both` multiplies a step while it adds the one before.
+
+Memory of a step: sums [block][token][16 weight rows]. Lines and scales as in `kernels.panels`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from localv4.kernels import simd_dots, simd_ir
+from localv4.kernels.isa import ISA, Isa
+from localv4.kernels.packed import BLOCK
+from localv4.kernels.simd import operation
+from localv4.kernels.simd_blocks import block
+from localv4.kernels.simd_ir import BYTES, F32, FLOATS, I8, I64, INTS, VOID, Builder, Value
+from localv4.kernels.tiles import LINE
+from localv4.kernels.vectors import f32x16
+
+STEP = 2
+"""Blocks of a step."""
+
+TOKENS, FEW_TOKENS = 16, 8
+"""Tokens of a tile, and of a smaller one that takes half the time."""
+
+CONFIGURATION_BYTES = 64
+
+BLOCK_LINES = BLOCK // 4
+_ROW = 64  # bytes of a row of a tile, as stored
+
+# The numbers of the tiles. Two steps of sums would not be faster: tiles are renamed.
+_SUMS = {TOKENS: (0, 1), FEW_TOKENS: (2, 3)}
+_ACTIVATIONS = {TOKENS: 4, FEW_TOKENS: 5}
+_WEIGHTS = (6, 7)
+
+_address = types.int64
+_Call = tuple[Any, ...]  # name and operands of an instruction
+
+
+class _Signed(Isa):
+    """This machine as the decoders see it where weights are signed: they add no bias."""
+
+    __slots__ = ()
+
+    @property
+    def unsigned_weights(self) -> bool:
+        """Products take weights as they are."""
+        return False
+
+    @property
+    def byte_bias(self) -> int:
+        """Bias of an 8-bit weight."""
+        return 0
+
+
+_SIGNED = _Signed(ISA.level, ISA.family, ISA.bytes_permute, ISA.fast_half)
+
+
+def _configuration() -> bytes:
+    """Return the sizes of the tiles as the processor reads them (palette 1)."""
+    widths, heights = bytearray(32), bytearray(16)
+
+    def describe(tile: int, height: int, width: int) -> None:
+        heights[tile], widths[2 * tile] = height, width
+
+    for tokens, tiles in _SUMS.items():
+        describe(_ACTIVATIONS[tokens], tokens, BLOCK)
+        for tile in tiles:
+            describe(tile, tokens, _ROW)
+    for tile in _WEIGHTS:
+        describe(tile, BLOCK_LINES, _ROW)
+    return bytes((1, *bytes(15), *widths, *heights))
+
+
+@operation(types.void, _address)
+def begin_tiles(b: Builder, memory: Value) -> None:
+    """Let this thread use tiles; `memory`: CONFIGURATION_BYTES to spare."""
+    simd_ir.store(b, simd_ir.constant(BYTES, _configuration()), memory)
+    _emit(b, ("ldtilecfg", _pointer(b, memory)))
+
+
+@operation(types.void)
+def end_tiles(b: Builder) -> None:
+    """Forget the tiles, so that the system need not keep them for this thread."""
+    _emit(b, ("tilerelease",))
+
+
+@operation(block, _address)
+def mx4_codes(b: Builder, address: Value) -> list[Value]:
+    """Decode the 256 bytes of an MX4 block, unbiased: twice its values."""
+    return simd_dots.mx4_codes(b, _SIGNED, address)
+
+
+@operation(block, _address)
+def q4_codes(b: Builder, address: Value) -> list[Value]:
+    """Decode the 256 bytes of a Q4 block, unbiased."""
+    return simd_dots.q4_codes(b, _SIGNED, address)
+
+
+@operation(block, _address)
+def q8_bytes(b: Builder, address: Value) -> list[Value]:
+    """Load the 512 bytes of a Q8 block."""
+    return simd_dots.q8_bytes(b, _SIGNED, address)
+
+
+@dataclass(frozen=True, slots=True)
+class TileOperations:
+    """Operations for a fixed number of tokens, whose float32 sums are a tuple of vectors.
+
+    `load(address, stride)` and `store(address, stride, sums)` move the sums, `stride` bytes apart.
+    `multiply(out, lines, q, q_row)` writes the int32 sums of a step to out. `add(sums, step,
+    scales, d, d_row)` returns sums + step * scale[block][weight row] * d[token][block].
+    `both(sums, step, scales, d, d_row, out, lines, q, q_row)` does both.
+    """
+
+    load: Any
+    store: Any
+    multiply: Any
+    add: Any
+    both: Any
+
+
+def tile_operations(tokens: int) -> TileOperations:
+    """Make the operations for TOKENS or FEW_TOKENS."""
+    sums = types.UniTuple(f32x16, tokens)
+
+    @operation(sums, _address, _address)
+    def load(b: Builder, address: Value, stride: Value) -> list[Value]:
+        """Read the sums."""
+        places = (_of_token(b, address, stride, token) for token in range(tokens))
+        return [simd_ir.load(b, FLOATS, place) for place in places]
+
+    @operation(types.void, _address, _address, sums)
+    def store(b: Builder, address: Value, stride: Value, totals: Value) -> None:
+        """Write the sums."""
+        for token, total in enumerate(cgutils.unpack_tuple(b, totals)):
+            simd_ir.store(b, total, _of_token(b, address, stride, token))
+
+    @operation(types.void, _address, _address, _address, _address)
+    def multiply(b: Builder, out: Value, lines: Value, q: Value, q_row: Value) -> None:
+        """Write the sums of a step."""
+        for call in _multiplication(b, tokens, out, lines, q, q_row):
+            _emit(b, call)
+
+    @operation(sums, sums, _address, _address, _address, _address)
+    def add(
+        b: Builder, totals: Value, step: Value, scales: Value, d: Value, d_row: Value
+    ) -> list[Value]:
+        """Add a step."""
+        values: list[Value] = cgutils.unpack_tuple(b, totals)
+        _add(b, values, step, scales, d, d_row, lambda _: None)
+        return values
+
+    @operation(sums, sums, *[_address] * 8)
+    def both(
+        b: Builder,
+        totals: Value,
+        step: Value,
+        scales: Value,
+        d: Value,
+        d_row: Value,
+        out: Value,
+        lines: Value,
+        q: Value,
+        q_row: Value,
+    ) -> list[Value]:
+        """Add a step and multiply another one, evenly mixed."""
+        calls = list(_multiplication(b, tokens, out, lines, q, q_row))
+
+        def emit_share(done: int) -> None:
+            share = (
+                (len(calls) * done) // (STEP * tokens),
+                (len(calls) * (done + 1)) // (STEP * tokens),
+            )
+            for call in calls[slice(*share)]:
+                _emit(b, call)
+
+        values: list[Value] = cgutils.unpack_tuple(b, totals)
+        _add(b, values, step, scales, d, d_row, emit_share)
+        return values
+
+    return TileOperations(load, store, multiply, add, both)
+
+
+def _multiplication(
+    b: Builder, tokens: int, out: Value, lines: Value, q: Value, q_row: Value
+) -> list[_Call]:
+    """Return the instructions that multiply a step."""
+    sums, activations = _SUMS[tokens], _ACTIVATIONS[tokens]
+    line, row = ir.Constant(I64, LINE), ir.Constant(I64, _ROW)
+    calls: list[_Call] = []
+    for i in range(STEP):
+        own_q, own_lines = (
+            simd_ir.offset(b, q, BLOCK * i),
+            simd_ir.offset(b, lines, BLOCK_LINES * LINE * i),
+        )
+        calls += [
+            ("tilezero", sums[i]),
+            ("tileloadd64", activations, _pointer(b, own_q), q_row),
+            ("tileloadd64", _WEIGHTS[i], _pointer(b, own_lines), line),
+            ("tdpbssd", sums[i], activations, _WEIGHTS[i]),
+        ]
+    for i in range(STEP):
+        place = simd_ir.offset(b, out, _ROW * tokens * i)
+        calls.append(("tilestored64", sums[i], _pointer(b, place), row))
+    return calls
+
+
+def _add(
+    b: Builder,
+    totals: list[Value],
+    step: Value,
+    scales: Value,
+    d: Value,
+    d_row: Value,
+    before: Callable[[int], None],
+) -> None:
+    """Add a step to the totals, in place; `before(i)` is called before the i-th row of sums."""
+    for i in range(STEP):
+        scale = simd_ir.load(b, FLOATS, simd_ir.offset(b, scales, LINE * i))
+        for token in range(len(totals)):
+            row = len(totals) * i + token
+            before(row)
+            whole = simd_ir.load(b, INTS, simd_ir.offset(b, step, _ROW * row))
+            factor = simd_ir.load(b, F32, _of_token(b, d, d_row, token, 4 * i))
+            scaled = b.fmul(scale, simd_ir.splat(b, factor))
+            product = b.sitofp(whole, FLOATS)
+            totals[token] = simd_ir.multiply_add(b, product, scaled, totals[token])
+
+
+def _of_token(b: Builder, address: Value, stride: Value, token: int, distance: int = 0) -> Value:
+    """Return an address in the row of a token."""
+    start = b.add(address, b.mul(stride, ir.Constant(I64, token)))
+    return simd_ir.offset(b, start, distance)
+
+
+def _pointer(b: Builder, address: Value) -> Value:
+    return b.inttoptr(address, I8.as_pointer())
+
+
+def _emit(b: Builder, call: _Call) -> None:
+    """Emit an instruction; its numbers are those of tiles."""
+    name, *operands = call
+    values = [ir.Constant(I8, x) if isinstance(x, int) else x for x in operands]
+    simd_ir.call(b, f"llvm.x86.{name}", VOID, *values)
