@@ -8,17 +8,25 @@ import numba
 import numpy as np
 import pytest
 import reference
-from reference_blocks import HALVES, TWINS, random_blocks
+from reference_blocks import HALVES, TWINS, iq2_xxs, random_blocks
 from reference_packed import Bytes, Floats, Wide, address, distance, floats
 
-from localv4.kernels import activations, gemm, kquant_products, kquants, packed, packing_kquants
+from localv4.kernels import (
+    activations,
+    gemm,
+    iquants,
+    kquant_products,
+    kquants,
+    packed,
+    packing_kquants,
+)
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.compiler import Entry, entry
 from localv4.kernels.device import device
 from localv4.kernels.kquant_operations import DOWN, GATE_UP, MATVEC
 from localv4.kernels.operation import WORDS, float_bits, word
 from localv4.kernels.packed import PackedFormat
-from localv4.kernels.packed_kquants import Q2, Q3, Q4K, Q6, SUPERBLOCK
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6, SUPERBLOCK
 from localv4.kernels.single_token import ROW_GAP, quantize
 from localv4.kernels.team import Team
 
@@ -64,6 +72,12 @@ def q2_sums(operation: int, member: int, members: int) -> None:
     share_sums(operation, kquant_products.sums_q2)
 
 
+@entry("test")
+def iq2_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_products.sums_iq2)
+
+
 @dataclass(frozen=True)
 class Case:
     """A packed format, its ggml type, and what is not found by the format."""
@@ -80,6 +94,7 @@ CASES = (
     Case(Q6, "Q6_K", kquants.Q6_K_BYTES, packing_kquants.pack_q6_k, q6_sums),
     Case(Q3, "Q3_K", kquants.Q3_K_BYTES, packing_kquants.pack_q3_k, q3_sums),
     Case(Q2, "Q2_K", kquants.Q2_K_BYTES, packing_kquants.pack_q2_k, q2_sums),
+    Case(IQ2, "IQ2_XXS", iquants.IQ2_XXS_BYTES, packing_kquants.pack_iq2_xxs, iq2_sums),
 )
 formats = pytest.mark.parametrize("case", CASES, ids=lambda case: case.fmt.name)
 
@@ -158,7 +173,9 @@ def random_ggml(case: Case, seed: int, rows: int, cols: int) -> Bytes:
 def values(case: Case, data: Bytes) -> Floats:
     """The values of ggml rows (rows, cols)."""
     blocks = data.reshape(-1, case.block_bytes)
-    return TWINS[case.ggml](blocks).reshape(data.shape[0], -1)
+    lattice = case.fmt is IQ2
+    decoded = iq2_xxs(blocks, iquants.GRID) if lattice else TWINS[case.ggml](blocks)
+    return decoded.reshape(data.shape[0], -1)
 
 
 def packed_matrix(case: Case, data: Bytes, cols: int) -> Bytes:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from localv4.kernels.isa import Isa
+from localv4.kernels.kquant_lattice import MIDDLE, lattice_codes, lattice_scale
 from localv4.kernels.readers import FAR_BYTES, NEAR_BYTES
 from localv4.kernels.simd_dots import activations, add_dot, prefetch
 from localv4.kernels.simd_ir import (
@@ -76,9 +77,9 @@ class WholeBlock(Block):
 
 @dataclass
 class PartsBlock(Block):
-    """Two parts of four vectors of codes, a scale for each; a code stands for code - middle."""
+    """One or two parts of codes, a scale for each; a code stands for code - middle."""
 
-    codes: list[Value]
+    parts: list[list[Value]]
     scales: list[Value]
     middle: int
     largest: int
@@ -86,13 +87,15 @@ class PartsBlock(Block):
     def products(self, b: Builder, isa: Isa, q: Value, sums: Value) -> list[Value]:
         """Return sum of scale * (code - middle)."""
         columns, scaled = activations(b, q), []
-        for i, at in enumerate((LOW_SUM, HIGH_SUM)):
-            total = load(b, I32, offset(b, sums, at))
+        totals = [load(b, I32, offset(b, sums, at)) for at in (LOW_SUM, HIGH_SUM)]
+        if len(self.parts) == 1:
+            totals = [b.add(*totals)]
+        for codes, scale, total in zip(self.parts, self.scales, totals, strict=True):
             start = splat(b, b.mul(total, ir.Constant(I32, -self.middle)))
-            own = slice(4 * i, 4 * i + 4)
-            dots = add_dots(b, isa, start, self.codes[own], columns[own], self.largest)
-            scaled.append(b.mul(dots, self.scales[i]))
-        return [b.add(*scaled)]
+            own, columns = columns[: len(codes)], columns[len(codes) :]
+            dots = add_dots(b, isa, start, codes, own, self.largest)
+            scaled.append(b.mul(dots, scale))
+        return [b.add(*scaled) if len(scaled) == 2 else scaled[0]]
 
 
 @dataclass
@@ -279,7 +282,7 @@ def q6_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
         parts.append([*(field(b, line, 0, 6) for line in lines), last])
         scale = load(b, vector(I8, LANES), place(b, w, 64 + 16 * i, 64, step))
         scales.append(b.sext(scale, INTS))
-    return [PartsBlock(parts[i] + parts[i + 1], scales[i : i + 2], 32, 63) for i in (0, 2)]
+    return [PartsBlock(parts[i : i + 2], scales[i : i + 2], 32, 63) for i in (0, 2)]
 
 
 def q3_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
@@ -293,7 +296,7 @@ def q3_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
         for j in range(2):
             highest = moved_field(b, lines[2], 4 + j, 0x04)
             codes.append(b.or_(moved_field(b, lines[j], 6, 0x03), highest))
-        blocks.append(PartsBlock(codes, scales[2 * i : 2 * i + 2], 4, 7))
+        blocks.append(PartsBlock([codes[:4], codes[4:]], scales[2 * i : 2 * i + 2], 4, 7))
     return blocks
 
 
@@ -307,6 +310,16 @@ def q2_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
         pairs = [b.lshr(numbers, filled(INTS, 4 * i + 8 * kind)) for kind in range(2)]
         scales, least = (b.and_(pair, filled(INTS, 0x000F000F)) for pair in pairs)
         blocks.append(PairBlock(codes, scales, least, 3))
+    return blocks
+
+
+def iq2_step(b: Builder, isa: Isa, w: Value, step: Value) -> list[Block]:
+    """Decode a step of IQ2, for activations in the order of `kquant_lattice.turned`."""
+    blocks = list[Block]()
+    for i in range(2):
+        points, signs = load_lines(b, place(b, w, 64 + 128 * i, 256, step), 2)
+        codes, scale = lattice_codes(b, isa, points, signs), lattice_scale(b, isa, signs)
+        blocks.append(PartsBlock([codes], [scale], MIDDLE, 2 * MIDDLE))
     return blocks
 
 

@@ -13,6 +13,7 @@ from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row, swiglu
 from localv4.kernels.device import device
 from localv4.kernels.gemm import PANEL_GROUPS, SUMS_ROW, Sums, panel_groups
 from localv4.kernels.kquant_readers import (
+    IQ2_READER,
     Q2_READER,
     Q3_READER,
     Q4K_READER,
@@ -32,7 +33,7 @@ def _pair_products(reader: SuperblockReader) -> Any:
     """Make the function that multiplies two groups of sixteen rows with one token."""
     one, size = reader.operations(1), reader.fmt.superblock_bytes
     nothing, no_parts, add_step, finish = one.nothing, one.no_parts, one.add_step, one.finish
-    prefetch_head = one.prefetch_head
+    prefetch_head, arrange = one.prefetch_head, one.arrange
 
     @device
     def pair(w: int, v: int, cols: int, q: int, d: int, b: int) -> tuple[Vector, Vector]:
@@ -40,13 +41,14 @@ def _pair_products(reader: SuperblockReader) -> Any:
         for _ in range(cols // SUPERBLOCK):
             prefetch_head(w)
             prefetch_head(v)
-            parts_w, parts_v = no_parts(), no_parts()
+            parts_w, parts_v, own_q = no_parts(), no_parts(), arrange((q,))
             for step in range(STEPS):
-                parts_w = add_step(parts_w, w, step, (q,), (d,), (b,))
-                parts_v = add_step(parts_v, v, step, (q,), (d,), (b,))
-                q, d, b = q + STEP, d + _D_STEP, b + _B_STEP
+                step_q = (own_q[0] + STEP * step,)
+                parts_w = add_step(parts_w, w, step, step_q, (d,), (b,))
+                parts_v = add_step(parts_v, v, step, step_q, (d,), (b,))
+                d, b = d + _D_STEP, b + _B_STEP
             acc_w, acc_v = finish(acc_w, parts_w, w), finish(acc_v, parts_v, v)
-            w, v = w + size, v + size
+            w, v, q = w + size, v + size, q + SUPERBLOCK
         return acc_w[0], acc_v[0]
 
     return pair
@@ -98,7 +100,8 @@ def _summer(reader: SuperblockReader) -> Sums:
     """Make the function that multiplies panels of a format with a few tokens."""
     four = reader.operations(_TOKENS)
     nothing, no_parts, add_step, finish = four.nothing, four.no_parts, four.add_step, four.finish
-    prefetch_head, superblock_bytes = four.prefetch_head, reader.fmt.superblock_bytes
+    prefetch_head, arrange = four.prefetch_head, four.arrange
+    superblock_bytes = reader.fmt.superblock_bytes
 
     @device
     def multiply_four(
@@ -110,14 +113,16 @@ def _summer(reader: SuperblockReader) -> Sums:
         for _ in range(cols // SUPERBLOCK):
             prefetch_head(w)
             parts = no_parts()
+            q0, q1, q2, q3 = arrange((q, q + r1 * qr, q + r2 * qr, q + r3 * qr))
             for step in range(STEPS):
-                own_q = (q, q + r1 * qr, q + r2 * qr, q + r3 * qr)
+                own_q = (q0, q1, q2, q3)
                 own_d = (d, d + r1 * dr, d + r2 * dr, d + r3 * dr)
                 own_b = (b, b + r1 * br, b + r2 * br, b + r3 * br)
                 parts = add_step(parts, w, step, own_q, own_d, own_b)
-                q, d, b = q + STEP, d + _D_STEP, b + _B_STEP
+                q0, q1, q2, q3 = q0 + STEP, q1 + STEP, q2 + STEP, q3 + STEP
+                d, b = d + _D_STEP, b + _B_STEP
             acc = finish(acc, parts, w)
-            w += superblock_bytes
+            w, q = w + superblock_bytes, q + SUPERBLOCK
         store_f32(out, acc[0])
         store_f32(out + SUMS_ROW, acc[1])
         store_f32(out + 2 * SUMS_ROW, acc[2])
@@ -154,20 +159,25 @@ matvec_q4k: Matvec
 matvec_q6: Matvec
 matvec_q3: Matvec
 matvec_q2: Matvec
+matvec_iq2: Matvec
 expert_gate_up_q4k: Expert
 expert_gate_up_q6: Expert
 expert_gate_up_q3: Expert
 expert_gate_up_q2: Expert
+expert_gate_up_iq2: Expert
 expert_down_q4k: Expert
 expert_down_q6: Expert
 expert_down_q3: Expert
 expert_down_q2: Expert
+expert_down_iq2: Expert
 
 matvec_q4k, expert_gate_up_q4k, expert_down_q4k = _products(Q4K_READER)
 matvec_q6, expert_gate_up_q6, expert_down_q6 = _products(Q6_READER)
 matvec_q3, expert_gate_up_q3, expert_down_q3 = _products(Q3_READER)
 matvec_q2, expert_gate_up_q2, expert_down_q2 = _products(Q2_READER)
+matvec_iq2, expert_gate_up_iq2, expert_down_iq2 = _products(IQ2_READER)
 sums_q4k = _summer(Q4K_READER)
 sums_q6 = _summer(Q6_READER)
 sums_q3 = _summer(Q3_READER)
 sums_q2 = _summer(Q2_READER)
+sums_iq2 = _summer(IQ2_READER)

@@ -3,15 +3,25 @@
 from dataclasses import dataclass
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
 from localv4.kernels import simd_dots, simd_ir
 from localv4.kernels.activations import SUMS_BYTES
 from localv4.kernels.isa import ISA
-from localv4.kernels.kquant_blocks import Step, prefetch_behind, q2_step, q3_step, q4k_step, q6_step
+from localv4.kernels.kquant_blocks import (
+    Step,
+    iq2_step,
+    prefetch_behind,
+    q2_step,
+    q3_step,
+    q4k_step,
+    q6_step,
+)
+from localv4.kernels.kquant_lattice import turned
 from localv4.kernels.packed import BLOCK, PackedFormat
-from localv4.kernels.packed_kquants import Q2, Q3, Q4K, Q6, STEPS
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6, SUPERBLOCK
 from localv4.kernels.simd import operation
 from localv4.kernels.simd_ir import F32, FLOATS, Builder, Value
 from localv4.kernels.vectors import f32x16
@@ -23,6 +33,7 @@ class TokenOperations:
 
     `nothing()` are sums of nothing, and `no_parts()` those of the parts of a superblock.
     `prefetch_head(w)` asks for what is some way behind head and scales of the superblock at w.
+    `arrange(q)` gives the addresses of the activations of a superblock as `add_step` wants them.
     `add_step(parts, w, step, q, d, b)` adds the products of a step of the superblock at w; q, d, b:
     for each token where the activations of the step are. `finish(sums, parts, w)` adds the parts of
     a whole superblock to sums.
@@ -31,6 +42,7 @@ class TokenOperations:
     nothing: Any
     no_parts: Any
     prefetch_head: Any
+    arrange: Any
     add_step: Any
     finish: Any
 
@@ -40,18 +52,15 @@ class SuperblockReader:
     """How to multiply with a format.
 
     `decode` makes the blocks of a step. `has_least` tells that there are least values. `codes_at`
-    is where the codes begin in a superblock.
+    is where the codes begin in a superblock. `is_turned` tells that the activations of a block have
+    to be in the order of `kquant_lattice.turned`.
     """
 
     fmt: PackedFormat
     decode: Step
     has_least: bool
     codes_at: int
-
-    @property
-    def step_bytes(self) -> int:
-        """Bytes of the codes of a step."""
-        return (self.fmt.superblock_bytes - self.codes_at) // STEPS
+    is_turned: bool = False
 
     @property
     def parts(self) -> int:
@@ -64,6 +73,7 @@ class SuperblockReader:
             _zeros(tokens),
             _zeros(self.parts * tokens),
             _head_prefetcher(self),
+            _turner(tokens) if self.is_turned else _same(tokens),
             _step_adder(self, tokens),
             _finisher(self, tokens),
         )
@@ -86,6 +96,35 @@ def _head_prefetcher(reader: SuperblockReader) -> Any:
             prefetch_behind(b, simd_ir.offset(b, w, 64 * i))
 
     return prefetch_head
+
+
+def _same(tokens: int) -> Any:
+    addresses = types.UniTuple(types.int64, tokens)
+
+    @operation(addresses, addresses)
+    def same(b: Builder, q: Value) -> list[Value]:
+        """Return the addresses."""
+        return list(cgutils.unpack_tuple(b, q))
+
+    return same
+
+
+def _turner(tokens: int) -> Any:
+    addresses = types.UniTuple(types.int64, tokens)
+
+    @operation(addresses, addresses)
+    def turn(b: Builder, q: Value) -> list[Value]:
+        """Return the addresses of the turned activations, valid until the next call."""
+        kind = ir.ArrayType(simd_ir.I8, SUPERBLOCK)
+        results = []
+        for source in cgutils.unpack_tuple(b, q):
+            target = b.ptrtoint(cgutils.alloca_once(b, kind), simd_ir.I64)
+            for at in range(0, SUPERBLOCK, BLOCK):
+                turned(b, simd_ir.offset(b, target, at), simd_ir.offset(b, source, at))
+            results.append(target)
+        return results
+
+    return turn
 
 
 def _step_adder(reader: SuperblockReader, tokens: int) -> Any:
@@ -138,3 +177,4 @@ Q4K_READER = SuperblockReader(Q4K, q4k_step, True, 256)
 Q6_READER = SuperblockReader(Q6, q6_step, False, 320)
 Q3_READER = SuperblockReader(Q3, q3_step, False, 256)
 Q2_READER = SuperblockReader(Q2, q2_step, True, 320)
+IQ2_READER = SuperblockReader(IQ2, iq2_step, False, 64, is_turned=True)

@@ -34,10 +34,10 @@ Codes: byte 4 * lane + i of a line is about column i of four; the lines of a blo
   are bits 6 and 7 of line 2.
 * Q2, a part: one line. Columns 4 * j + i are in bits 2 * j and 2 * j + 1.
 * IQ2, a block: two lines. Byte 4 * lane + i of the first is the number of a point of the lattice,
-  which gives the magnitudes of columns 8 * i ... 8 * i + 7. In the second bits 0-6 are the signs of
-  all but the last of them (1: minus); the number of minus signs is even. Bits 7, for i = 0 ... 3,
-  are the four bits of the scale of the block, lowest first.
-  The value is d * (2 * scale + 1) / 8 * signed magnitude.
+  which gives the magnitudes of columns 8 * i ... 8 * i + 7. In the second bits 2, 5, 3, 4, 6, 1, 0
+  are the signs of the columns but the seventh (1: minus); the number of minus signs is even. Bits
+  7, for i = 0 ... 3, are the four bits of the scale of the block, lowest first.
+  The value is d * (2 * scale + 1) * signed magnitude (d of ggml is eight times as much).
 """
 
 from localv4.kernels.packed import PackedFormat

@@ -14,9 +14,10 @@ from localv4.kernels.arrays import Bytes
 from localv4.kernels.compiler import kernel
 from localv4.kernels.device import device
 from localv4.kernels.floats import f16
+from localv4.kernels.iquants import IQ2_XXS_BYTES
 from localv4.kernels.kquants import Q2_K_BYTES, Q3_K_BYTES, Q4_K_BYTES, Q6_K_BYTES
 from localv4.kernels.packed import GROUP_ROWS
-from localv4.kernels.packed_kquants import Q2, Q3, Q4K, Q6, SUPERBLOCK
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6, SUPERBLOCK
 from localv4.kernels.simd import (
     read_u8,
     read_u16,
@@ -28,8 +29,11 @@ from localv4.kernels.simd import (
 )
 
 _Q4K_BYTES, _Q6_BYTES, _Q3_BYTES, _Q2_BYTES = (fmt.superblock_bytes for fmt in (Q4K, Q6, Q3, Q2))
+_IQ2_BYTES = IQ2.superblock_bytes
 _SOURCE = "Array(u1, 1, 'C', readonly=True)"
 _SIGNATURE = f"i8(u1[::1], {_SOURCE}, i8, i8, i8, i8)"
+_EIGHTH = np.float32(0.125)
+_SEVEN = np.uint32(127)
 _ONES = np.uint32(0x01010101)
 _TWOS = np.uint32(0x03030303)
 _NIBBLES = np.uint32(0x0F0F0F0F)
@@ -250,3 +254,45 @@ def place_two_bits(line: int, c0: np.uint32, c1: np.uint32, c2: np.uint32, c3: n
     """Write a part of Q2 to a line."""
     low, high = c0 | (c1 << np.uint32(2)), (c2 << np.uint32(4)) | (c3 << np.uint32(6))
     write_u32(line, np.uint32(low | high))
+
+
+@kernel(_SIGNATURE, family=IQ2.name)
+def pack_iq2_xxs(out: Bytes, data: Bytes, cols: int, first: int, end: int, step: int) -> int:
+    """ggml IQ2_XXS to IQ2; returns 0."""
+    superblocks = cols // SUPERBLOCK
+    for g in range(first, end):
+        for i in range(superblocks):
+            target = out.ctypes.data + (g * step * superblocks + i) * _IQ2_BYTES
+            for lane in range(GROUP_ROWS):
+                source = source_row(data, g, lane, superblocks, i, IQ2_XXS_BYTES)
+                write_f32(target + 4 * lane, f16(read_u16(source)) * _EIGHTH)
+                for block in range(8):
+                    line = target + 64 + 128 * block + 4 * lane
+                    write_u32(line, read_u32(source + 2 + 8 * block))
+                    write_u32(line + 64, _signs_and_scale(read_u32(source + 6 + 8 * block)))
+    return 0
+
+
+@device
+def _signs_and_scale(word: np.uint32) -> np.uint32:
+    """Four times seven bits and once four to four bytes: bit i of the four on top of byte i."""
+    scale = word >> np.uint32(28)
+    signs = part_of(word, 0, _SEVEN) | (part_of(word, 7, _SEVEN) << np.uint32(8))
+    signs |= part_of(word, 14, _SEVEN) << np.uint32(16)
+    signs |= part_of(word, 21, _SEVEN) << np.uint32(24)
+    low = ((scale & np.uint32(1)) << np.uint32(7)) | ((scale & np.uint32(2)) << np.uint32(14))
+    high = ((scale & np.uint32(4)) << np.uint32(21)) | ((scale & np.uint32(8)) << np.uint32(28))
+    return np.uint32(_placed_signs(np.uint32(signs)) | low | high)
+
+
+@device
+def _placed_signs(signs: np.uint32) -> np.uint32:
+    """Move the signs of columns 0 ... 5 of each byte to bits 2 5 3 4 6 1, the eighth to bit 0."""
+    odd = signs ^ (signs >> np.uint32(4))
+    odd ^= odd >> np.uint32(2)
+    odd = (odd ^ (odd >> np.uint32(1))) & _ONES
+    placed = odd | (part_of(signs, 0, _ONES) << np.uint32(2))
+    placed |= part_of(signs, 1, _ONES) << np.uint32(5)
+    placed |= part_of(signs, 2, np.uint32(0x03030303)) << np.uint32(3)
+    placed |= part_of(signs, 4, _ONES) << np.uint32(6)
+    return np.uint32(placed | (part_of(signs, 5, _ONES) << np.uint32(1)))
