@@ -3,6 +3,10 @@
 `prange` costs 3 to 100 microseconds per loop, by threading layer. Here helpers stay inside one
 compiled function and wait for the next program by spinning, so that starting one costs about a
 microsecond; after a while without work they leave it and sleep until they are woken.
+
+Who waits offers its core to others every few microseconds: on a machine with fewer free cores than
+members, the one that everybody waits for may be lacking one (measured: 3 members on 2 cores need 5
+microseconds for an operation so, 100 with an offer every 20 microseconds).
 """
 
 import ctypes
@@ -10,10 +14,12 @@ import os
 import threading
 import time
 import weakref
+from functools import cache
 
 import numpy as np
 
 from localv4.kernels.compiler import kernel
+from localv4.kernels.cores import Cpu, pinning_order, usable_cpus
 from localv4.kernels.device import device
 from localv4.kernels.memory import (
     atomic_add,
@@ -24,25 +30,30 @@ from localv4.kernels.memory import (
     pause,
 )
 from localv4.kernels.operation import ALONGSIDE, COUNTER, WORDS
+from localv4.kernels.pinning import Release, bind, bind_nowhere
 
 _LINE = 64
 """Bytes of a cache line; every control word has a line of its own."""
 
 # control words, as byte offsets
-EPOCH, STOPPED, PROGRAM, LENGTH, ARRIVED, TURN, ASLEEP, YIELD, HALT = (_LINE * i for i in range(9))
-_CONTROL_BYTES = _LINE * 10
+EPOCH, STOPPED, PROGRAM, LENGTH, ARRIVED, TURN, ASLEEP, YIELD, HALT, SPINS = (
+    _LINE * i for i in range(10)
+)
+_CONTROL_BYTES = _LINE * 11
 
-SPINS = 30_000
-"""Turns that a helper waits for work before it sleeps: about a millisecond."""
+OFFER_NS = 2_000
+"""Nanoseconds that a waiting member spins between two offers of its core to others."""
+
+IDLE_NS = 2_000_000
+"""Nanoseconds, at least, that a helper waits for work before it sleeps."""
 
 WAKING_S = 20e-6
 """Seconds between two looks at helpers that are waking up."""
 
-MISSED_CALL_S = 0.1
-"""Seconds after which a sleeper looks for work by itself."""
+POSTING = 1 << 32
+"""What ASLEEP, the number of sleepers, has in addition while a program is being posted."""
 
-SPINS_AT_BARRIER = 2_000
-"""Turns between two offers to the system to run somebody else: a member may lack a core."""
+_TRIAL_SPINS = 2_000
 
 
 @device
@@ -54,45 +65,39 @@ def wait_for_all(control: int, members: int) -> bool:
     """
     turn = atomic_load(control + TURN)
     if atomic_add(control + ARRIVED, 1) == members - 1:
-        halted = was_halted(control)
+        halted = bool(atomic_load(control + HALT) != 0)
         atomic_store(control + ARRIVED, 0)
         atomic_store(control + TURN, ((turn >> 1) + 1) * 2 + int(halted))
         return halted
-    spins = 0
-    now = turn
-    while now == turn:
-        pause()
-        spins += 1
-        if spins == SPINS_AT_BARRIER:
-            spins = 0
-            call_address(atomic_load(control + YIELD))
-        now = atomic_load(control + TURN)
-    halted_by_one: bool = now & 1 == 1
-    return halted_by_one
+    while not changes(control, TURN, turn):
+        pass
+    return bool(atomic_load(control + TURN) & 1 == 1)
 
 
 @device
-def was_halted(control: int) -> bool:
-    """Say whether an operation has halted the program, and forget it."""
-    if atomic_load(control + HALT) == 0:
-        return False
-    atomic_store(control + HALT, 0)
-    return True
+def changes(control: int, at: int, value: int) -> bool:
+    """Spin for OFFER_NS; return True as soon as a control word has another value."""
+    for _ in range(atomic_load(control + SPINS)):
+        if atomic_load(control + at) != value:
+            return True
+        pause()
+    call_address(atomic_load(control + YIELD))
+    return False
 
 
 @device
 def wait_for_program(control: int, epoch: int) -> bool:
     """Spin until a program after `epoch` is posted; return False when it gets quiet."""
-    for _ in range(SPINS):
-        if atomic_load(control + EPOCH) != epoch:
+    for _ in range(IDLE_NS // OFFER_NS):
+        if changes(control, EPOCH, epoch):
             return True
-        pause()
     return False
 
 
 @device
 def post(control: int, program: int, length: int) -> None:
     """Give the helpers a program to run."""
+    atomic_store(control + HALT, 0)
     atomic_store(control + PROGRAM, program)
     atomic_store(control + LENGTH, length)
     atomic_add(control + EPOCH, 1)
@@ -111,10 +116,12 @@ def take_part(
     helpers waiting.
     """
     if member == 0:
-        asleep: int = atomic_load(control + ASLEEP)
+        asleep: int = atomic_add(control + ASLEEP, POSTING)
+        if asleep == 0:
+            post(control, program, length)
+        atomic_add(control + ASLEEP, -POSTING)
         if asleep > 0:
             return -asleep
-        post(control, program, length)
     while True:
         if member > 0:
             if not wait_for_program(control, epoch):
@@ -138,23 +145,44 @@ def take_part(
 
 
 @kernel("i8(i8, i8)")
-def fall_asleep(control: int, change: int) -> int:
-    """Count a sleeper in (1) or out (-1); return the epoch, read after the count."""
-    atomic_add(control + ASLEEP, change)
-    epoch: int = atomic_load(control + EPOCH)
-    return epoch
+def fall_asleep(control: int, epoch: int) -> int:
+    """Count a sleeper and return 1, unless a program after `epoch` has been or is being posted.
+
+    The leader looks at the count in the same moment in which it marks that it is posting, so
+    either it sees the sleeper or the sleeper sees its mark.
+    """
+    before = atomic_add(control + ASLEEP, 1)
+    if before < POSTING and atomic_load(control + EPOCH) == epoch:
+        return 1
+    atomic_add(control + ASLEEP, -1)
+    return 0
+
+
+@kernel("void(i8)")
+def wake_up(control: int) -> None:
+    """Count a sleeper out."""
+    atomic_add(control + ASLEEP, -1)
+
+
+@kernel("void(i8)")
+def spin(turns: int) -> None:
+    """Pause as often as a waiting member does in so many turns."""
+    for _ in range(turns):
+        pause()
 
 
 class _Shared:
     """What helpers and team have in common; helpers must not keep the team itself alive."""
 
-    def __init__(self, members: int) -> None:
+    def __init__(self, members: int, cpus: list[Cpu]) -> None:
         self.members = members
         self.wake = threading.Condition()
+        self._cpus = cpus
         self._calls = 0
         self._memory = np.zeros(_CONTROL_BYTES // 8 + 8, np.int64)
         self.control = -(-self._memory.ctypes.data // _LINE) * _LINE
         self._word(YIELD)[0] = _yield_address()
+        self._word(SPINS)[0] = _spins(OFFER_NS)
 
     def _word(self, at: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         start = (self.control + at - self._memory.ctypes.data) // 8
@@ -172,8 +200,13 @@ class _Shared:
             self._calls += 1
             self.wake.notify_all()
 
+    def bind(self, member: int) -> Release:
+        """Keep the calling thread on the processor of a member, if members have their own."""
+        return bind(self._cpus[member % len(self._cpus)]) if self._cpus else bind_nowhere()
+
     def help(self, member: int) -> None:
         """Be a helper until the team is dismissed."""
+        self.bind(member)
         epoch = 0
         while epoch >= 0:
             epoch = take_part(self.control, member, self.members, epoch, 0, 0)
@@ -183,20 +216,21 @@ class _Shared:
     def _sleep(self, epoch: int) -> None:
         with self.wake:
             calls = self._calls
-            # The time-out is for a program that was posted between the leader's look at the
-            # sleepers and this count: the epoch tells.
-            while fall_asleep(self.control, 1) == epoch and calls == self._calls:
-                self.wake.wait(MISSED_CALL_S)
-                fall_asleep(self.control, -1)
-            fall_asleep(self.control, -1)
+            if fall_asleep(self.control, epoch):
+                self.wake.wait_for(lambda: calls != self._calls)
+                wake_up(self.control)
 
 
 class Team:
-    """`members` threads, the caller's included. One program at a time."""
+    """`members` threads, the caller's included. One program at a time.
 
-    def __init__(self, members: int) -> None:
+    With `pin` each stays on one processor, on cores of their own as long as there are any, fast
+    ones first; the caller only while it is in `run`. Ignored where the system cannot (macOS).
+    """
+
+    def __init__(self, members: int, pin: bool = False) -> None:
         self.members = members
-        self._shared = _Shared(members)
+        self._shared = _Shared(members, pinning_order(usable_cpus()) if pin else [])
         for member in range(1, members):
             threading.Thread(
                 target=self._shared.help, args=(member,), name=f"kernels-{member}", daemon=True
@@ -213,12 +247,17 @@ class Team:
 
         The arrays behind its addresses must be kept alive by the caller. Layout: `operation`.
         """
+        shared, address, length = self._shared, program.ctypes.data, program.shape[0]
+        if length == 0:
+            return 0  # without a barrier members would lose each other
         program[:, COUNTER] = 0
-        shared, address = self._shared, program.ctypes.data
-        length = program.shape[0]
-        while (done := take_part(shared.control, 0, self.members, 0, address, length)) < 0:
-            shared.rouse()
-            time.sleep(WAKING_S)
+        release = shared.bind(0)
+        try:
+            while (done := take_part(shared.control, 0, self.members, 0, address, length)) < 0:
+                shared.rouse()
+                time.sleep(WAKING_S)
+        finally:
+            release()
         return done
 
     def close(self) -> None:
@@ -226,6 +265,18 @@ class Team:
         self._dismiss()
 
 
+@cache
+def _spins(nanoseconds: int) -> int:
+    """Return how many turns of waiting take so long: one takes 1 to 50 ns, by processor."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter_ns()
+        spin(_TRIAL_SPINS)
+        times.append(time.perf_counter_ns() - start)
+    return max(1, nanoseconds * _TRIAL_SPINS // max(1, min(times)))
+
+
+@cache
 def _yield_address() -> int:
     """Return the address of a function that lets another thread run, 0 where none is known."""
     try:
