@@ -78,6 +78,21 @@ def test_lines() -> None:
     assert figure.get_suptitle().startswith(r"a \$b\$, fast, 2 threads, ")
 
 
+@pytest.mark.parametrize(
+    ("heights", "sides"),
+    [
+        ([50, 20], ["above", "above"]),
+        ([50, 45], ["above", "below"]),
+        ([5, 8], ["right", "above"]),  # no room between the lower one and the axis
+        ([50, 45, 41, 10], ["above", "right", "below", "above"]),
+        ([50, 45, 30], ["above", "right", "above"]),
+        ([40, 40], ["below", "above"]),
+    ],
+)
+def test_labels_keep_apart(heights: list[float], sides: list[str]) -> None:
+    assert bench_plot.label_sides(heights, 10) == sides
+
+
 def test_bars_for_a_single_depth() -> None:
     pytest.importorskip("matplotlib", reason="comes with the plot extra")
     cases = [measured("tg", 128, 64, 60, 20), measured("tg", 256, 64, 50, None)]

@@ -117,7 +117,7 @@ Plot = Annotated[
         "--plot",
         panel="Output",
         metavar="FILE",
-        help="Draw tokens per second against depth, as .png or .svg; needs localv4[plot].",
+        help="Draw tokens per second against depth, as .png or .svg; needs the extra `plot`.",
     ),
 ]
 Output = Annotated[

@@ -24,10 +24,10 @@ GRID, TEXT = "#e3e6e9", "#22272b"
 MARKERS = "osD^vP*X"  # one for each size of a test
 PANEL_INCHES, HEIGHT_INCHES, DPI = 5.2, 4.2, 160
 HEADROOM = 1.18
-LABEL_SHARE = 0.09  # of the height: what a label needs
-Place = Literal["above", "below", "right"]
+LABEL_SHARE = 0.075  # of the height of a panel: what a label and its distance need
+Side = Literal["above", "below", "right"]
 # Shift in points, horizontal and vertical alignment of a label beside its point.
-LABELS: dict[Place, tuple[tuple[int, int], str, str]] = {
+LABELS: dict[Side, tuple[tuple[int, int], str, str]] = {
     "above": ((0, 6), "center", "bottom"),
     "below": ((0, -7), "center", "top"),
     "right": ((7, 0), "left", "center"),
@@ -129,6 +129,8 @@ def _draw_panel(axes: "Axes", kind: "CaseKind", measurements: "Sequence[Measurem
     axes.set_title(TITLES[kind], fontsize=10.5, loc="left", color=TEXT)
     axes.set_ylabel("tokens per second", color=TEXT, fontsize=9.5)
     axes.set_ylim(0, axes.dataLim.y1 * HEADROOM)
+    if len(depths) > 1:
+        _label_points(axes, curves, depths)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=TEXT, length=0, labelsize=9)
@@ -145,17 +147,10 @@ def _draw_panel(axes: "Axes", kind: "CaseKind", measurements: "Sequence[Measurem
 
 
 def _draw_lines(axes: "Axes", curves: Sequence[Curve], depths: Sequence[int]) -> None:
-    """Draw medians as lines with their values, and every sample as a faint point."""
-    highest = max(series.median for curve in curves for _, series in curve.points)
+    """Draw medians as lines, and every sample as a faint point."""
     for curve in curves:
         for measurement, series in curve.points:
-            depth, above = measurement.case.depth, _nearest_above(curves, measurement, series)
-            _draw_samples(axes, depth, series, curve.color)
-            room = LABEL_SHARE * highest
-            where: Place = "above"
-            if above is not None and above - series.median < room:
-                where = "below" if series.median > room else "right"
-            _label(axes, depth, measurement, series, curve.color, where)
+            _draw_samples(axes, measurement.case.depth, series, curve.color)
         axes.plot(
             [measurement.case.depth for measurement, _ in curve.points],
             [series.median for _, series in curve.points],
@@ -172,7 +167,7 @@ def _draw_lines(axes: "Axes", curves: Sequence[Curve], depths: Sequence[int]) ->
         axes.set_xscale("symlog", base=2, linthresh=positive[0], linscale=1)
     axes.set_xticks(depths, [f"{depth:,}" for depth in depths])
     axes.minorticks_off()
-    axes.margins(x=0.12)
+    axes.margins(x=0.12)  # values have their place there
 
 
 def _draw_bars(axes: "Axes", curves: Sequence[Curve], depth: int) -> None:
@@ -181,7 +176,15 @@ def _draw_bars(axes: "Axes", curves: Sequence[Curve], depth: int) -> None:
         measurement, series = curve.points[0]
         axes.bar(place, series.median, width=0.62, color=curve.color, alpha=0.85, zorder=1)
         _draw_samples(axes, place, series, TEXT)
-        _label(axes, place, measurement, series, curve.color)
+        axes.annotate(
+            _text(measurement, series),
+            (place, max(series.rates)),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=curve.color,
+        )
     names = [curve.label.replace(" ", "\n") for curve in curves]
     axes.set_xticks(range(len(curves)), names)
     axes.set_xlim(-0.7, len(curves) - 0.3)
@@ -194,42 +197,56 @@ def _draw_samples(axes: "Axes", place: float, series: "Series", color: str) -> N
     axes.scatter(places, series.rates, s=9, color=color, alpha=0.35, linewidths=0, zorder=2)
 
 
-def _nearest_above(
-    curves: Sequence[Curve], measurement: "Measurement", series: "Series"
-) -> float | None:
-    """Return the next higher median at the same depth."""
-    others = [
-        other.median
-        for curve in curves
-        for m, other in curve.points
-        if m.case.depth == measurement.case.depth and other is not series
-    ]
-    return min((rate for rate in others if rate >= series.median), default=None)
+def _label_points(axes: "Axes", curves: Sequence[Curve], depths: Sequence[int]) -> None:
+    """Write medians beside their points."""
+    from matplotlib.patheffects import withStroke
+
+    room = LABEL_SHARE * axes.get_ylim()[1]
+    for depth in depths:
+        points = [
+            (m, series, curve.color)
+            for curve in curves
+            for m, series in curve.points
+            if m.case.depth == depth
+        ]
+        sides = label_sides([series.median for _, series, _ in points], room)
+        for side, (measurement, series, color) in zip(sides, points, strict=True):
+            shift, horizontal, vertical = LABELS[side]
+            axes.annotate(
+                _text(measurement, series),
+                (depth, max(series.rates) if side == "above" else series.median),
+                xytext=shift,
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=8,
+                color=color,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                zorder=4,
+            )
 
 
-def _label(
-    axes: "Axes",
-    place: float,
-    measurement: "Measurement",
-    series: "Series",
-    color: str,
-    where: Place = "above",
-) -> None:
-    """Write a median beside its point, for ours with the share of the roof."""
-    text = _rate_text(series.median)
+def label_sides(heights: Sequence[float], room: float) -> list[Side]:
+    """Return where the label of each point of one depth has a place, `room` high.
+
+    Above if nothing is close there, else below, else to the right, where the line may cross it.
+    """
+    sides: list[Side] = ["above"] * len(heights)
+    ascending = sorted(range(len(heights)), key=heights.__getitem__)
+    for place, index in enumerate(ascending[:-1]):
+        if heights[ascending[place + 1]] - heights[index] < room:
+            # twice the room: the next lower label may be above its point
+            lower = heights[ascending[place - 1]] + 2 * room if place else room
+            sides[index] = "below" if heights[index] > lower else "right"
+    return sides
+
+
+def _text(measurement: "Measurement", series: "Series") -> str:
+    """Return a median, for ours with the share of the roof."""
+    text = f"{series.median:.0f}" if series.median >= 100 else f"{series.median:.3g}"
     if series is measurement.own and measurement.read_share is not None:
         text += f" ({100 * measurement.read_share:.0f} %)"
-    shift, horizontal, vertical = LABELS[where]
-    axes.annotate(
-        text,
-        (place, max(series.rates) if where == "above" else series.median),
-        xytext=shift,
-        textcoords="offset points",
-        ha=horizontal,
-        va=vertical,
-        fontsize=8,
-        color=color,
-    )
+    return text
 
 
 def _draw_roof(axes: "Axes", measurements: "Sequence[Measurement]") -> None:
@@ -247,10 +264,6 @@ def _draw_roof(axes: "Axes", measurements: "Sequence[Measurement]") -> None:
         axes.plot(list(best), list(best.values()), **look)
     else:
         axes.axhline(next(iter(best.values())), **look)
-
-
-def _rate_text(rate: float) -> str:
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _depth(measurement: "Measurement") -> int:
