@@ -7,15 +7,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from networks import logits
 from packed_values import as_stored, packed_values
 
 from localv4.kernels.packed import FORMATS, group_bytes
+from localv4.kernels.packed_kquants import KQUANTS
 from localv4.kernels.packing_floats import B16, F32R
 from localv4.kernels.team import Team
 from localv4.model.config import LayerKind
+from localv4.model.fast import FastTransformer
 from localv4.model.matrix import Numerics
 from localv4.model.packed_source import load_packed_weights, packed_config
 from localv4.model.packing import PackedExpert, PackedMatrix
@@ -71,9 +74,9 @@ def noise() -> Noise:
     return Noise(3)
 
 
-def write(folder: Path, changes: dict[str, str], jobs: int = 2) -> Path:
+def write(folder: Path, changes: dict[str, str], jobs: int = 2, network: Network = SMALL) -> Path:
     types = synthetic_packed.DEFAULT_TYPES | changes
-    synthetic_packed.write_packed(SMALL, types, folder, 1, jobs, lambda name, nbytes: None)
+    synthetic_packed.write_packed(network, types, folder, 1, jobs, lambda name, nbytes: None)
     return folder
 
 
@@ -94,6 +97,25 @@ def test_logits_are_sane_and_experts_differ(changes: dict[str, str], tmp_path: P
     rows = logits(network, np.random.default_rng(0).integers(0, 512, 150).tolist())
     assert np.isfinite(rows).all() and 0.5 < rows.std() < 2
     assert len(set(rows.argmax(axis=1))) > 50
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="packed kernels need the compiler")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"experts": "IQ2+Q2", "attention": "Q6", "head": "Q8"},
+        {"experts": "Q4K+Q6", "attention": "Q4K", "shared": "Q3", "indexer": "Q2"},
+    ],
+)
+def test_small_formats_are_sane_in_fast_arithmetic(changes: dict[str, str], tmp_path: Path) -> None:
+    network = replace(SMALL, inner=256, q_rank=256, o_rank=256)
+    packed = open_packed_folder(write(tmp_path, changes, network=network))
+    config = packed_config(packed)
+    weights = load_packed_weights(packed, config)
+    ids = np.random.default_rng(0).integers(0, 512, 60).tolist()
+    rows = logits(FastTransformer(config, weights, 2, 0), ids)
+    assert np.isfinite(rows).all() and 0.5 < rows.std() < 2
+    assert len(set(rows.argmax(axis=1))) > 20
 
 
 def test_packed_matrices_have_the_spread_of_their_role(tmp_path: Path) -> None:
@@ -142,7 +164,7 @@ def test_experts_of_a_layer_come_from_a_pool(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PACKED_BLOCKS)
 def test_blocks_have_the_sizes_of_their_format(name: str) -> None:
-    fmt = {known.name: known for known in (*FORMATS, B16, F32R)}[name]
+    fmt = {known.name: known for known in (*FORMATS, *KQUANTS, B16, F32R)}[name]
     kind = PACKED_BLOCKS[name]
     assert (kind.values, kind.nbytes) == (16 * fmt.columns, fmt.superblock_bytes)
     assert packed_bytes(name, 64, 256) == 4 * group_bytes(fmt, 256)

@@ -4,6 +4,7 @@
 Examples:
   make_synthetic_model.py OUT --model flash
   make_synthetic_model.py OUT --model pro --layers 4 --types experts=Q4,head=Q8
+  make_synthetic_model.py OUT --layers 4 --types experts=IQ2+Q2,attention=Q8,indexer=Q8,shared=Q8
   make_synthetic_model.py OUT.gguf --format gguf --layers 4 --types gate_up=IQ2_XXS,down=Q2_K
   make_synthetic_model.py OUT --format official --layers 4
 

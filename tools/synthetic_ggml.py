@@ -7,6 +7,7 @@ from synthetic_values import (
     STD_E2M1,
     STD_INT4,
     STD_INT8,
+    STD_IQ2,
     BlockType,
     Bytes,
     exponent_code,
@@ -18,7 +19,6 @@ STD_INT6 = 18.5
 MEAN_SCALE_6_BITS = 48.4  # root mean square of 32 ... 63
 MEAN_SCALE_4_BITS = 11.7  # of 8 ... 15
 STD_TWO_BITS = 1.118
-STD_IQ2 = 54.2  # of the values of IQ2_XXS with a scale of one and any lattice point
 
 
 def _halves(values: NDArray[np.float32]) -> Bytes:

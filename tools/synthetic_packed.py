@@ -134,8 +134,17 @@ def _add_records(
     shard: Shard, name: str, kind: str, network: Network, records: list[Bytes]
 ) -> None:
     shape = (len(records), records[0].size)
+    gate_up, down = _halves(kind)
     shard.tensors.append(records_tensor(name, *shape, lambda: records))
-    shard.entries[name] = MatrixEntry("records", kind, network.inner, network.hidden, kind, *shape)
+    shard.entries[name] = MatrixEntry(
+        "records", gate_up, network.inner, network.hidden, down, *shape
+    )
+
+
+def _halves(kind: str) -> tuple[str, str]:
+    """Return the formats of gate and up, and of down: "IQ2+Q2", or one for all."""
+    gate_up, _, down = kind.partition("+")
+    return gate_up, down or gate_up
 
 
 def _add(
@@ -186,7 +195,7 @@ def _add_packed(shard: Shard, tensor: Tensor, kind: str, noise: Noise) -> None:
 
 def _expert_pools(network: Network, kind: str, noise: Noise, jobs: int) -> dict[int, list[Bytes]]:
     """Return different expert records for each kind of layer."""
-    if kind not in INTEGER_FORMATS:
+    if not set(_halves(kind)) <= set(INTEGER_FORMATS):
         raise ValueError(f"experts have no record {kind}, only {', '.join(INTEGER_FORMATS)}")
     keys = [(ratio, n) for ratio in sorted(set(network.ratios)) for n in range(POOL_EXPERTS)]
     pools: dict[int, list[Bytes]] = {ratio: [] for ratio, _ in keys}
@@ -201,12 +210,14 @@ def _expert_pools(network: Network, kind: str, noise: Noise, jobs: int) -> dict[
 def _record(network: Network, kind: str, noise: Noise, name: str) -> Bytes:
     """Return one expert, padded to whole pages: gate and up in turn, then down."""
     hidden, inner = network.hidden, network.inner
-    nbytes = 2 * packed_bytes(kind, inner, hidden) + packed_bytes(kind, hidden, inner)
+    gate_up, down = _halves(kind)
+    nbytes = 2 * packed_bytes(gate_up, inner, hidden) + packed_bytes(down, hidden, inner)
     record = np.zeros(rounded_up(nbytes, PAGE), np.uint8)
     rng, filled = noise.generator(name), 0
-    for count, cols in ((2 * inner * hidden, hidden), (hidden * inner, inner)):
+    parts = ((gate_up, 2 * inner * hidden, hidden), (down, hidden * inner, inner))
+    for half, count, cols in parts:
         std = spread_of("experts", cols)
-        for part in block_parts(PACKED_BLOCKS[kind], noise, rng, count, std):
+        for part in block_parts(PACKED_BLOCKS[half], noise, rng, count, std):
             record[filled : filled + part.size] = part
             filled += part.size
     return record

@@ -22,6 +22,12 @@ STD_E4M3 = 1.159  # of the codes with the exponents 6 and 7
 STD_TWO_BINADES = 2.415  # of numbers whose mantissa and last bit of the exponent are random
 STD_INT4 = 4.61
 STD_INT8 = 73.9
+# of the numbers of a superblock whose outer scale is one, by their random codes and inner scales
+STD_Q4K = 244.0
+STD_Q6 = 895.0
+STD_Q3 = 43.3
+STD_Q2 = 14.0
+STD_IQ2 = 54.2
 
 
 class Noise:
@@ -87,6 +93,46 @@ def _q8(blocks: Bytes, std: float) -> None:
     _half_scales(blocks[:, :64], std / STD_INT8)
 
 
+def _whole_scales(blocks: Bytes, value: float) -> None:
+    """Write f32 numbers between 0.75 and 1.25 of `value` over the first line of a superblock."""
+    factor = F32(0.75) + blocks[:, 0:64:4].astype(F32) * F32(0.5 / 256)
+    blocks[:, :64] = (factor * F32(value)).view(np.uint8).reshape(-1, 64)
+
+
+def _with_least(blocks: Bytes, value: float, mean_code: float) -> None:
+    """Write f16 scales, and behind them those of the least values, which make the mean zero."""
+    _half_scales(blocks[:, :32], value)
+    scales = blocks[:, :32].copy().view("<f2").astype(F32)
+    blocks[:, 32:64] = (scales * F32(mean_code)).astype("<f2").view(np.uint8)
+
+
+def _q4k(blocks: Bytes, std: float) -> None:
+    """Scales and least values of six bits are 32 ... 63: their highest bits are set."""
+    _with_least(blocks, std / STD_Q4K, 7.5)
+    blocks[:, 64:192] |= 0x20
+    blocks[:, 192:256] |= 0x88
+
+
+def _q6(blocks: Bytes, std: float) -> None:
+    """Scales are 32 ... 63."""
+    _whole_scales(blocks, std / STD_Q6)
+    blocks[:, 64:320] = 32 | (blocks[:, 64:320] & 31)
+
+
+def _q3(blocks: Bytes, std: float) -> None:
+    _whole_scales(blocks, std / STD_Q3)
+
+
+def _q2(blocks: Bytes, std: float) -> None:
+    """Scales and least values of four bits are 8 ... 15."""
+    _with_least(blocks, std / STD_Q2, 1.5)
+    blocks[:, 64:320] |= 0x88
+
+
+def _iq2(blocks: Bytes, std: float) -> None:
+    _whole_scales(blocks, std / STD_IQ2)
+
+
 def _e4m3(blocks: Bytes, std: float) -> None:
     """Sign, mantissa and the last bit of the exponent stay random; the scales make the size."""
     blocks &= 0x8F
@@ -117,6 +163,11 @@ PACKED_BLOCKS = {
     "MX4": BlockType(2048, 1088, _mx4),
     "Q4": BlockType(1024, 576, _q4),
     "Q8": BlockType(1024, 1088, _q8),
+    "Q4K": BlockType(4096, 36 * 64, _q4k),
+    "Q6": BlockType(4096, 53 * 64, _q6),
+    "Q3": BlockType(4096, 28 * 64, _q3),
+    "Q2": BlockType(4096, 21 * 64, _q2),
+    "IQ2": BlockType(4096, 17 * 64, _iq2),
     "F8": BlockType(16, 16, _e4m3),
     "B16": BlockType(16, 32, _bf16),
     "F32R": BlockType(16, 64, _f32),
@@ -124,7 +175,7 @@ PACKED_BLOCKS = {
 """By the name of the packed format; a block is a superblock of sixteen rows."""
 
 GROUP_ROWS = 16
-INTEGER_FORMATS = ("MX4", "Q4", "Q8")
+INTEGER_FORMATS = ("MX4", "Q4", "Q8", "Q4K", "Q6", "Q3", "Q2", "IQ2")
 """Formats that experts are packed into."""
 FLOAT_FORMATS = ("B16", "F32R")
 """Formats whose last group of rows may be filled up."""
