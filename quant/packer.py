@@ -24,7 +24,7 @@ from localv4.model.loading import read_model_config
 from localv4.model.matrix import Floats, Matrix
 from localv4.model.names import official_names
 from localv4.small_file import read_small_file
-from localv4.storage import Checkpoint, open_checkpoint
+from localv4.storage import Checkpoint, PackedFolder, open_checkpoint
 from localv4.storage.names import member_path
 from quant.gguf_header import header_without_tensors
 from quant.journal import JOURNAL_NAME, Journal
@@ -94,11 +94,15 @@ def pack_folder(
 
     A run that was stopped goes on where it was when it is started again: finished shards are kept
     if their digests are right. Memory: the dense matrices of one layer and a few experts a thread.
-    Raises BadFileError for a bad source, UsageError for a target that is something else,
-    DoesNotFitError when the disk is too small, LocalV4Error when it cannot be written.
+    Raises BadFileError for a bad source, UsageError for one that is packed already and for a target
+    that is something else, DoesNotFitError when the disk is too small, LocalV4Error when it cannot
+    be written.
     """
+    if isinstance(source, PackedFolder):
+        raise UsageError(f"{source.path} is packed already")
     try:
         target.mkdir(parents=True, exist_ok=True)
+        _check_target(target)
         with FileLock(target / LOCK_NAME, timeout=0):
             _check_target(target)
             _pack(source, target, threads or most_threads(), on_progress)
@@ -165,7 +169,7 @@ def _sources(source: Checkpoint, config: ModelConfig) -> Iterator[ShardSource]:
     hidden, width = config.hidden_size, config.hc_mult * config.hidden_size
     for index in range(config.n_layers):
         read.found = {}
-        layer = tree._layer(read, config, index)
+        layer = tree.read_layer(read, config, index)
         prefix = f"layers.{index}.ffn."
         experts = {prefix + "experts": layer.experts, prefix + "shared_experts": (layer.shared,)}
         leaves = {
@@ -176,7 +180,7 @@ def _sources(source: Checkpoint, config: ModelConfig) -> Iterator[ShardSource]:
     read.matrix("embed.weight", config.vocab_size, hidden)
     read.matrix("head.weight", config.vocab_size, hidden)
     read.floats("norm.weight", hidden)
-    tree._hyper_connection(read, "hc_head", config.hc_mult, width, 1)
+    tree.read_hyper_connection(read, "hc_head", config.hc_mult, width, 1)
     yield ShardSource(ROOT_SHARD, dict(read.found), {})
 
 

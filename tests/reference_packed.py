@@ -112,7 +112,9 @@ def quantise(x: Floats, code_bias: int, byte_bias: int) -> Quantised:
     factor = (F32(127) / size)[:, :, None]
     q = np.rint(parts * factor).astype(np.int32)
     sums = q.sum(axis=2)
-    biased = np.stack([-code_bias * sums, -byte_bias * sums], axis=2)
+    halves = q.reshape(*q.shape[:2], 2, -1).sum(axis=3)
+    kinds = [-code_bias * sums, -byte_bias * sums, halves[..., 0], halves[..., 1]]
+    biased = np.stack(kinds, axis=2)
     return Quantised(
         q.reshape(x.shape).astype(np.int8), size * F32(1 / 127), biased.astype(np.int32)
     )

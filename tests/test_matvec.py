@@ -54,11 +54,12 @@ formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 def quantised(x: Floats) -> Quantised:
     """The activations as the kernel quantises them, which the twin must confirm."""
     n = x.size
-    q = aligned_bytes(n).view(np.int8)
-    d = aligned_bytes(activations.scale_bytes(n)).view(F32)
-    b = aligned_bytes(activations.sum_bytes(n)).view(np.int32)
+    q_bytes, d_bytes, b_bytes = activations.row_bytes(n)
+    q = aligned_bytes(q_bytes).view(np.int8)[:n]
+    d = aligned_bytes(d_bytes).view(F32)
+    b = aligned_bytes(b_bytes).view(np.int32)
     activations.quantize(address(q), address(d), address(b), address(x), 0, n // 32)
-    return Quantised(q.reshape(1, -1), d.reshape(1, -1), b.reshape(1, -1, 2))
+    return Quantised(q.reshape(1, -1), d.reshape(1, -1), b.reshape(1, -1, 4))
 
 
 def operands(x: Quantised) -> tuple[int, int, int]:

@@ -14,16 +14,26 @@ from filelock import FileLock
 from gguf import GGMLQuantizationType as Type
 from gguf_writer import ANTIREZ, MAINLINE, ROLES, GgufOptions, write_gguf
 from golden_files import load_golden, random_model, write_model, write_stored
+from networks import logits
 from packed_values import as_stored
 from test_sources import SUPERBLOCKS
 
+from localv4.engine.engine import Engine
 from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error, UsageError
+from localv4.model.config import ModelConfig
+from localv4.model.fast import FastTransformer
 from localv4.model.loading import read_model_config
 from localv4.model.matrix import Matrix, decode
 from localv4.model.names import official_names
 from localv4.model.packed_source import load_packed_weights, packed_config
-from localv4.model.packing import PackedExpert, PackedMatrix
-from localv4.model.weights import Weights, load_weights
+from localv4.model.packing import (
+    PackedExpert,
+    PackedMatrix,
+    expert_form,
+    pack_dense,
+    pack_expert,
+)
+from localv4.model.weights import Expert, Weights, load_weights
 from localv4.storage import open_checkpoint
 from localv4.storage.packed_folder import open_packed_folder, verify
 from localv4.text.tokenizer import Tokenizer
@@ -57,30 +67,79 @@ def load(folder: Path) -> Weights:
     return load_packed_weights(packed, packed_config(packed))
 
 
-def values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number of a tree of weights, by its place."""
-    if isinstance(node, Matrix):
-        yield path, decode(node)
-    elif isinstance(node, np.ndarray | int):
+def open_source(path: Path) -> tuple[ModelConfig, Weights]:
+    checkpoint = open_checkpoint(path)
+    table = official_names(checkpoint)
+    config = read_model_config(checkpoint, table)
+    return config, load_weights(checkpoint, table, config)
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every matrix, array and number of a tree of weights, by its place."""
+    if isinstance(node, PackedExpert):
+        yield f"{path}.record", node.record
+        yield f"{path}.form", (node.form.gate_up.name, node.form.down.name)
+    elif isinstance(node, Matrix | np.ndarray | int):
         yield path, node
     elif isinstance(node, tuple):
         for number, part in enumerate(node):
-            yield from values(part, f"{path}.{number}")
+            yield from leaves(part, f"{path}.{number}")
     elif is_dataclass(node):
         for field in fields(node):
-            yield from values(getattr(node, field.name), f"{path}.{field.name}")
+            yield from leaves(getattr(node, field.name), f"{path}.{field.name}")
 
 
-def assert_same_model(source: Path, folder: Path) -> None:
-    checkpoint = open_checkpoint(source)
-    table = official_names(checkpoint)
-    config = read_model_config(checkpoint, table)
+def packed_in_memory(weights: Weights) -> Weights:
+    """The weights packed as the engine packs them, the experts too."""
+    layers = []
+    for layer in pack_dense(weights, 2).layers:
+        experts = tuple(packed_expert(expert) for expert in layer.experts)
+        layers.append(replace(layer, experts=experts))
+    return replace(pack_dense(weights, 2), layers=tuple(layers))
+
+
+def packed_expert(expert: Expert) -> Expert:
+    form = expert_form(expert)
+    if form is None:
+        return expert
+    record = np.zeros(form.nbytes, np.uint8)
+    assert pack_expert(record, expert, form)
+    return PackedExpert(expert.w1, expert.w2, expert.w3, form, record)
+
+
+def assert_packed_as_in_memory(source: Path, folder: Path) -> None:
+    """What the folder maps is byte for byte what packing in memory makes."""
+    config, weights = open_source(source)
     assert packed_config(open_packed_folder(folder)) == config
-    expected = dict(values(load_weights(checkpoint, table, config)))
-    actual = dict(values(as_stored(load(folder))))
+    expected = dict(leaves(packed_in_memory(weights)))
+    actual = dict(leaves(load(folder)))
+    assert actual.keys() == expected.keys() and len(expected) > 50
+    for place, leaf in expected.items():
+        assert contents_of(actual[place]) == contents_of(leaf), place
+
+
+def contents_of(leaf: Any) -> tuple[Any, ...]:
+    """What a leaf holds, comparable."""
+    if isinstance(leaf, PackedMatrix):
+        scales = b"" if leaf.scales is None else leaf.scales.tobytes()
+        return leaf.form.name, leaf.rows, leaf.cols, leaf.packed.tobytes(), scales
+    if isinstance(leaf, Matrix):
+        return leaf.format, leaf.rows, leaf.cols, leaf.data.tobytes(), leaf.scale.tobytes()
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype, leaf.shape, leaf.tobytes()
+    return (leaf,)
+
+
+def assert_same_values(source: Path, folder: Path) -> None:
+    """Every number is what it was, by the twins of the formats."""
+    expected = dict(leaves(open_source(source)[1]))
+    actual = dict(leaves(as_stored(load(folder))))
     assert actual.keys() == expected.keys() and len(expected) > 100
-    for place, numbers in expected.items():
-        assert np.array_equal(actual[place], numbers), place
+    for place, leaf in expected.items():
+        if isinstance(leaf, Matrix):
+            assert np.array_equal(decode(actual[place]), decode(leaf)), place
+        else:
+            assert np.array_equal(actual[place], leaf), place
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -92,7 +151,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_official_storage(official: Path, tmp_path: Path) -> None:
     folder = pack(official, tmp_path / "packed")
-    assert_same_model(official, folder)
+    assert_packed_as_in_memory(official, folder)
+    assert_same_values(official, folder)
     verify(folder)
     layer = load(folder).layers[1]
     assert isinstance(layer.attention.wq_b, PackedMatrix)
@@ -107,7 +167,10 @@ MIXES = {
     "q4_0": dict.fromkeys(set(ROLES.values()) - {"hc", "ape"}, Type.Q4_0),
     "q8_0 shared": MAINLINE | {"shared": Type.Q4_0, "down": Type.Q8_0},
     "rows": dict.fromkeys(set(ROLES.values()) - {"hc", "ape"}, Type.IQ4_XS),
+    "q4_k": dict.fromkeys(set(ROLES.values()) - {"hc", "ape"}, Type.Q4_K),
 }
+TWINS = ("mainline", "q4_0", "q8_0 shared", "rows")
+"""Mixes of which all packed forms have a twin in NumPy that unpacks them."""
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -115,7 +178,9 @@ def test_ggml_types(mix: str, tmp_path: Path) -> None:
     options = GgufOptions(MIXES[mix], parts=3 if mix == "antirez" else 1)
     source, _ = write_gguf(random_model(WHOLE), tmp_path / "m.gguf", options)
     folder = pack(source, tmp_path / "packed")
-    assert_same_model(source, folder)
+    assert_packed_as_in_memory(source, folder)
+    if mix in TWINS:
+        assert_same_values(source, folder)
     metadata = open_packed_folder(folder).metadata
     assert "general.architecture" in metadata and "split.count" not in metadata
     tokenizer = Tokenizer.from_gguf(metadata, folder)
@@ -134,7 +199,9 @@ def test_halves_of_an_expert_may_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["odd", "tiny300"])
 def test_what_has_no_packed_form_stays_as_it_is(name: str, tmp_path: Path) -> None:
     source = write_model(load_golden(name), tmp_path / "source")
-    assert_same_model(source, pack(source, tmp_path / "packed"))
+    folder = pack(source, tmp_path / "packed")
+    assert_packed_as_in_memory(source, folder)
+    assert_same_values(source, folder)
 
 
 def test_small_files_come_along(official: Path, tmp_path: Path) -> None:
@@ -253,7 +320,47 @@ def test_progress_counts_up_to_the_whole(
     assert calls[0][0] > 0.2 * calls[0][1] and calls[-1][0] == calls[-1][1]
 
 
+# --- in use
+
+
+@pytest.mark.parametrize("kind", ["official", "mainline", "antirez"])
+def test_logits_have_the_bits_of_weights_packed_in_memory(
+    kind: str, official: Path, tmp_path: Path
+) -> None:
+    source = official
+    if kind != "official":
+        options = GgufOptions(MIXES[kind])
+        source, _ = write_gguf(random_model(WHOLE), tmp_path / "m.gguf", options)
+    config, weights = open_source(source)
+    expected = FastTransformer(config, pack_dense(weights, 2), 2, 1 << 30)
+    mapped = load(pack(source, tmp_path / "packed"))
+    actual = FastTransformer(config, pack_dense(mapped, 2), 2, 0)
+    ids = np.random.default_rng(0).integers(0, 300, 150).tolist()
+    assert np.array_equal(logits(actual, ids), logits(expected, ids))
+    assert np.array_equal(logits(actual, ids, [1]), logits(expected, ids, [1]))
+
+
+def test_the_engine_opens_packed_folders(official: Path, tmp_path: Path) -> None:
+    folder = pack(official, tmp_path / "packed")
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    rows = [
+        np.concatenate([part.copy() for part in engine.logits(ids)])
+        for engine in (
+            Engine.load(place, threads=2, numerics="fast") for place in (folder, official)
+        )
+    ]
+    assert np.array_equal(rows[0], rows[1])
+    with pytest.raises(UsageError, match="packed for --numerics fast"):
+        Engine.load(folder, threads=2, numerics="exact")
+
+
 # --- refusals
+
+
+def test_a_source_that_is_packed(official: Path, tmp_path: Path) -> None:
+    folder = pack(official, tmp_path / "packed")
+    with pytest.raises(UsageError, match="is packed already"):
+        pack(folder, tmp_path / "again")
 
 
 def test_a_disk_that_is_too_small(
@@ -285,6 +392,7 @@ def test_a_target_with_other_files(official: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(UsageError, match="other files"):
         pack(official, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_target_that_is_a_file(official: Path, tmp_path: Path) -> None:

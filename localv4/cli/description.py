@@ -11,8 +11,8 @@ from typing import Any
 from localv4.cli.generation import format_bytes
 from localv4.library.installed import InstalledModel
 from localv4.model.config import LayerKind, ModelConfig
-from localv4.model.loading import read_model_config
-from localv4.model.names import Slice, official_names
+from localv4.model.loading import read_model_config, read_names
+from localv4.model.names import Slice
 from localv4.storage import StoredTensor, open_checkpoint
 
 Rows = list[tuple[str, str]]
@@ -172,7 +172,7 @@ class Description:
 def describe(model: InstalledModel) -> Description:
     """Read the headers of a model's files. Raises NotFoundError or BadFileError."""
     with open_checkpoint(model.path) as checkpoint:
-        table = official_names(checkpoint)
+        table = read_names(checkpoint)
         config = read_model_config(checkpoint, table)
         return Description(
             model=model,

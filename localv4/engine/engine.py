@@ -16,13 +16,11 @@ from localv4.kernels.team import Team
 from localv4.kernels.threads import most_threads
 from localv4.model.config import ModelConfig
 from localv4.model.fast import FastTransformer, can_run
-from localv4.model.loading import read_model_config
+from localv4.model.loading import read_model_config, read_names, read_weights
 from localv4.model.matrix import Floats, Numerics
-from localv4.model.names import official_names
 from localv4.model.packing import families, pack_dense
 from localv4.model.transformer import Transformer
-from localv4.model.weights import load_weights
-from localv4.storage import Checkpoint, open_checkpoint
+from localv4.storage import Checkpoint, PackedFolder, open_checkpoint
 from localv4.text.tokenizer import Tokenizer
 
 COMPILING = "compiling kernels (first run only)"
@@ -72,15 +70,20 @@ class Engine:
         Raises NotFoundError, BadFileError, UsageError or DoesNotFitError.
         """
         checkpoint = open_checkpoint(path)
-        table = official_names(checkpoint)
+        table = read_names(checkpoint)
         config = read_model_config(checkpoint, table)
         size = _checked_ctx_size(ctx_size, config)
         count = _checked_threads(threads)
-        weights = load_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
+        weights = read_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
         if numerics == "fast" and can_run(config):
             _make_kernels(families(weights), on_progress)
             weights = pack_dense(weights, count, _phase(on_progress, "packing weights"))
             return cls(checkpoint, FastTransformer(config, weights, count, _expert_budget()), size)
+        if isinstance(checkpoint, PackedFolder):
+            raise UsageError(
+                f"{path} is packed for --numerics fast and has no weights for exact",
+                hint="leave --numerics out, or use the model that it was made from",
+            )
         _make_kernels({EXACT}, on_progress)
         exact = Numerics(Team(count), weights.widest)
         return cls(checkpoint, Transformer(config, weights, exact), size)
@@ -88,7 +91,7 @@ class Engine:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; raises NotFoundError or BadFileError when it has none."""
-        if self.checkpoint.kind == "gguf":
+        if self.checkpoint.metadata:
             tokenizer = Tokenizer.from_gguf(self.checkpoint.metadata, self.path)
         else:
             folder = self.path if self.path.is_dir() else self.path.parent

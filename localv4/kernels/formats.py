@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from localv4.kernels import gemm, matvec, small_batches
+from localv4.kernels import gemm, kquant_operations, matvec, small_batches
 from localv4.kernels.compiler import Entry, entry
+from localv4.kernels.kquant_gemm import MANY_OPERATIONS
 from localv4.kernels.many_tokens import share_experts_down, share_experts_gate_up, share_gemm
 from localv4.kernels.single_token import share_down, share_gate_up, share_matvec
 
@@ -145,5 +146,13 @@ def q8_experts_down(operation: int, member: int, members: int) -> None:
 
 _Q8 = Operations(q8_matvec, q8_gate_up, q8_down, q8_gemm, q8_experts_gate_up, q8_experts_down)
 
-OPERATIONS = {"MX4": _MX4, "Q4": _Q4, "Q8": _Q8}
+_KQUANTS = {
+    fmt.name: Operations(
+        *(kquant_operations.MATVEC[fmt], kquant_operations.GATE_UP[fmt]),
+        *(kquant_operations.DOWN[fmt], many.gemm, many.experts_gate_up, many.experts_down),
+    )
+    for fmt, many in MANY_OPERATIONS.items()
+}
+
+OPERATIONS = {"MX4": _MX4, "Q4": _Q4, "Q8": _Q8, **_KQUANTS}
 """By the name of the format."""

@@ -11,7 +11,6 @@ from localv4.kernels import simd_dots, simd_ir
 from localv4.kernels.isa import ISA
 from localv4.kernels.simd import i8x64, i32x16, operation
 from localv4.kernels.simd_ir import Builder, Value
-from localv4.kernels.vectors import f32x16
 
 block = types.UniTuple(i8x64, simd_dots.VECTORS)
 _address = types.int64

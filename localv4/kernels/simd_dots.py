@@ -23,7 +23,6 @@ from llvmlite import ir
 from localv4.kernels.isa import Isa
 from localv4.kernels.simd_ir import (
     BYTES,
-    F32,
     FLOATS,
     I8,
     I16,
@@ -39,7 +38,6 @@ from localv4.kernels.simd_ir import (
     halves_to_floats,
     join,
     load,
-    multiply_add,
     offset,
     part,
     splat,

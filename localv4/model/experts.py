@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 
 from localv4.kernels.buffers import aligned_bytes
 from localv4.model.matrix import Packed
-from localv4.model.packing import ExpertForm, expert_form, pack_expert
+from localv4.model.packing import ExpertForm, PackedExpert, expert_form, pack_expert
 from localv4.model.weights import Expert
 
 
 class ExpertStore:
     """The routed experts of all layers as packed records, at most `budget_bytes` of them.
 
+    Those of a packed folder stay where they are, in the mapped file.
     `addresses` (layers, experts) i64 tells kernels where a record is, 0 if it is not in memory;
     `ticks` (layers, experts) i64 when it was last used, by the clock `tick`, which whoever uses
     records sets. `forms` has the form of each layer's records: None where an expert has no packed
@@ -32,6 +33,9 @@ class ExpertStore:
         self.tick = np.zeros(1, np.int64)
         self._layers = layers
         self._records: dict[tuple[int, int], Packed] = {}
+        self._stay = np.array([_are_packed(experts) for experts in layers])
+        for index in np.flatnonzero(self._stay).tolist():
+            self.addresses[index] = [_record_address(expert) for expert in layers[index]]
         self._free: dict[int, list[Packed]] = {}
         self._pool = ThreadPoolExecutor(threads, "packing")
 
@@ -39,6 +43,8 @@ class ExpertStore:
         """Return how many experts of a layer may be needed at once: what fits the budget."""
         form = self.forms[layer]
         assert form is not None
+        if self._stay[layer]:
+            return len(self._layers[layer])
         return max(1, self.budget_bytes // form.nbytes)
 
     def ensure(self, layer: int, numbers: Iterable[int]) -> bool:
@@ -75,7 +81,8 @@ class ExpertStore:
         excess = self.held_bytes + nbytes - self.budget_bytes
         if excess <= 0:
             return
-        age: NDArray[np.int64] = np.where(self.addresses != 0, self.ticks, np.iinfo(np.int64).max)
+        held = (self.addresses != 0) & ~self._stay[:, None]
+        age: NDArray[np.int64] = np.where(held, self.ticks, np.iinfo(np.int64).max)
         age[layer, wanted] = np.iinfo(np.int64).max
         for place in np.argsort(age, axis=None, kind="stable"):
             key = (int(place) // age.shape[1], int(place) % age.shape[1])
@@ -86,6 +93,16 @@ class ExpertStore:
             self.held_bytes -= record.nbytes
             excess -= record.nbytes
             self._free.setdefault(record.nbytes, []).append(record)
+
+
+def _are_packed(experts: tuple[Expert, ...]) -> bool:
+    """Say whether the experts of a layer have their records already, in a mapped file."""
+    return all(isinstance(expert, PackedExpert) for expert in experts)
+
+
+def _record_address(expert: Expert) -> int:
+    assert isinstance(expert, PackedExpert)
+    return expert.record.ctypes.data
 
 
 def _common_form(experts: tuple[Expert, ...]) -> ExpertForm | None:

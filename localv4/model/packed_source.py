@@ -8,6 +8,7 @@ import numpy as np
 
 from localv4.errors import BadFileError
 from localv4.kernels.packed import F8, F8_SPAN, FORMATS, GROUP_ROWS, PackedFormat, group_bytes
+from localv4.kernels.packed_kquants import KQUANTS
 from localv4.kernels.packing_floats import B16, F32R
 from localv4.model import weights as tree
 from localv4.model.config import ModelConfig
@@ -26,7 +27,7 @@ ONLY_PACKED = -1
 _FLOATS = (B16, F32R)
 """Formats whose last group of rows may be filled up with zeros."""
 
-_FORMATS = {fmt.name: fmt for fmt in (*FORMATS, *_FLOATS)}
+_FORMATS = {fmt.name: fmt for fmt in (*FORMATS, *KQUANTS, *_FLOATS)}
 _SHARED = ".ffn.shared_experts"
 _EXPERT_PART = re.compile(
     r"(layers\.\d+\.ffn\.experts)\.(\d+)\.w[123]\.weight"
@@ -76,14 +77,14 @@ def load_packed_weights(
     read = PackedReader(folder)
     layers = []
     for index in range(config.n_layers):
-        layers.append(read.with_records(tree._layer(read, config, index), index))
+        layers.append(read.with_records(tree.read_layer(read, config, index), index))
         if on_progress is not None:
             on_progress(index + 1, config.n_layers)
     hidden, width = config.hidden_size, config.hc_mult * config.hidden_size
     return Weights(
         embed=read.matrix("embed.weight", config.vocab_size, hidden),
         layers=tuple(layers),
-        head_hc=tree._hyper_connection(read, "hc_head", config.hc_mult, width, 1),
+        head_hc=tree.read_hyper_connection(read, "hc_head", config.hc_mult, width, 1),
         norm=read.floats("norm.weight", hidden),
         head=read.matrix("head.weight", config.vocab_size, hidden),
     )

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from localv4.kernels import blocks, packing, packing_floats
+from localv4.kernels import blocks, packing, packing_floats, packing_kquants
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.packed import (
     F8,
@@ -22,6 +22,7 @@ from localv4.kernels.packed import (
     group_bytes,
     packed_bytes,
 )
+from localv4.kernels.packed_kquants import IQ2, KQUANTS, Q2, Q3, Q4K, Q6
 from localv4.kernels.packing_floats import B16, F32R, fits_bf16, float_bytes, groups_of
 from localv4.model.matrix import Floats, Matrix, Packed
 from localv4.model.weights import Expert, HyperConnection, Layer, Weights
@@ -32,6 +33,11 @@ _PACKED_FORMS = {
     blocks.Q4_0: Q4,
     blocks.Q8_0: Q8,
     blocks.F8: F8,
+    blocks.Q4_K: Q4K,
+    blocks.Q6_K: Q6,
+    blocks.Q3_K: Q3,
+    blocks.Q2_K: Q2,
+    blocks.IQ2_XXS: IQ2,
     blocks.BF16: B16,
     blocks.F16: F32R,
     blocks.F32: F32R,  # or B16, where no digit is lost
@@ -42,7 +48,7 @@ _FLOAT_PACKERS = {
     (blocks.F32, F32R): packing_floats.pack_f32,
     (blocks.F32, B16): packing_floats.pack_f32_as_b16,
 }
-_INTEGER_FORMS = (MX4, Q4, Q8)
+_INTEGER_FORMS = (MX4, Q4, Q8, *KQUANTS)
 """Formats that experts are packed into."""
 
 Node = TypeVar("Node")
@@ -128,6 +134,8 @@ def _stored(weight: Matrix) -> tuple[int, int, int, Packed, Packed]:
 
 def expert_form(expert: Expert) -> ExpertForm | None:
     """Return the form of an expert's record; None if a matrix of it has no packed form."""
+    if isinstance(expert, PackedExpert):
+        return expert.form
     gate, up, down = packed_form(expert.w1), packed_form(expert.w3), packed_form(expert.w2)
     if gate not in _INTEGER_FORMS or down not in _INTEGER_FORMS or up is not gate:
         return None
@@ -152,6 +160,11 @@ def _pack(out: Packed, weight: Matrix, step: int) -> int:
         blocks.Q4_0: packing.pack_q4_0,
         blocks.Q8_0: packing.pack_q8_0,
         blocks.F8: packing.pack_f8,
+        blocks.Q4_K: packing_kquants.pack_q4_k,
+        blocks.Q6_K: packing_kquants.pack_q6_k,
+        blocks.Q3_K: packing_kquants.pack_q3_k,
+        blocks.Q2_K: packing_kquants.pack_q2_k,
+        blocks.IQ2_XXS: packing_kquants.pack_iq2_xxs,
     }[weight.format]
     return pack(out, data, weight.cols, 0, groups, step)
 
@@ -187,6 +200,8 @@ def _map_matrices(node: Node, pool: ThreadPoolExecutor) -> Node:
 def _pack_leaf(leaf: Matrix | Expert) -> Matrix | Expert:
     if isinstance(leaf, Matrix):
         return pack_matrix(leaf)
+    if isinstance(leaf, PackedExpert):
+        return leaf
     form = expert_form(leaf)
     if form is not None:
         record = aligned_bytes(form.nbytes)
@@ -213,13 +228,21 @@ def _rebuild(node: Any, packed: dict[int, Matrix | Expert]) -> Any:
 
 def families(weights: Weights) -> set[str]:
     """Return the families of kernels that the packed form of a network needs."""
-    found: list[Matrix | Expert] = []
+    found: list[Matrix | Expert] = [weights.head]
     for layer in weights.layers:
         _collect(layer, found)
         found += layer.experts
-    matrices = [weights.head]
-    for leaf in found:
-        matrices += [leaf.w1, leaf.w2, leaf.w3] if isinstance(leaf, Expert) else [leaf]
-    formats = {matrix.format for matrix in matrices} & _PACKED_FORMS.keys()
-    names = {_PACKED_FORMS[number].name for number in formats}
-    return {"fast", *names} | ({B16.name} if blocks.F32 in formats else set())
+    return {"fast"}.union(*map(_formats_of, found))
+
+
+def _formats_of(leaf: Matrix | Expert) -> set[str]:
+    """Return the names of the formats that a matrix or an expert is or may be packed in."""
+    if isinstance(leaf, PackedExpert):
+        return {leaf.form.gate_up.name, leaf.form.down.name}
+    if isinstance(leaf, Expert):
+        return _formats_of(leaf.w1) | _formats_of(leaf.w2) | _formats_of(leaf.w3)
+    if isinstance(leaf, PackedMatrix):
+        return {leaf.form.name}
+    form = _PACKED_FORMS.get(leaf.format)
+    names = {form.name} if form is not None else set()
+    return names | {B16.name} if leaf.format == blocks.F32 else names

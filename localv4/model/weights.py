@@ -232,22 +232,23 @@ def load_weights(
     read = WeightReader(checkpoint, table)
     layers = []
     for index in range(config.n_layers):
-        layers.append(_layer(read, config, index))
+        layers.append(read_layer(read, config, index))
         if on_progress is not None:
             on_progress(index + 1, config.n_layers)
     hidden, width = config.hidden_size, config.hc_mult * config.hidden_size
     return Weights(
         embed=read.matrix("embed.weight", config.vocab_size, hidden),
         layers=tuple(layers),
-        head_hc=_hyper_connection(read, "hc_head", config.hc_mult, width, 1),
+        head_hc=read_hyper_connection(read, "hc_head", config.hc_mult, width, 1),
         norm=read.floats("norm.weight", hidden),
         head=read.matrix("head.weight", config.vocab_size, hidden),
     )
 
 
-def _hyper_connection(
+def read_hyper_connection(
     read: WeightReader, name: str, mixes: int, width: int, scales: int
 ) -> HyperConnection:
+    """Take a mixing site: fn (mixes, width), base (mixes,), scale (scales,)."""
     return HyperConnection(
         fn=read.matrix(f"{name}_fn", mixes, width),
         base=read.floats(f"{name}_base", mixes),
@@ -255,7 +256,8 @@ def _hyper_connection(
     )
 
 
-def _layer(read: WeightReader, config: ModelConfig, index: int) -> Layer:
+def read_layer(read: WeightReader, config: ModelConfig, index: int) -> Layer:
+    """Take layer `index`; raise BadFileError naming the tensor that is missing or wrong."""
     prefix = f"layers.{index}."
     hidden, streams = config.hidden_size, config.hc_mult
     mixes, width = (2 + streams) * streams, streams * hidden
@@ -265,10 +267,10 @@ def _layer(read: WeightReader, config: ModelConfig, index: int) -> Layer:
         for e in range(config.n_experts)
     )
     return Layer(
-        attn_hc=_hyper_connection(read, prefix + "hc_attn", mixes, width, 3),
+        attn_hc=read_hyper_connection(read, prefix + "hc_attn", mixes, width, 3),
         attn_norm=read.floats(prefix + "attn_norm.weight", hidden),
         attention=_attention(read, config, index),
-        ffn_hc=_hyper_connection(read, prefix + "hc_ffn", mixes, width, 3),
+        ffn_hc=read_hyper_connection(read, prefix + "hc_ffn", mixes, width, 3),
         ffn_norm=read.floats(prefix + "ffn_norm.weight", hidden),
         router=_router(read, config, index),
         shared=_expert(read, prefix + "ffn.shared_experts.", hidden, shared_width),
