@@ -174,7 +174,7 @@ def test_an_interrupt_keeps_what_is_finished(
         take(self, case, stint)  # type: ignore[arg-type]
 
     monkeypatch.setattr(benchmark.Benchmark, "_take_samples", cut)
-    ended = compare(home=tmp_path, model=gguf)
+    ended = compare("-q", home=tmp_path, model=gguf)
     assert (ended.code, ended.stderr) == (130, "")
     assert "| pp3 " in ended.stdout and "| tg2 " not in ended.stdout
 
