@@ -63,7 +63,13 @@ def test_it_is_close_to_exact_and_not_equal(official: Transformer) -> None:
     assert 1e-4 < relative_error(fast, exact) < 0.03
 
 
-@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.MXFP4])
+GGML_TYPES = (
+    *(Type.Q8_0, Type.Q4_0, Type.MXFP4, Type.Q4_K),
+    *(Type.Q6_K, Type.Q3_K, Type.Q2_K, Type.IQ2_XXS),
+)
+
+
+@pytest.mark.parametrize("kind", GGML_TYPES, ids=lambda kind: kind.name)
 def test_ggml_types_are_packed(kind: Type, tmp_path: Path) -> None:
     types = dict.fromkeys(set(ROLES.values()) - {"hc", "router", "ape"}, kind)
     path, _ = write_gguf(random_model(WHOLE_GROUPS), tmp_path / "m.gguf", GgufOptions(types))
@@ -72,7 +78,9 @@ def test_ggml_types_are_packed(kind: Type, tmp_path: Path) -> None:
     assert isinstance(fast.weights.head, PackedMatrix)
     assert isinstance(fast.weights.layers[0].shared, PackedExpert)
     assert expert_form(fast.weights.layers[0].experts[1]) is not None
-    assert 1e-4 < relative_error(logits(fast, IDS), logits(network, IDS)) < 0.05
+    together = logits(fast, IDS)
+    assert 1e-4 < relative_error(together, logits(network, IDS)) < 0.05
+    assert np.array_equal(logits(fast, IDS[:40], [1]), together[:40])
 
 
 def test_chunks_and_threads_change_no_bit(official: Transformer) -> None:
