@@ -12,7 +12,7 @@ from operation_runs import assert_same_bits
 from reference_packed import Bytes, Floats, address, aligned, floats, random_weights
 
 from localv4.kernels import activations, packed
-from localv4.kernels.amx import TOKENS
+from localv4.kernels.amx import SOME_TOKENS, TOKENS
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.formats import OPERATIONS, Operations
 from localv4.kernels.gemm import BATCH_TOKENS, SCRATCH_BYTES, SPARE_TOKENS
@@ -33,7 +33,8 @@ ONE, THREE = Team(1), Team(3)
 FORMATS = (MX4, Q4, Q8)
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 teams = pytest.mark.parametrize("team", [ONE, THREE], ids=["alone", "three"])
-COUNTS = (1, 3, FEW_TOKENS, FEW_TOKENS + 1, TILE_TOKENS * 2, TOKENS, TOKENS + 1, 3 * TOKENS - 1)
+COUNTS = (1, 3, FEW_TOKENS, FEW_TOKENS + 1, 2 * TILE_TOKENS, TOKENS, TOKENS + 1)
+COUNTS += (TOKENS + SOME_TOKENS - 1, 3 * TOKENS - 1)
 
 
 def normal(seed: int, *shape: int) -> Floats:

@@ -29,18 +29,21 @@ from localv4.kernels.vectors import f32x16
 STEP = 2
 """Blocks of a step."""
 
-TOKENS, FEW_TOKENS = 16, 8
-"""Tokens of a tile, and of a smaller one that takes half the time."""
+TOKENS, SOME_TOKENS, FEW_TOKENS = 16, 12, 8
+"""Tokens of a tile, and of smaller ones that take less time."""
 
 CONFIGURATION_BYTES = 64
 
 BLOCK_LINES = BLOCK // 4
 _ROW = 64  # bytes of a row of a tile, as stored
 
-# The numbers of the tiles. Two steps of sums would not be faster: tiles are renamed.
-_SUMS = {TOKENS: (0, 1), FEW_TOKENS: (2, 3)}
-_ACTIVATIONS = {TOKENS: 4, FEW_TOKENS: 5}
-_WEIGHTS = (6, 7)
+_WEIGHTS = (6, 7)  # numbers of tiles
+
+
+def _tiles(tokens: int) -> tuple[tuple[int, int], int]:
+    """Return the numbers of the tiles of sums, one for each block, and of the activations."""
+    return ((0, 1), 4) if tokens == TOKENS else ((2, 3), 5)
+
 
 _address = types.int64
 _Call = tuple[Any, ...]  # name and operands of an instruction
@@ -65,26 +68,35 @@ class _Signed(Isa):
 _SIGNED = _Signed(ISA.level, ISA.family, ISA.bytes_permute, ISA.fast_half)
 
 
-def _configuration() -> bytes:
-    """Return the sizes of the tiles as the processor reads them (palette 1)."""
+def _configuration(small: int) -> bytes:
+    """Return the sizes of the tiles as the processor reads them (palette 1).
+
+    small: the number of tokens of smaller tiles.
+    """
     widths, heights = bytearray(32), bytearray(16)
 
     def describe(tile: int, height: int, width: int) -> None:
         heights[tile], widths[2 * tile] = height, width
 
-    for tokens, tiles in _SUMS.items():
-        describe(_ACTIVATIONS[tokens], tokens, BLOCK)
-        for tile in tiles:
+    for tokens in (TOKENS, small):
+        sums, activations = _tiles(tokens)
+        describe(activations, tokens, BLOCK)
+        for tile in sums:
             describe(tile, tokens, _ROW)
     for tile in _WEIGHTS:
         describe(tile, BLOCK_LINES, _ROW)
     return bytes((1, *bytes(15), *widths, *heights))
 
 
-@operation(types.void, _address)
-def begin_tiles(b: Builder, memory: Value) -> None:
-    """Let this thread use tiles; `memory`: CONFIGURATION_BYTES to spare."""
-    simd_ir.store(b, simd_ir.constant(BYTES, _configuration()), memory)
+@operation(types.void, _address, types.int64)
+def begin_tiles(b: Builder, memory: Value, small: Value) -> None:
+    """Let this thread use tiles of TOKENS and of `small` tokens.
+
+    memory: CONFIGURATION_BYTES to spare; small: SOME_TOKENS or FEW_TOKENS.
+    """
+    some, few = (simd_ir.constant(BYTES, _configuration(n)) for n in (SOME_TOKENS, FEW_TOKENS))
+    is_some = b.icmp_signed("==", small, ir.Constant(I64, SOME_TOKENS))
+    simd_ir.store(b, b.select(is_some, some, few), memory)
     _emit(b, ("ldtilecfg", _pointer(b, memory)))
 
 
@@ -130,7 +142,7 @@ class TileOperations:
 
 
 def tile_operations(tokens: int) -> TileOperations:
-    """Make the operations for TOKENS or FEW_TOKENS."""
+    """Make the operations for a tile of TOKENS, SOME_TOKENS or FEW_TOKENS."""
     sums = types.UniTuple(f32x16, tokens)
 
     @operation(sums, _address, _address)
@@ -176,12 +188,10 @@ def tile_operations(tokens: int) -> TileOperations:
         """Add a step and multiply another one, evenly mixed."""
         calls = list(_multiplication(b, tokens, out, lines, q, q_row))
 
-        def emit_share(done: int) -> None:
-            share = (
-                (len(calls) * done) // (STEP * tokens),
-                (len(calls) * (done + 1)) // (STEP * tokens),
-            )
-            for call in calls[slice(*share)]:
+        rows = STEP * tokens
+
+        def emit_share(row: int) -> None:
+            for call in calls[len(calls) * row // rows : len(calls) * (row + 1) // rows]:
                 _emit(b, call)
 
         values: list[Value] = cgutils.unpack_tuple(b, totals)
@@ -195,7 +205,7 @@ def _multiplication(
     b: Builder, tokens: int, out: Value, lines: Value, q: Value, q_row: Value
 ) -> list[_Call]:
     """Return the instructions that multiply a step."""
-    sums, activations = _SUMS[tokens], _ACTIVATIONS[tokens]
+    sums, activations = _tiles(tokens)
     line, row = ir.Constant(I64, LINE), ir.Constant(I64, _ROW)
     calls: list[_Call] = []
     for i in range(STEP):

@@ -8,6 +8,7 @@ from localv4.kernels.amx import (
     BLOCK_LINES,
     CONFIGURATION_BYTES,
     FEW_TOKENS,
+    SOME_TOKENS,
     STEP,
     TOKENS,
     begin_tiles,
@@ -27,7 +28,7 @@ from localv4.kernels.panels import (
     panel_groups,
 )
 from localv4.kernels.readers import MX4_READER, Q4_READER, Q8_READER, Reader
-from localv4.kernels.simd import prefetch, store_f32, zeros_f32
+from localv4.kernels.simd import store_f32, zeros_f32
 from localv4.kernels.tiles import LINE
 
 _STEP_LINES = STEP * BLOCK_LINES * LINE
@@ -51,7 +52,7 @@ def _tile_adder(tokens: int) -> Any:
         """Add `blocks` expanded blocks of the groups of a panel; out: sums of the first token."""
         qr, dr = q_row(cols), d_row(cols)
         ready, free = scratch + STEPS_OFFSET, scratch + STEPS_OFFSET + _SUMS_BYTES
-        lines, ahead = scratch + LINES_OFFSET, q + tokens * qr
+        lines = scratch + LINES_OFFSET
         multiply(ready, lines, q, qr)
         for group in range(groups):
             scales, own_d = scratch + SCALES_OFFSET + 64 * group, d
@@ -61,9 +62,6 @@ def _tile_adder(tokens: int) -> Any:
                 own_lines, own_q = own_lines + _STEP_LINES, own_q + STEP * BLOCK
                 if block + STEP == blocks:
                     own_lines, own_q = lines + 64 * (group + 1), q
-                for line in range(0, 256, 64):
-                    prefetch(ahead + line)
-                ahead += qr
                 if block + STEP < blocks or group + 1 < groups:
                     sums = both(sums, ready, scales, own_d, dr, free, own_lines, own_q, qr)
                 else:
@@ -75,10 +73,11 @@ def _tile_adder(tokens: int) -> Any:
     return add_tile
 
 
-_add_tile, _add_small_tile = _tile_adder(TOKENS), _tile_adder(FEW_TOKENS)
+_add_tile = _tile_adder(TOKENS)
+_add_some, _add_few = _tile_adder(SOME_TOKENS), _tile_adder(FEW_TOKENS)
 
 
-def summer(reader: Reader, _: Any) -> Any:
+def summer(reader: Reader) -> Any:
     """Make the function that multiplies panels of a format."""
     fmt, expand = reader.fmt, expander(reader, _DECODERS[reader])
     columns, superblock_bytes, blocks = fmt.columns, fmt.superblock_bytes, fmt.columns // BLOCK
@@ -99,7 +98,8 @@ def summer(reader: Reader, _: Any) -> Any:
     ) -> None:
         superblocks, width = cols // columns, panel_groups(panel, groups)
         size = superblocks * superblock_bytes
-        begin_tiles(scratch + _CONFIGURATION)
+        is_some = FEW_TOKENS < count % TOKENS <= SOME_TOKENS
+        begin_tiles(scratch + _CONFIGURATION, SOME_TOKENS if is_some else FEW_TOKENS)
         for i in range((count + TOKENS - 1) // TOKENS * TOKENS * PANEL_GROUPS):
             store_f32(scratch + 64 * i, zeros_f32())
         for start in range(0, superblocks, chunk):
@@ -109,10 +109,13 @@ def summer(reader: Reader, _: Any) -> Any:
             for token in range(0, count, TOKENS):
                 own_q = q + (first + token) * q_row(cols) + BLOCK * at
                 own_d, out = d + (first + token) * d_row(cols) + 4 * at, scratch + token * SUMS_ROW
-                if count - token > FEW_TOKENS:
+                left = count - token
+                if left > SOME_TOKENS:
                     _add_tile(scratch, out, width, length * blocks, cols, own_q, own_d)
+                elif left > FEW_TOKENS:
+                    _add_some(scratch, out, width, length * blocks, cols, own_q, own_d)
                 else:
-                    _add_small_tile(scratch, out, width, length * blocks, cols, own_q, own_d)
+                    _add_few(scratch, out, width, length * blocks, cols, own_q, own_d)
         end_tiles()
 
     return sums

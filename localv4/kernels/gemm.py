@@ -89,6 +89,9 @@ SCRATCH_BYTES = max(amx_gemm.SCRATCH_BYTES, _FLOATS)
 """Memory that each thread needs for itself."""
 
 
+Sums = Callable[[int, int, int, int, int, int, int, int, int, int], None]
+
+
 def _summer(reader: Reader, add_products: Any) -> Any:
     """Make the function that multiplies panels of a format."""
     fmt, expand, sum_offset = reader.fmt, expander(reader, reader.decode), reader.sum_offset
@@ -143,12 +146,15 @@ def _summer(reader: Reader, add_products: Any) -> Any:
     return sums
 
 
-Sums = Callable[[int, int, int, int, int, int, int, int, int, int], None]
+def _best_summer(reader: Reader, add_products: Any) -> Sums:
+    """The same with the best unit that this machine has."""
+    here: Sums = amx_gemm.summer(reader) if ISA.amx else _summer(reader, add_products)
+    return here
 
-_summer_here = amx_gemm.summer if ISA.amx else _summer
-sums_mx4: Sums = _summer_here(MX4_READER, add_code_products)
-sums_q4: Sums = _summer_here(Q4_READER, add_code_products)
-sums_q8: Sums = _summer_here(Q8_READER, add_byte_products)
+
+sums_mx4 = _best_summer(MX4_READER, add_code_products)
+sums_q4 = _best_summer(Q4_READER, add_code_products)
+sums_q8 = _best_summer(Q8_READER, add_byte_products)
 
 
 @device

@@ -98,12 +98,6 @@ def load_e8m0(b: Builder, address: Value) -> Value:
 
 
 @operation(i32x16, _address)
-def load_u8(b: Builder, address: Value) -> Value:
-    """Read sixteen bytes as int32."""
-    return b.zext(simd_ir.load(b, simd_ir.vector(I8, LANES), address), INTS)
-
-
-@operation(i32x16, _address)
 def broadcast_i32(b: Builder, address: Value) -> Value:
     """Read one int32 into all lanes."""
     return simd_ir.splat(b, simd_ir.load(b, I32, address))
@@ -119,16 +113,6 @@ def broadcast_f32(b: Builder, address: Value) -> Value:
 def store_f32(b: Builder, address: Value, value: Value) -> None:
     """Write sixteen float32."""
     simd_ir.store(b, value, address)
-
-
-@operation(types.void, _address, _address, i32x16)
-def scatter_i8(b: Builder, address: Value, stride: Value, value: Value) -> None:
-    """Write the low bytes of sixteen int32, four to a word, words `stride` bytes apart."""
-    narrow = b.trunc(value, simd_ir.vector(I8, LANES))
-    words = b.bitcast(narrow, simd_ir.vector(I32, 4))
-    for i in range(4):
-        word = b.extract_element(words, ir.Constant(I32, i))
-        simd_ir.store(b, word, b.add(address, b.mul(stride, ir.Constant(simd_ir.I64, i))))
 
 
 @operation(types.void, _address, i32x16)
@@ -243,21 +227,9 @@ def add_i32(b: Builder, x: Value, y: Value) -> Value:
 
 
 @operation(i32x16, i32x16, i32x16)
-def subtract_i32(b: Builder, x: Value, y: Value) -> Value:
-    """x - y"""
-    return b.sub(x, y)
-
-
-@operation(i32x16, i32x16, i32x16)
 def largest_i32(b: Builder, x: Value, y: Value) -> Value:
     """max(x, y)"""
     return b.select(b.icmp_signed(">", x, y), x, y)
-
-
-@operation(i32x16, i32x16, i32x16)
-def smallest_i32(b: Builder, x: Value, y: Value) -> Value:
-    """min(x, y)"""
-    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 @operation(f32x16, f32x16, f32x16)
@@ -318,12 +290,6 @@ def round_i32(b: Builder, x: Value) -> Value:
     rounded = b.select(b.fcmp_ordered("<", rounded, high), rounded, high)
     rounded = b.select(b.fcmp_ordered(">", rounded, low), rounded, low)
     return b.fptosi(rounded, INTS)
-
-
-@operation(f32x16, i32x16)
-def e8m0_to_f32(b: Builder, codes: Value) -> Value:
-    """Convert sixteen UE8M0 scales; code 0 (2^-127) is 0, 255 infinity."""
-    return b.bitcast(b.shl(codes, simd_ir.filled(INTS, 23)), FLOATS)
 
 
 @operation(f32x16, i32x16)

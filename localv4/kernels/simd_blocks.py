@@ -15,11 +15,6 @@ from localv4.kernels.simd_ir import Builder, Value
 block = types.UniTuple(i8x64, simd_dots.VECTORS)
 _address = types.int64
 
-MOST_SHIFT = 2 if ISA.level == "avx2" else 3
-"""How far 4-bit weights may be shifted: 12 * 2^3 fits int8; two of 2 * 12 * 2^2 fit `add_dot`."""
-
-SHIFTED_BIAS = ISA.code_bias << MOST_SHIFT
-
 
 @operation(block, _address)
 def mx4_codes(b: Builder, address: Value) -> list[Value]:
@@ -58,10 +53,3 @@ def scatter_block(b: Builder, address: Value, stride: Value, vectors: Value) -> 
     """Write the eight vectors of a block, `stride` bytes apart."""
     for i, value in enumerate(cgutils.unpack_tuple(b, vectors)):
         simd_ir.store(b, value, b.add(address, b.mul(stride, ir.Constant(simd_ir.I64, i))))
-
-
-@operation(block, block, i32x16)
-def shifted_codes(b: Builder, weights: Value, shift: Value) -> list[Value]:
-    """weight * 2^shift[row] for a block of 4-bit weights, biased by SHIFTED_BIAS"""
-    vectors = cgutils.unpack_tuple(b, weights)
-    return simd_dots.shifted_codes(b, ISA, vectors, shift, SHIFTED_BIAS)

@@ -69,23 +69,6 @@ def q8_bytes(b: Builder, isa: Isa, address: Value) -> list[Value]:
     return [b.xor(line, filled(BYTES, 128)) for line in lines] if isa.byte_bias else lines
 
 
-def shifted_codes(
-    b: Builder, isa: Isa, weights: list[Value], shift: Value, bias: int
-) -> list[Value]:
-    """Return weight * 2^shift[lane] + bias for decoded 4-bit weights, as bytes.
-
-    The weights are shifted as value + 12, at most 192, so that no bit crosses to the next byte.
-    """
-    correction = b.sub(filled(INTS, bias), b.shl(filled(INTS, 12), shift))
-    correction = b.mul(b.and_(correction, filled(INTS, 255)), filled(INTS, 0x01010101))
-    shifted = []
-    for weight in weights:
-        positive = b.add(weight, filled(BYTES, 12 - isa.code_bias))
-        words = b.shl(b.bitcast(positive, INTS), shift)
-        shifted.append(b.add(b.bitcast(words, BYTES), b.bitcast(correction, BYTES)))
-    return shifted
-
-
 def activations(b: Builder, address: Value) -> list[Value]:
     """Load 32 int8, four to a vector that repeats them in each lane."""
     words = [load(b, I32, offset(b, address, 4 * j)) for j in range(VECTORS)]
