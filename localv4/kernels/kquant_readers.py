@@ -11,6 +11,11 @@ from localv4.kernels import simd_dots, simd_ir
 from localv4.kernels.activations import SUMS_BYTES
 from localv4.kernels.isa import ISA
 from localv4.kernels.kquant_blocks import (
+    IQ2_KIND,
+    Q2_KIND,
+    Q3_KIND,
+    Q4K_KIND,
+    Q6_KIND,
     Step,
     iq2_step,
     prefetch_behind,
@@ -19,6 +24,7 @@ from localv4.kernels.kquant_blocks import (
     q4k_step,
     q6_step,
 )
+from localv4.kernels.kquant_kinds import Kind
 from localv4.kernels.kquant_lattice import turned
 from localv4.kernels.packed import BLOCK, PackedFormat
 from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6, SUPERBLOCK
@@ -51,27 +57,22 @@ class TokenOperations:
 class SuperblockReader:
     """How to multiply with a format.
 
-    `decode` makes the blocks of a step. `has_least` tells that there are least values. `codes_at`
-    is where the codes begin in a superblock. `is_turned` tells that the activations of a block have
-    to be in the order of `kquant_lattice.turned`.
+    `decode` makes the blocks of a step, of a kind. `codes_at` is where the codes begin in a
+    superblock. `is_turned` tells that the activations of a block have to be in the order of
+    `kquant_lattice.turned`.
     """
 
     fmt: PackedFormat
     decode: Step
-    has_least: bool
+    kind: Kind
     codes_at: int
     is_turned: bool = False
-
-    @property
-    def parts(self) -> int:
-        """Sums of a superblock and token before they are scaled."""
-        return 2 if self.has_least else 1
 
     def operations(self, tokens: int) -> TokenOperations:
         """Make the operations for some tokens at a time."""
         return TokenOperations(
             _zeros(tokens),
-            _zeros(self.parts * tokens),
+            _zeros(self.kind.numbers * tokens),
             _head_prefetcher(self),
             _turner(tokens) if self.is_turned else _same(tokens),
             _step_adder(self, tokens),
@@ -128,7 +129,7 @@ def _turner(tokens: int) -> Any:
 
 
 def _step_adder(reader: SuperblockReader, tokens: int) -> Any:
-    sums = types.UniTuple(f32x16, reader.parts * tokens)
+    sums = types.UniTuple(f32x16, reader.kind.numbers * tokens)
     addresses = types.UniTuple(types.int64, tokens)
 
     @operation(sums, sums, types.int64, types.int64, addresses, addresses, addresses)
@@ -144,8 +145,8 @@ def _step_adder(reader: SuperblockReader, tokens: int) -> Any:
                 block_s = simd_ir.offset(b, own_s, SUMS_BYTES * i)
                 factor = simd_ir.load(b, F32, simd_ir.offset(b, own_d, 4 * i))
                 factors = simd_ir.splat(b, factor)
-                for k, whole in enumerate(block.products(b, ISA, block_q, block_s)):
-                    at = reader.parts * token + k
+                for k, whole in enumerate(block.products(b, ISA, reader.kind, block_q, block_s)):
+                    at = reader.kind.numbers * token + k
                     product = b.sitofp(whole, FLOATS)
                     totals[at] = simd_ir.multiply_add(b, product, factors, totals[at])
         return list(totals)
@@ -154,27 +155,27 @@ def _step_adder(reader: SuperblockReader, tokens: int) -> Any:
 
 
 def _finisher(reader: SuperblockReader, tokens: int) -> Any:
-    sums, parts = (types.UniTuple(f32x16, n * tokens) for n in (1, reader.parts))
+    sums, parts = (types.UniTuple(f32x16, n * tokens) for n in (1, reader.kind.numbers))
 
     @operation(sums, sums, parts, types.int64)
     def finish(b: Builder, before: Value, added: Value, w: Value) -> list[Value]:
         """before + d * sums - m * sums of least values"""
         totals, news = cgutils.unpack_tuple(b, before), cgutils.unpack_tuple(b, added)
-        if reader.has_least:
+        if reader.kind.numbers == 2:
             least = b.fneg(simd_dots.load_f16(b, ISA, simd_ir.offset(b, w, 32)))
             factors = [simd_dots.load_f16(b, ISA, w), least]
         else:
             factors = [simd_ir.load(b, FLOATS, w)]
         for i, new in enumerate(news):
-            token, kind = divmod(i, reader.parts)
+            token, kind = divmod(i, reader.kind.numbers)
             totals[token] = simd_ir.multiply_add(b, new, factors[kind], totals[token])
         return list(totals)
 
     return finish
 
 
-Q4K_READER = SuperblockReader(Q4K, q4k_step, True, 256)
-Q6_READER = SuperblockReader(Q6, q6_step, False, 320)
-Q3_READER = SuperblockReader(Q3, q3_step, False, 256)
-Q2_READER = SuperblockReader(Q2, q2_step, True, 320)
-IQ2_READER = SuperblockReader(IQ2, iq2_step, False, 64, is_turned=True)
+Q4K_READER = SuperblockReader(Q4K, q4k_step, Q4K_KIND, 256)
+Q6_READER = SuperblockReader(Q6, q6_step, Q6_KIND, 320)
+Q3_READER = SuperblockReader(Q3, q3_step, Q3_KIND, 256)
+Q2_READER = SuperblockReader(Q2, q2_step, Q2_KIND, 320)
+IQ2_READER = SuperblockReader(IQ2, iq2_step, IQ2_KIND, 64, is_turned=True)
