@@ -48,6 +48,24 @@ def make_gguf(file: Path, parts: int = 1, absent: tuple[int, ...] = ()) -> Path:
     return file.parent / names[0]
 
 
+def make_packed(folder: Path, config: str = "config.json", absent: tuple[str, ...] = ()) -> Path:
+    """Write a folder that looks like a packed model: two shards of 10 bytes, and its `config`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("layer-00000.safetensors", "embedding-and-head.safetensors", config)
+    for name in names:
+        if name not in absent:
+            data = b'{"model_type": "deepseek_v4"}' if name == "config.json" else bytes(10)
+            (folder / name).write_bytes(data)
+    manifest = {
+        "container": {"format": "localv4-packed", "version": 1},
+        "source": "a test",
+        "files": {name: {"bytes": 10, "sha256": "0" * 64} for name in names},
+        "matrices": {},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 def snapshot(home: Path, repo: str, commit: str = OTHER_COMMIT, *, main: bool = True) -> Path:
     """Make the folder of a downloaded revision as huggingface_hub lays it out."""
     entry = home / "hub" / f"models--{repo.replace('/', '--')}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_folders import empty_home, make_gguf, make_model, names_of, snapshot
+from model_folders import empty_home, make_gguf, make_model, make_packed, names_of, snapshot
 
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 from localv4.library import installed
@@ -127,6 +127,42 @@ def test_home_models(home: Path) -> None:
     with pytest.raises(NotFoundError, match="two:q2 is not here") as absent:
         resolve("two:q2")
     assert absent.value.hint == "there is two:q4, two:q8"
+
+
+def test_packed_models_of_the_home(home: Path) -> None:
+    models = home / "home" / "models"
+    make_packed(models / "v4-flash")
+    make_packed(models / "two" / "small", "metadata.gguf")
+    make_model(models / "two" / "published")
+    make_packed(models / "cut", absent=("layer-00000.safetensors",))
+    found = {model.name: model for model in list_installed()}
+    assert {name: model.format for name, model in found.items()} == {
+        "two:small": "packed",
+        "two:published": "safetensors",
+        "v4-flash": "packed",
+        "tiny-v4": "safetensors",
+    }
+    assert found["two:small"].path == models / "two" / "small"
+    assert resolve("two:small") == found["two:small"]
+    assert found["v4-flash"].spec is not None
+    [cut] = list_incomplete()
+    assert (cut.name, cut.problem) == ("cut", "1 of 3 files are missing")
+
+
+@pytest.mark.parametrize("config", ["config.json", "metadata.gguf"])
+def test_packed_folder_by_path(home: Path, config: str) -> None:
+    folder = make_packed(home / "somewhere" / "packed", config)
+    model = resolve(str(folder))
+    assert (model.name, model.format, model.path) == ("packed", "packed", folder)
+    assert (model.source, model.nbytes) == ("path", 20)
+
+
+@pytest.mark.parametrize("config", ["config.json", "metadata.gguf"])
+def test_packed_model_in_the_hub_cache(home: Path, config: str) -> None:
+    make_packed(snapshot(home, "someone/small-and-fast"), config)
+    model = resolve("hf://someone/small-and-fast")
+    assert (model.source, model.format) == ("hub-cache", "packed")
+    assert names_of(list_installed()) == ["hf://someone/small-and-fast", "tiny-v4"]
 
 
 def test_files_of_one_quantization_in_one_folder_keep_apart(home: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from model_folders import make_gguf, make_model
+from model_folders import make_gguf, make_model, make_packed
 
 from localv4.library.model_files import (
     INDEX_NAME,
@@ -67,6 +67,63 @@ def test_a_damaged_index_is_reported_not_raised(tmp_path: Path, text: str) -> No
     folder = make_model(tmp_path)
     (folder / INDEX_NAME).write_text(text)
     assert problem_of(folder) == f"{INDEX_NAME} is damaged"
+
+
+@pytest.mark.parametrize("config", ["config.json", "metadata.gguf"])
+def test_a_packed_folder_is_one_set(tmp_path: Path, config: str) -> None:
+    folder = make_packed(tmp_path, config)
+    [weights] = find_weight_sets(folder)
+    assert (weights.format, weights.path, weights.label) == ("packed", folder, "")
+    assert (weights.nbytes, weights.problem) == (20, None)
+    (folder / config).unlink()
+    assert problem_of(folder) == "1 of 3 files are missing"
+
+
+def test_packed_folders_beside_others(tmp_path: Path) -> None:
+    make_packed(tmp_path / "small", "metadata.gguf")
+    make_model(tmp_path / "published")
+    found = {weights.label: weights for weights in find_weight_sets(tmp_path)}
+    assert {label: weights.format for label, weights in found.items()} == {
+        "small": "packed",
+        "published": "safetensors",
+    }
+    assert found["small"].path == tmp_path / "small"
+
+
+def test_a_manifest_of_something_else_changes_nothing(tmp_path: Path) -> None:
+    folder = make_model(tmp_path)
+    (folder / "manifest.json").write_text('{"name": "a web page"}')
+    [weights] = find_weight_sets(folder)
+    assert (weights.format, weights.problem) == ("safetensors", None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"version": 1', '"version": 2', "made by a newer version"),
+        ('"source"', '"sauce"', "the key 'sauce' is not known"),
+        ('"bytes": 10', '"bytes": -1', "bytes is not a number"),
+        ("localv4-packed", "another", "is not the manifest of a packed model"),
+        ('"layer-00000', '"../layer-00000', "is not a plain name"),
+    ],
+)
+def test_a_damaged_manifest_is_reported_not_raised(
+    tmp_path: Path, old: str, new: str, problem: str
+) -> None:
+    manifest = make_packed(tmp_path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(old, new, 1))
+    found = problem_of(tmp_path)
+    assert found is not None and problem in found
+
+
+def test_a_folder_that_is_being_packed_is_not_ready(tmp_path: Path) -> None:
+    for folder in (tmp_path / "home", tmp_path / "home" / "inner"):
+        make_packed(folder)
+        (folder / "manifest.json").unlink()
+        (folder / ".packing.json").write_text("{}")
+    sets = find_weight_sets(tmp_path / "home")
+    assert [weights.label for weights in sets] == ["", "inner"]
+    assert {weights.problem for weights in sets} == {"it is being packed, or that was stopped"}
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,18 @@ def test_folder_without_an_index(tmp_path: Path) -> None:
         assert sorted(checkpoint.tensors) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("manifest", ["", "{", '{"name": "a web page"}', '["container"]' * 50])
+def test_folder_with_a_manifest_of_something_else(tmp_path: Path, manifest: str) -> None:
+    for shard, tensors in SHARDS.items():
+        write(tmp_path / shard, safetensors_model(tensors))
+    (tmp_path / "manifest.json").write_text(manifest)
+    if "container" in manifest:
+        refused(tmp_path, "manifest.json")
+        return
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert sorted(checkpoint.tensors) == ["a", "b", "c"]
+
+
 def test_missing_shards_are_named(tmp_path: Path) -> None:
     folder = indexed_folder(tmp_path, SHARDS)
     gone = folder / "model-00002-of-00002.safetensors"

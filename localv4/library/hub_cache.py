@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localv4.errors import LocalV4Error
-from localv4.library.model_files import model_type
+from localv4.library.model_files import is_packed, model_type
 from localv4.small_file import read_small_file
 
 MAX_REF_BYTES = 256  # a commit has 40
@@ -36,7 +36,7 @@ def cached_repos(known: Container[str] = ()) -> Iterator[CachedRepo]:
     """Yield the repositories that hold a DeepSeek-V4 model.
 
     A repository counts when it is one of `known` (in lower case), when its config.json has the
-    architecture, or, where it has no config.json (GGUF), when its name says so.
+    architecture, or, where it has no config.json (GGUF), when it is packed or its name says so.
     """
     try:
         entries = sorted(cache_folder().glob("models--*"))
@@ -54,11 +54,11 @@ def cached_repo(repo: str) -> CachedRepo | None:
 
 
 def is_v4(cached: CachedRepo) -> bool:
-    """Tell by config.json or name whether the repository holds a DeepSeek-V4 model."""
+    """Tell by config.json, form or name whether the repository holds a DeepSeek-V4 model."""
     found = model_type(cached.snapshots[0])
     if found is not None:
         return found == "deepseek_v4"
-    return _V4_NAME.search(cached.repo) is not None
+    return is_packed(cached.snapshots[0]) or _V4_NAME.search(cached.repo) is not None
 
 
 def _open_entry(entry: Path) -> CachedRepo | None:

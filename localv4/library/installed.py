@@ -25,7 +25,7 @@ class InstalledModel:
     name: str  # as the user may type it, with ":quant" where there are several
     path: Path  # what to open: a folder or a GGUF file
     source: Literal["embedded", "home", "hub-cache", "path"]
-    format: str  # "safetensors" or "gguf"
+    format: str  # "safetensors", "gguf" or "packed"
     nbytes: int  # of the weight files
     spec: ModelSpec | None  # what the registry knows of it
     quant: str = ""  # the quantization's name, "" for weights as they were published

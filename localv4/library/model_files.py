@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from localv4.errors import LocalV4Error
+from localv4.errors import BadFileError, LocalV4Error
 from localv4.small_file import read_small_file
+from localv4.storage.manifest import is_packed_folder, read_manifest
+from localv4.storage.safetensors import SUFFIX
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 64 << 20  # the largest published index (145,116 tensors) has about 14 MB
 MAX_FOLDER_FILES = 20_000  # a folder with more is no model folder
 
 INDEX_NAME = "model.safetensors.index.json"
+PACKING_NAME = ".packing.json"  # the journal of a packer that has not finished
 SAFETENSORS_PART = re.compile(r"^.+-(\d{5})-of-(\d{5})\.safetensors$")
 GGUF_PART = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
@@ -33,7 +36,7 @@ _QUANT_LABEL = re.compile(
 class WeightSet:
     """The weight files of one model, or of one quantization of it."""
 
-    format: Literal["safetensors", "gguf"]
+    format: Literal["safetensors", "gguf", "packed"]
     path: Path  # what to open: the folder, or the first GGUF file
     label: str  # the quantization's name, "" for weights as they were published
     nbytes: int
@@ -45,16 +48,21 @@ def find_weight_sets(folder: Path) -> list[WeightSet]:
 
     Raises OSError when the folder cannot be read.
     """
-    sets = []
-    if root := _safetensors_set(folder, ""):
+    subfolders = sorted(_subfolders(folder))
+    packed = [place for place in (folder, *subfolders) if is_packed(place)]
+    sets = [_packed_set(place, "" if place is folder else place.name) for place in packed]
+    if folder not in packed and (root := _safetensors_set(folder, "")):
         sets.append(root)
-    for subfolder in sorted(_subfolders(folder)):
-        if (subfolder / "config.json").is_file() and (
-            inner := _safetensors_set(subfolder, subfolder.name)
+    for subfolder in subfolders:
+        if (
+            subfolder not in packed
+            and _names_model(subfolder)
+            and (inner := _safetensors_set(subfolder, subfolder.name))
         ):
             sets.append(inner)
-    for place in (folder, *sorted(_subfolders(folder))):
-        sets += _gguf_sets(list(_gguf_files(place)))
+    for place in (folder, *subfolders):
+        if place not in packed:  # there metadata.gguf is no model of its own
+            sets += _gguf_sets(list(_gguf_files(place)))
     times = Counter(weights.label for weights in sets)
     return [
         replace(weights, label=weights.path.stem) if times[weights.label] > 1 else weights
@@ -84,6 +92,32 @@ def model_type(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def is_packed(folder: Path) -> bool:
+    """Tell whether the folder is a packed model; one that cannot be read is none."""
+    try:
+        return is_packed_folder(folder)
+    except LocalV4Error:
+        return False
+
+
+def _names_model(folder: Path) -> bool:
+    """Tell whether a subfolder with weights is a model of its own, finished or not."""
+    return (folder / "config.json").is_file() or (folder / PACKING_NAME).is_file()
+
+
+def _packed_set(folder: Path, label: str) -> WeightSet:
+    """Describe the packed model in `folder` by its manifest."""
+    try:
+        files = read_manifest(folder).files
+    except LocalV4Error as error:
+        reason = error.detail if isinstance(error, BadFileError) else error.message
+        return WeightSet("packed", folder, label, 0, reason)
+    shards = {name: entry.nbytes for name, entry in files.items() if name.endswith(SUFFIX)}
+    missing = [name for name in files if not (folder / name).is_file()]
+    problem = f"{len(missing)} of {len(files)} files are missing" if missing else None
+    return WeightSet("packed", folder, label, sum(shards.values()), problem)
+
+
 def _safetensors_set(folder: Path, label: str) -> WeightSet | None:
     """Describe the safetensors model in `folder`, None when no weight file is there."""
     files = {file.name: file for file in _limited(folder) if file.suffix == ".safetensors"}
@@ -100,6 +134,8 @@ def _safetensors_set(folder: Path, label: str) -> WeightSet | None:
         wanted = _numbered_files(present)
     if wanted and (missing := wanted - present.keys()):
         problem = f"{len(missing)} of {len(wanted)} weight files are missing"
+    if (folder / PACKING_NAME).is_file():
+        problem = "it is being packed, or that was stopped"
     if problem is None and not (folder / "config.json").is_file():
         problem = "config.json is missing"
     return WeightSet("safetensors", folder, label, sum(present.values()), problem)

@@ -7,7 +7,7 @@ from localv4.errors import BadFileError, NotFoundError, UsageError
 from localv4.storage.checkpoint import Checkpoint
 from localv4.storage.gguf import MAGIC, open_gguf
 from localv4.storage.gguf_split import first_of_each
-from localv4.storage.manifest import MANIFEST_NAME
+from localv4.storage.manifest import is_packed_folder
 from localv4.storage.mapped_file import MappedFile, plain_errors
 from localv4.storage.names import listed, member_path, names_ending
 from localv4.storage.packed_folder import open_packed_folder
@@ -28,7 +28,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     with plain_errors(path):
         if not path.is_dir():
             return open_gguf(path) if _is_gguf(path) else open_safetensors(path)
-        if (path / MANIFEST_NAME).exists():
+        if is_packed_folder(path):
             return open_packed_folder(path)
         if (path / INDEX_NAME).exists() or names_ending(path, SUFFIX):
             return open_safetensors(path)
