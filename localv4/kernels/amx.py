@@ -6,7 +6,7 @@ a tile of int32 sums, exact: a row of sixteen for each token. Only memory leads 
 vector registers, where the sums are scaled and added. So that both units have work, blocks are
 done in steps of two: `both` multiplies a step while it adds the one before.
 
-Memory of a step: sums [block][token][16 weight rows]. Lines and scales as in `kernels.panels`.
+Memory of a step: sums [block][token][16 weight rows]. Scales as in `kernels.panels`.
 """
 
 from collections.abc import Callable
@@ -39,12 +39,6 @@ _ROW = 64  # bytes of a row of a tile, as stored
 
 _WEIGHTS = (6, 7)  # numbers of tiles
 
-
-def _tiles(tokens: int) -> tuple[tuple[int, int], int]:
-    """Return the numbers of the tiles of sums, one for each block, and of the activations."""
-    return ((0, 1), 4) if tokens == TOKENS else ((2, 3), 5)
-
-
 _address = types.int64
 _Call = tuple[Any, ...]  # name and operands of an instruction
 
@@ -59,13 +53,13 @@ class _Signed(Isa):
         """Products take weights as they are."""
         return False
 
-    @property
-    def byte_bias(self) -> int:
-        """Bias of an 8-bit weight."""
-        return 0
-
 
 _SIGNED = _Signed(ISA.level, ISA.family, ISA.bytes_permute, ISA.fast_half)
+
+
+def _tiles(tokens: int) -> tuple[tuple[int, int], int]:
+    """Return the numbers of the tiles of sums, one for each block, and of the activations."""
+    return ((0, 1), 4) if tokens == TOKENS else ((2, 3), 5)
 
 
 def _configuration(small: int) -> bytes:
@@ -118,12 +112,6 @@ def q4_codes(b: Builder, address: Value) -> list[Value]:
     return simd_dots.q4_codes(b, _SIGNED, address)
 
 
-@operation(block, _address)
-def q8_bytes(b: Builder, address: Value) -> list[Value]:
-    """Load the 512 bytes of a Q8 block."""
-    return simd_dots.q8_bytes(b, _SIGNED, address)
-
-
 @dataclass(frozen=True, slots=True)
 class TileOperations:
     """Operations for a fixed number of tokens, whose float32 sums are a tuple of vectors.
@@ -141,8 +129,11 @@ class TileOperations:
     both: Any
 
 
-def tile_operations(tokens: int) -> TileOperations:
-    """Make the operations for a tile of TOKENS, SOME_TOKENS or FEW_TOKENS."""
+def tile_operations(tokens: int, line: int) -> TileOperations:
+    """Make the operations for a tile of TOKENS, SOME_TOKENS or FEW_TOKENS.
+
+    line: the bytes from a line of weights to the next one.
+    """
     sums = types.UniTuple(f32x16, tokens)
 
     @operation(sums, _address, _address)
@@ -160,7 +151,7 @@ def tile_operations(tokens: int) -> TileOperations:
     @operation(types.void, _address, _address, _address, _address)
     def multiply(b: Builder, out: Value, lines: Value, q: Value, q_row: Value) -> None:
         """Write the sums of a step."""
-        for call in _multiplication(b, tokens, out, lines, q, q_row):
+        for call in _multiplication(b, tokens, line, out, lines, q, q_row):
             _emit(b, call)
 
     @operation(sums, sums, _address, _address, _address, _address)
@@ -186,9 +177,7 @@ def tile_operations(tokens: int) -> TileOperations:
         q_row: Value,
     ) -> list[Value]:
         """Add a step and multiply another one, evenly mixed."""
-        calls = list(_multiplication(b, tokens, out, lines, q, q_row))
-
-        rows = STEP * tokens
+        calls, rows = _multiplication(b, tokens, line, out, lines, q, q_row), STEP * tokens
 
         def emit_share(row: int) -> None:
             for call in calls[len(calls) * row // rows : len(calls) * (row + 1) // rows]:
@@ -202,21 +191,19 @@ def tile_operations(tokens: int) -> TileOperations:
 
 
 def _multiplication(
-    b: Builder, tokens: int, out: Value, lines: Value, q: Value, q_row: Value
+    b: Builder, tokens: int, line: int, out: Value, lines: Value, q: Value, q_row: Value
 ) -> list[_Call]:
     """Return the instructions that multiply a step."""
     sums, activations = _tiles(tokens)
-    line, row = ir.Constant(I64, LINE), ir.Constant(I64, _ROW)
+    line_bytes, row = ir.Constant(I64, line), ir.Constant(I64, _ROW)
     calls: list[_Call] = []
     for i in range(STEP):
-        own_q, own_lines = (
-            simd_ir.offset(b, q, BLOCK * i),
-            simd_ir.offset(b, lines, BLOCK_LINES * LINE * i),
-        )
+        own_q = simd_ir.offset(b, q, BLOCK * i)
+        own_lines = simd_ir.offset(b, lines, BLOCK_LINES * line * i)
         calls += [
             ("tilezero", sums[i]),
             ("tileloadd64", activations, _pointer(b, own_q), q_row),
-            ("tileloadd64", _WEIGHTS[i], _pointer(b, own_lines), line),
+            ("tileloadd64", _WEIGHTS[i], _pointer(b, own_lines), line_bytes),
             ("tdpbssd", sums[i], activations, _WEIGHTS[i]),
         ]
     for i in range(STEP):

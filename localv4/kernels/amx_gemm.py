@@ -1,5 +1,6 @@
 """Products of panels by AMX: the sums of `kernels.gemm`, with the same bits."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from localv4.kernels import amx
@@ -16,7 +17,7 @@ from localv4.kernels.amx import (
     tile_operations,
 )
 from localv4.kernels.device import device
-from localv4.kernels.packed import BLOCK
+from localv4.kernels.packed import BLOCK, Q8
 from localv4.kernels.panels import (
     CHUNK,
     LINES_OFFSET,
@@ -27,41 +28,66 @@ from localv4.kernels.panels import (
     expander,
     panel_groups,
 )
-from localv4.kernels.readers import MX4_READER, Q4_READER, Q8_READER, Reader
+from localv4.kernels.readers import (
+    HEAD_BYTES,
+    MX4_READER,
+    Q4_READER,
+    Q8_READER,
+    Reader,
+    prefetch_lines,
+)
 from localv4.kernels.simd import store_f32, zeros_f32
 from localv4.kernels.tiles import LINE
 
-_STEP_LINES = STEP * BLOCK_LINES * LINE
 _SUMS_BYTES = STEP * TOKENS * 64  # of a step
 _CONFIGURATION = STEPS_OFFSET + 2 * _SUMS_BYTES
 SCRATCH_BYTES = _CONFIGURATION + CONFIGURATION_BYTES
 """Memory that each thread needs for itself."""
 
-_DECODERS = {MX4_READER: amx.mx4_codes, Q4_READER: amx.q4_codes, Q8_READER: amx.q8_bytes}
+_DECODERS = {MX4_READER: amx.mx4_codes, Q4_READER: amx.q4_codes}
 
 
-def _tile_adder(tokens: int) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """Bytes from a line of a group of weights to the next, and from a step to the next."""
+
+    line: int
+    step: int
+
+
+_EXPANDED = _Lines(LINE, STEP * BLOCK_LINES * LINE)
+_IN_PLACE = _Lines(64, Q8.superblock_bytes)  # lines of Q8 are bytes already, a step a superblock
+
+
+def _tile_adder(tokens: int, layout: _Lines) -> Any:
     """Make the function that adds a chunk of columns to the sums of a tile of tokens."""
-    tile = tile_operations(tokens)
+    tile, line_step = tile_operations(tokens, layout.line), layout.step
     load, store, multiply, add, both = tile.load, tile.store, tile.multiply, tile.add, tile.both
 
     @device
     def add_tile(
-        scratch: int, out: int, groups: int, blocks: int, cols: int, q: int, d: int
+        scratch: int,
+        out: int,
+        lines: int,
+        group_bytes: int,
+        groups: int,
+        blocks: int,
+        cols: int,
+        q: int,
+        d: int,
     ) -> None:
-        """Add `blocks` expanded blocks of the groups of a panel; out: sums of the first token."""
+        """Add `blocks` blocks of some groups, whose lines are `group_bytes` apart, to out."""
         qr, dr = q_row(cols), d_row(cols)
         ready, free = scratch + STEPS_OFFSET, scratch + STEPS_OFFSET + _SUMS_BYTES
-        lines = scratch + LINES_OFFSET
         multiply(ready, lines, q, qr)
         for group in range(groups):
+            own_lines, own_q = lines + group_bytes * group, q
             scales, own_d = scratch + SCALES_OFFSET + 64 * group, d
-            own_lines, own_q = lines + 64 * group, q
             sums = load(out + 64 * group, SUMS_ROW)
             for block in range(0, blocks, STEP):
-                own_lines, own_q = own_lines + _STEP_LINES, own_q + STEP * BLOCK
+                own_lines, own_q = own_lines + line_step, own_q + STEP * BLOCK
                 if block + STEP == blocks:
-                    own_lines, own_q = lines + 64 * (group + 1), q
+                    own_lines, own_q = lines + group_bytes * (group + 1), q
                 if block + STEP < blocks or group + 1 < groups:
                     sums = both(sums, ready, scales, own_d, dr, free, own_lines, own_q, qr)
                 else:
@@ -73,15 +99,34 @@ def _tile_adder(tokens: int) -> Any:
     return add_tile
 
 
-_add_tile = _tile_adder(TOKENS)
-_add_some, _add_few = _tile_adder(SOME_TOKENS), _tile_adder(FEW_TOKENS)
+def _prefetcher(reader: Reader) -> Any:
+    """Make the function that converts the scales of superblocks, and asks for their weights."""
+    load_scale, scale_bytes, blocks = reader.load_scale, reader.scale_bytes, reader.blocks
+    superblock_bytes = reader.fmt.superblock_bytes
+
+    @device
+    def prepare(lines: int, scales: int, w: int, size: int, groups: int, count: int) -> None:
+        """The same as `expand` of `panels.expander` for weights that need not be expanded."""
+        for i in range(count):
+            for group in range(groups):
+                source = w + group * size + i * superblock_bytes
+                prefetch_lines(source, superblock_bytes // 64)
+                for block in range(blocks):
+                    target = scales + LINE * (blocks * i + block) + 64 * group
+                    store_f32(target, load_scale(source + scale_bytes * block))
+
+    return prepare
 
 
 def summer(reader: Reader) -> Any:
     """Make the function that multiplies panels of a format."""
-    fmt, expand = reader.fmt, expander(reader, _DECODERS[reader])
-    columns, superblock_bytes, blocks = fmt.columns, fmt.superblock_bytes, fmt.columns // BLOCK
-    chunk = CHUNK // columns
+    in_place, layout = reader is Q8_READER, _IN_PLACE if reader is Q8_READER else _EXPANDED
+    prepare = _prefetcher(reader) if in_place else expander(reader, _DECODERS[reader])
+    add_tile, add_some, add_few = (
+        _tile_adder(tokens, layout) for tokens in (TOKENS, SOME_TOKENS, FEW_TOKENS)
+    )
+    fmt, blocks = reader.fmt, reader.blocks
+    columns, superblock_bytes, chunk = fmt.columns, fmt.superblock_bytes, CHUNK // fmt.columns
 
     @device
     def sums(
@@ -105,17 +150,20 @@ def summer(reader: Reader) -> Any:
         for start in range(0, superblocks, chunk):
             length, at = min(chunk, superblocks - start), start * blocks
             source = w + panel * PANEL_GROUPS * size + start * superblock_bytes
-            expand(scratch + LINES_OFFSET, scratch + SCALES_OFFSET, source, size, width, length)
+            lines, group_bytes = scratch + LINES_OFFSET, 64
+            prepare(lines, scratch + SCALES_OFFSET, source, size, width, length)
+            if in_place:
+                lines, group_bytes = source + HEAD_BYTES, size
             for token in range(0, count, TOKENS):
-                own_q = q + (first + token) * q_row(cols) + BLOCK * at
-                own_d, out = d + (first + token) * d_row(cols) + 4 * at, scratch + token * SUMS_ROW
-                left = count - token
+                row, left, out = first + token, count - token, scratch + token * SUMS_ROW
+                own_q, own_d = q + row * q_row(cols) + BLOCK * at, d + row * d_row(cols) + 4 * at
+                weights = (lines, group_bytes, width, length * blocks, cols)
                 if left > SOME_TOKENS:
-                    _add_tile(scratch, out, width, length * blocks, cols, own_q, own_d)
+                    add_tile(scratch, out, *weights, own_q, own_d)
                 elif left > FEW_TOKENS:
-                    _add_some(scratch, out, width, length * blocks, cols, own_q, own_d)
+                    add_some(scratch, out, *weights, own_q, own_d)
                 else:
-                    _add_few(scratch, out, width, length * blocks, cols, own_q, own_d)
+                    add_few(scratch, out, *weights, own_q, own_d)
         end_tiles()
 
     return sums
