@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numba
@@ -29,24 +30,31 @@ pytestmark = pytest.mark.skipif(
 
 F32 = np.float32
 LIMIT = 1.5
-ONE, THREE = Team(1), Team(3)
 FORMATS = (MX4, Q4, Q8)
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-teams = pytest.mark.parametrize("team", [ONE, THREE], ids=["alone", "three"])
-COUNTS = (1, 3, FEW_TOKENS, FEW_TOKENS + 1, 2 * TILE_TOKENS, TOKENS, TOKENS + 1)
-COUNTS += (TOKENS + SOME_TOKENS - 1, 3 * TOKENS - 1)
+all_teams = pytest.mark.parametrize("members", [1, 3])
+COUNTS = (
+    *(1, 3, FEW_TOKENS, FEW_TOKENS + 1, 2 * TILE_TOKENS),
+    *(TOKENS, TOKENS + 1, TOKENS + SOME_TOKENS - 1, 3 * TOKENS - 1),
+)
 
 
 def normal(seed: int, *shape: int) -> Floats:
     return np.random.default_rng(seed).standard_normal(shape).astype(F32)
 
 
-def run(team: Team, *operations: tuple[Any, ...]) -> None:
+@cache
+def team(members: int) -> Team:
+    """A team for all tests; not made where there is no compiler."""
+    return Team(members)
+
+
+def run(members: int, *operations: tuple[Any, ...]) -> None:
     """Run a program; an operation is its entry and its operands."""
     program = np.zeros((len(operations), WORDS), np.int64)
     for row, (entry, *words) in zip(program, operations, strict=True):
         row[: 1 + len(words)] = (entry.address, *words)
-    team.run(program)
+    team(members).run(program)
 
 
 class Rows:
@@ -61,7 +69,7 @@ class Rows:
         self.sizes = activations.row_bytes(self.cols)
         self.buffers = [self.room(size) for size in self.sizes]
         words = (address(source), self.cols, address(chosen), self.count, self.cols)
-        run(ONE, (quantize, *words, *self.at(0)))
+        run(1, (quantize, *words, *self.at(0)))
 
     def room(self, size: int) -> Bytes:
         """Memory for the rows of a buffer."""
@@ -75,17 +83,17 @@ class Rows:
         return tuple(address(buffer) + token * size for buffer, size in pairs)
 
 
-def scratch(team: Team) -> Bytes:
-    memory = aligned_bytes(team.members * SCRATCH_BYTES)
+def scratch(members: int) -> Bytes:
+    memory = aligned_bytes(members * SCRATCH_BYTES)
     memory[:] = 0xFF
     return memory
 
 
-def multiply(team: Team, fmt: PackedFormat, weights: Bytes, rows: int, x: Rows) -> Floats:
+def multiply(members: int, fmt: PackedFormat, weights: Bytes, rows: int, x: Rows) -> Floats:
     """The products of all tokens, by one operation."""
-    out, memory = floats(x.count, rows + ROW_GAP), scratch(team)
+    out, memory = floats(x.count, rows + ROW_GAP), scratch(members)
     words = (address(weights), rows // 16, x.cols, *x.at(0), x.count, address(out))
-    run(team, (OPERATIONS[fmt.name].gemm, *words, 4 * (rows + ROW_GAP), address(memory)))
+    run(members, (OPERATIONS[fmt.name].gemm, *words, 4 * (rows + ROW_GAP), address(memory)))
     assert np.isnan(out[:, rows:]).all()
     return out[:, :rows]
 
@@ -95,7 +103,7 @@ def one_by_one(fmt: PackedFormat, weights: Bytes, rows: int, x: Rows) -> Floats:
     out = floats(x.count, rows)
     words = (address(weights), rows // 16, x.cols)
     matvec = OPERATIONS[fmt.name].matvec
-    run(ONE, *((matvec, *words, *x.at(t), address(out[t:])) for t in range(x.count)))
+    run(1, *((matvec, *words, *x.at(t), address(out[t:])) for t in range(x.count)))
     return out
 
 
@@ -110,7 +118,7 @@ def test_some_tokens_have_the_bits_of_one(
     x = Rows(normal(cols, tokens + 2, cols), order)
     expected = one_by_one(fmt, weights, rows, x)
     assert np.isfinite(expected).all() and np.abs(expected).max() > 0
-    assert_same_bits(multiply(ONE, fmt, weights, rows, x), expected)
+    assert_same_bits(multiply(1, fmt, weights, rows, x), expected)
 
 
 @all_formats
@@ -118,7 +126,7 @@ def test_some_tokens_have_the_bits_of_one(
 def test_members_and_batches_change_no_bits(fmt: PackedFormat, tokens: int) -> None:
     rows, cols = 144, 512
     weights, x = random_weights(1, fmt, rows, cols), Rows(normal(2, tokens, cols))
-    product = multiply(THREE, fmt, weights, rows, x)
+    product = multiply(3, fmt, weights, rows, x)
     assert_same_bits(product, one_by_one(fmt, weights, rows, x))
 
 
@@ -127,7 +135,7 @@ def test_members_and_batches_change_no_bits(fmt: PackedFormat, tokens: int) -> N
 @pytest.mark.parametrize("tokens", [7, 21])
 def test_columns_may_be_a_multiple_of_64(fmt: PackedFormat, cols: int, tokens: int) -> None:
     weights, x = random_weights(1, fmt, 32, cols), Rows(normal(2, tokens, cols))
-    product = multiply(ONE, fmt, weights, 32, x)
+    product = multiply(1, fmt, weights, 32, x)
     assert_same_bits(product, one_by_one(fmt, weights, 32, x))
 
 
@@ -137,7 +145,7 @@ def test_extreme_weights(fmt: PackedFormat, fill: int) -> None:
     weights = random_weights(1, fmt, 64, 256)
     weights.reshape(-1, fmt.superblock_bytes)[:, 64:] = fill
     x = Rows(np.repeat(np.array([[3], [-3]], F32), 256, axis=1), [0, 1] * 9)
-    product = multiply(ONE, fmt, weights, 64, x)
+    product = multiply(1, fmt, weights, 64, x)
     assert_same_bits(product, one_by_one(fmt, weights, 64, x))
 
 
@@ -147,7 +155,7 @@ def test_extreme_weights(fmt: PackedFormat, fill: int) -> None:
 def test_errors_stay_with_their_token(fmt: PackedFormat, tokens: int, bad: float) -> None:
     x = normal(1, tokens, 256)
     x[1, 77] = bad
-    product = multiply(ONE, fmt, random_weights(1, fmt, 32, 256), 32, Rows(x))
+    product = multiply(1, fmt, random_weights(1, fmt, 32, 256), 32, Rows(x))
     assert not np.isfinite(product[1]).any()
     assert np.isfinite(np.delete(product, 1, axis=0)).all()
 
@@ -189,17 +197,17 @@ class Experts:
         return np.repeat(self.records, self.counts)
 
 
-def gate_up(team: Team, experts: Experts, x: Rows) -> Rows:
+def gate_up(members: int, experts: Experts, x: Rows) -> Rows:
     """The rounded hidden layers, by one operation."""
     middle = Rows(np.zeros((experts.tokens, experts.inner), F32))
     for buffer in middle.buffers:
         buffer[:] = 0xFF
-    memory = scratch(team)
+    memory = scratch(members)
     words = (address(experts.records), len(experts.counts), address(experts.starts))
     sizes = (2 * experts.inner // 16, experts.hidden)
     entry = experts.operations.experts_gate_up
     run(
-        team,
+        members,
         (entry, *words, *sizes, *x.at(0), *middle.at(0), address(memory), float_bits(LIMIT)),
     )
     return middle
@@ -211,7 +219,7 @@ def gate_up_one_by_one(experts: Experts, x: Rows) -> Rows:
     records = experts.of_each_token()
     for t in range(experts.tokens):
         words = (address(records[t:]), 1, experts.inner // 16, cols, *x.at(t), address(h[t:]))
-        run(ONE, (experts.operations.gate_up, *words, float_bits(LIMIT)))
+        run(1, (experts.operations.gate_up, *words, float_bits(LIMIT)))
     return Rows(h[:, : experts.inner])
 
 
@@ -223,12 +231,12 @@ EXPERTS = (
 
 
 @all_formats
-@teams
+@all_teams
 @pytest.mark.parametrize("counts", EXPERTS)
-def test_hidden_layers_of_experts(fmt: PackedFormat, team: Team, counts: tuple[int, ...]) -> None:
+def test_hidden_layers_of_experts(fmt: PackedFormat, members: int, counts: tuple[int, ...]) -> None:
     experts = Experts(fmt, 256, 128, counts)
     x = Rows(10 * normal(1, experts.tokens, 256))
-    middle, expected = gate_up(team, experts, x), gate_up_one_by_one(experts, x)
+    middle, expected = gate_up(members, experts, x), gate_up_one_by_one(experts, x)
     q, q_twin = (rows.buffers[0].reshape(-1, rows.sizes[0]) for rows in (middle, expected))
     assert_same_bits(q[: x.count, : experts.inner], q_twin[: x.count, : experts.inner])
     for buffer, twin, size in zip(middle.buffers, expected.buffers, middle.sizes, strict=True):
@@ -237,19 +245,19 @@ def test_hidden_layers_of_experts(fmt: PackedFormat, team: Team, counts: tuple[i
 
 
 @all_formats
-@teams
+@all_teams
 @pytest.mark.parametrize("counts", EXPERTS)
-def test_results_of_experts(fmt: PackedFormat, team: Team, counts: tuple[int, ...]) -> None:
+def test_results_of_experts(fmt: PackedFormat, members: int, counts: tuple[int, ...]) -> None:
     experts = Experts(fmt, 384, 128, counts)
     places = np.random.default_rng(1).permutation(np.arange(experts.tokens) // 2)
     shares, hidden = normal(3, experts.tokens), normal(4, experts.tokens, 128)
     middle, size = Rows(hidden), 384 + ROW_GAP
     out, expected = (floats(experts.tokens, size, fill=0) for _ in range(2))
-    memory = scratch(team)
+    memory = scratch(members)
     words = (address(experts.records), len(counts), address(experts.starts), 384 // 16, 128)
     target = (address(out), 4 * size, address(memory), address(places), address(shares))
     entry = experts.operations.experts_down
-    run(team, (entry, *words, *middle.at(0), *target, experts.down))
+    run(members, (entry, *words, *middle.at(0), *target, experts.down))
     add_one_by_one(expected, experts, hidden, places, shares)
     assert_same_bits(out, expected)
 
@@ -264,4 +272,4 @@ def add_one_by_one(
         own, rows = records[tokens].copy(), Rows(middle, tokens.tolist())
         words = (address(own), len(tokens), hidden // 16, inner, *rows.at(0), address(out[place:]))
         weights = shares[tokens].copy()
-        run(ONE, (experts.operations.down, *words, address(weights), experts.down))
+        run(1, (experts.operations.down, *words, address(weights), experts.down))
