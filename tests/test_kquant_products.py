@@ -15,6 +15,7 @@ from localv4.kernels import (
     activations,
     gemm,
     iquants,
+    kquant_panels,
     kquant_products,
     kquants,
     packed,
@@ -55,9 +56,21 @@ def q4k_sums(operation: int, member: int, members: int) -> None:
 
 
 @entry("test")
+def q4k_many_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_panels.sums_q4k)
+
+
+@entry("test")
 def q6_sums(operation: int, member: int, members: int) -> None:
     """`share_sums`"""
     share_sums(operation, kquant_products.sums_q6)
+
+
+@entry("test")
+def q6_many_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_panels.sums_q6)
 
 
 @entry("test")
@@ -67,15 +80,33 @@ def q3_sums(operation: int, member: int, members: int) -> None:
 
 
 @entry("test")
+def q3_many_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_panels.sums_q3)
+
+
+@entry("test")
 def q2_sums(operation: int, member: int, members: int) -> None:
     """`share_sums`"""
     share_sums(operation, kquant_products.sums_q2)
 
 
 @entry("test")
+def q2_many_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_panels.sums_q2)
+
+
+@entry("test")
 def iq2_sums(operation: int, member: int, members: int) -> None:
     """`share_sums`"""
     share_sums(operation, kquant_products.sums_iq2)
+
+
+@entry("test")
+def iq2_many_sums(operation: int, member: int, members: int) -> None:
+    """`share_sums`"""
+    share_sums(operation, kquant_panels.sums_iq2)
 
 
 @dataclass(frozen=True)
@@ -86,15 +117,18 @@ class Case:
     ggml: str
     block_bytes: int
     pack: Callable[..., int]
-    sums: Entry
+    few: Entry
+    many: Entry
 
 
 CASES = (
-    Case(Q4K, "Q4_K", kquants.Q4_K_BYTES, packing_kquants.pack_q4_k, q4k_sums),
-    Case(Q6, "Q6_K", kquants.Q6_K_BYTES, packing_kquants.pack_q6_k, q6_sums),
-    Case(Q3, "Q3_K", kquants.Q3_K_BYTES, packing_kquants.pack_q3_k, q3_sums),
-    Case(Q2, "Q2_K", kquants.Q2_K_BYTES, packing_kquants.pack_q2_k, q2_sums),
-    Case(IQ2, "IQ2_XXS", iquants.IQ2_XXS_BYTES, packing_kquants.pack_iq2_xxs, iq2_sums),
+    Case(Q4K, "Q4_K", kquants.Q4_K_BYTES, packing_kquants.pack_q4_k, q4k_sums, q4k_many_sums),
+    Case(Q6, "Q6_K", kquants.Q6_K_BYTES, packing_kquants.pack_q6_k, q6_sums, q6_many_sums),
+    Case(Q3, "Q3_K", kquants.Q3_K_BYTES, packing_kquants.pack_q3_k, q3_sums, q3_many_sums),
+    Case(Q2, "Q2_K", kquants.Q2_K_BYTES, packing_kquants.pack_q2_k, q2_sums, q2_many_sums),
+    Case(
+        IQ2, "IQ2_XXS", iquants.IQ2_XXS_BYTES, packing_kquants.pack_iq2_xxs, iq2_sums, iq2_many_sums
+    ),
 )
 formats = pytest.mark.parametrize("case", CASES, ids=lambda case: case.fmt.name)
 
@@ -126,15 +160,17 @@ class Rounded:
     @property
     def values(self) -> Wide:
         """What the integers and scales stand for (tokens, cols)."""
-        codes = self.q.view(np.int8).reshape(self.tokens, -1)[:, : self.cols]
-        scales = self.d.view(F32).reshape(self.tokens, -1).astype(np.float64)
+        codes = self.q.view(np.int8).reshape(-1, activations.q_row(self.cols))[: self.tokens]
+        scales = self.d.view(F32).reshape(-1, self.cols // 32)[: self.tokens].astype(np.float64)
+        codes = codes[:, : self.cols]
         return codes.astype(np.float64) * np.repeat(scales, 32, axis=1)
 
 
-def rounded(x: Floats) -> Rounded:
+def rounded(x: Floats, spare: int = 0) -> Rounded:
+    """The activations of x, and room for some that may be read and are not used."""
     tokens, cols = x.shape
     rows = activations.q_row, activations.d_row, activations.b_row
-    q, d, b = (aligned_bytes(tokens * row(cols)) for row in rows)
+    q, d, b = (aligned_bytes((tokens + spare) * row(cols)) for row in rows)
     result = Rounded(q, d, b, tokens, cols)
     words = (address(x), cols, 0, tokens, cols, *result.operands())
     run(ONE, quantize, *words)
@@ -251,15 +287,18 @@ def test_members_and_neighbours_change_no_bits(case: Case) -> None:
 
 
 @formats
-@pytest.mark.parametrize(("rows", "first", "count"), [(80, 0, 1), (64, 3, 4), (96, 2, 7)])
-def test_a_few_tokens_have_the_bits_of_one(case: Case, rows: int, first: int, count: int) -> None:
-    cols = 512
+@pytest.mark.parametrize("kind", ["few", "many"])
+@pytest.mark.parametrize(("rows", "first", "count"), [(80, 0, 1), (64, 3, 4), (96, 2, 13)])
+def test_many_tokens_have_the_bits_of_one(
+    case: Case, kind: str, rows: int, first: int, count: int
+) -> None:
+    cols, function = 512, case.few if kind == "few" else case.many
     weights = packed_matrix(case, random_ggml(case, rows, rows, cols), cols)
-    x = rounded(inputs("normal", first + count, cols))
+    x = rounded(inputs("normal", first + count, cols), gemm.SPARE_TOKENS)
     for panel in range(gemm.panels(rows)):
         scratch = floats(gemm.SCRATCH_BYTES // 4)
         words = (address(weights), panel, rows // 16, cols, *x.operands(), first, count)
-        run(ONE, case.sums, address(scratch), *words)
+        run(ONE, function, address(scratch), *words)
         for t in range(count):
             expected = multiply(case, weights, rows, x, first + t)[64 * panel : 64 * panel + 64]
             assert np.array_equal(scratch[64 * t : 64 * t + expected.size], expected)

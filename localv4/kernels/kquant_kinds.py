@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from localv4.kernels.isa import Isa
-from localv4.kernels.simd_dots import VECTORS, add_dot
+from localv4.kernels.simd_dots import CHAINS, VECTORS, add_dot
 from localv4.kernels.simd_ir import (
     I16,
     I32,
@@ -125,18 +125,26 @@ def _split(b: Builder, pair: Value) -> list[Value]:
 
 
 def add_dots(
-    b: Builder, isa: Isa, acc: Value, codes: list[Value], columns: list[Value], largest: int
+    b: Builder,
+    isa: Isa,
+    acc: Value,
+    codes: list[Value],
+    columns: list[Value],
+    largest: int,
+    chains: int = CHAINS,
 ) -> Value:
-    """Add the products of vectors of codes, none above `largest`, with activations to acc."""
+    """Add the products of vectors of codes, none above `largest`, with activations to acc.
+
+    More than four are added up in so many chains of instructions that wait for each other.
+    """
     if isa.level == "avx2":
         return _add_short_dots(b, acc, codes, columns, largest)
-    chains = [acc]
-    if len(codes) > 4:  # two shorter chains of instructions that wait for each other
-        chains.append(filled(INTS, 0))
+    sums = [acc] + [filled(INTS, 0)] * (chains - 1 if len(codes) > 4 else 0)
     for i, (code, column) in enumerate(zip(codes, columns, strict=True)):
-        at = i % len(chains)
-        chains[at] = add_dot(b, isa, chains[at], code, column)
-    return chains[0] if len(chains) == 1 else b.add(*chains)
+        sums[i % len(sums)] = add_dot(b, isa, sums[i % len(sums)], code, column)
+    for other in sums[1:]:
+        sums[0] = b.add(sums[0], other)
+    return sums[0]
 
 
 def _add_short_dots(

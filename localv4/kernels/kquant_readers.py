@@ -68,13 +68,20 @@ class SuperblockReader:
     codes_at: int
     is_turned: bool = False
 
+    def head(self, b: Builder, w: Value) -> list[Value]:
+        """Read what the whole numbers of a superblock are to be multiplied with."""
+        if self.kind.numbers == 1:
+            return [simd_ir.load(b, FLOATS, w)]
+        least = simd_dots.load_f16(b, ISA, simd_ir.offset(b, w, 32))
+        return [simd_dots.load_f16(b, ISA, w), b.fneg(least)]
+
     def operations(self, tokens: int) -> TokenOperations:
         """Make the operations for some tokens at a time."""
         return TokenOperations(
             _zeros(tokens),
             _zeros(self.kind.numbers * tokens),
             _head_prefetcher(self),
-            _turner(tokens) if self.is_turned else _same(tokens),
+            turner(self, tokens),
             _step_adder(self, tokens),
             _finisher(self, tokens),
         )
@@ -89,6 +96,12 @@ def _zeros(count: int) -> Any:
     return zeros
 
 
+def stack_bytes(b: Builder, count: int) -> Value:
+    """Return the address of so many bytes that live as long as the function does."""
+    with b.goto_entry_block():
+        return b.ptrtoint(b.alloca(ir.ArrayType(simd_ir.I8, count)), simd_ir.I64)
+
+
 def _head_prefetcher(reader: SuperblockReader) -> Any:
     @operation(types.void, types.int64)
     def prefetch_head(b: Builder, w: Value) -> None:
@@ -99,7 +112,8 @@ def _head_prefetcher(reader: SuperblockReader) -> Any:
     return prefetch_head
 
 
-def _same(tokens: int) -> Any:
+def turner(reader: SuperblockReader, tokens: int) -> Any:
+    """Make the operation that gives the activations of a superblock the order of a format."""
     addresses = types.UniTuple(types.int64, tokens)
 
     @operation(addresses, addresses)
@@ -107,25 +121,18 @@ def _same(tokens: int) -> Any:
         """Return the addresses."""
         return list(cgutils.unpack_tuple(b, q))
 
-    return same
-
-
-def _turner(tokens: int) -> Any:
-    addresses = types.UniTuple(types.int64, tokens)
-
     @operation(addresses, addresses)
     def turn(b: Builder, q: Value) -> list[Value]:
         """Return the addresses of the turned activations, valid until the next call."""
-        kind = ir.ArrayType(simd_ir.I8, SUPERBLOCK)
         results = []
         for source in cgutils.unpack_tuple(b, q):
-            target = b.ptrtoint(cgutils.alloca_once(b, kind), simd_ir.I64)
+            target = stack_bytes(b, SUPERBLOCK)
             for at in range(0, SUPERBLOCK, BLOCK):
                 turned(b, simd_ir.offset(b, target, at), simd_ir.offset(b, source, at))
             results.append(target)
         return results
 
-    return turn
+    return turn if reader.is_turned else same
 
 
 def _step_adder(reader: SuperblockReader, tokens: int) -> Any:
@@ -161,11 +168,7 @@ def _finisher(reader: SuperblockReader, tokens: int) -> Any:
     def finish(b: Builder, before: Value, added: Value, w: Value) -> list[Value]:
         """before + d * sums - m * sums of least values"""
         totals, news = cgutils.unpack_tuple(b, before), cgutils.unpack_tuple(b, added)
-        if reader.kind.numbers == 2:
-            least = b.fneg(simd_dots.load_f16(b, ISA, simd_ir.offset(b, w, 32)))
-            factors = [simd_dots.load_f16(b, ISA, w), least]
-        else:
-            factors = [simd_ir.load(b, FLOATS, w)]
+        factors = reader.head(b, w)
         for i, new in enumerate(news):
             token, kind = divmod(i, reader.kind.numbers)
             totals[token] = simd_ir.multiply_add(b, new, factors[kind], totals[token])
