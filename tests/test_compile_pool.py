@@ -26,7 +26,7 @@ def compiled(names: list[str], count: int = 2, greeting: str = GREETING) -> list
     """Return the names that helpers say they have compiled; none of them lives on."""
     before = set(psutil.Process().children())
     with CompilePool(count, greeting) as pool:
-        done = sorted(pool.compile(names))
+        done = sorted(pool.compile([[name] for name in names]))
     assert set(psutil.Process().children()) <= before
     return done
 
@@ -85,7 +85,7 @@ sys.path.insert(0, {folder!r})
 from localv4.kernels import compiler
 from localv4.kernels.compile_pool import CompilePool
 with CompilePool(2, compiler.CACHE_FOLDER.name) as pool:
-    list(pool.compile(["busy_module:first", "busy_module:second"]))
+    list(pool.compile([["busy_module:first", "busy_module:second"]]))
 """
 BUSY = """
 import time, os

@@ -31,6 +31,26 @@ work()
 """
 
 
+class _Work:
+    """Names in groups whose members have code in common, so that a helper should stay with one."""
+
+    def __init__(self, groups: Iterable[Iterable[str]]) -> None:
+        self._lock = threading.Lock()
+        self._fresh = deque(filter(None, map(deque, groups)))
+        self._begun: list[deque[str]] = []
+
+    def take(self, own: deque[str]) -> tuple[str, deque[str]] | None:
+        """Return a name and its group: the helper's own as long as it lasts, a fresh one, any."""
+        with self._lock:
+            group = own
+            if not group and self._fresh:
+                group = self._fresh.popleft()
+                self._begun.append(group)
+            elif not group:
+                group = max(self._begun, key=len, default=own)
+            return (group.popleft(), group) if group else None
+
+
 class CompilePool:
     """Up to `count` helpers; those that do not answer with `greeting` first are left alone.
 
@@ -60,14 +80,15 @@ class CompilePool:
             with suppress(OSError), process:
                 pass  # closes its pipes and waits for its end
 
-    def compile(self, names: Iterable[str]) -> Iterator[str]:
-        """Hand out units, first come, first served; yield the names of those in the cache by now.
+    def compile(self, groups: Iterable[Iterable[str]]) -> Iterator[str]:
+        """Hand out groups of units; yield the names of those that are in the cache by now.
 
-        What helpers fail at, or what they have when they die, is left out.
+        The first ones are begun first. A helper that has nothing left to do helps with a group of
+        another. What helpers fail at, or what they have when they die, is left out.
         """
-        waiting = deque(names)
+        work = _Work(groups)
         for process in self._processes:
-            thread = threading.Thread(target=self._serve, args=(process, waiting), daemon=True)
+            thread = threading.Thread(target=self._serve, args=(process, work), daemon=True)
             self._threads.append(thread)
             thread.start()
         busy, silent_since = len(self._processes), time.monotonic()
@@ -82,21 +103,21 @@ class CompilePool:
             else:
                 yield name
 
-    def _serve(self, process: "subprocess.Popen[str]", waiting: "deque[str]") -> None:
+    def _serve(self, process: "subprocess.Popen[str]", work: _Work) -> None:
         """Give work to one helper until there is none left or it does not answer."""
         assert process.stdin is not None and process.stdout is not None
         try:
-            answer = process.stdout.readline().strip()
-            known = answer == self._greeting
-            while known and waiting:
-                name = waiting.popleft()
+            known = process.stdout.readline().strip() == self._greeting
+            group: deque[str] = deque()
+            while known and (task := work.take(group)):
+                name, group = task
                 print(name, file=process.stdin, flush=True)
                 answer = process.stdout.readline().strip()
                 if answer == DONE:
                     self._results.put(name)
                 known = answer in (DONE, FAILED)
-        except (OSError, ValueError, IndexError):
-            pass  # it died, speaks another language, or the last unit was taken by another
+        except (OSError, ValueError):
+            pass  # it died
         finally:
             self._results.put(None)
 

@@ -193,10 +193,11 @@ def can_keep() -> bool:
 
 
 def are_compiled(families: Set[str] = frozenset()) -> bool:
-    """Say whether the cache holds these families and COMMON, so that a start will be quick."""
-    if numba.config.DISABLE_JIT:
+    """Say whether these families and COMMON are ready or in the cache: a start will be quick."""
+    names = {COMMON, *families}
+    if numba.config.DISABLE_JIT or all(u.is_ready() for u in _units if u.family in names):
         return True
-    return all((CACHE_FOLDER / f"{name}.complete").exists() for name in {COMMON, *families})
+    return all((CACHE_FOLDER / f"{name}.complete").exists() for name in names)
 
 
 def find_unit(name: str) -> Unit:
@@ -249,13 +250,24 @@ def _compile_together(units: list[Unit]) -> Generator[Unit, None, None]:
     if helpers < 2 or not can_keep():
         return
     by_name = {unit.name: unit for unit in units}
-    sizes: dict[Callable[..., Any], int] = {}
-    # the longest first, or one helper would end with it while the others have nothing to do
-    longest_first = sorted(by_name, key=lambda name: -code_size(by_name[name].function, sizes))
     with CompilePool(helpers, CACHE_FOLDER.name) as pool:
-        for name in pool.compile(longest_first):
+        for name in pool.compile(_groups(units)):
             by_name[name].is_kept = True
             yield by_name[name]
+
+
+def _groups(units: list[Unit]) -> list[list[str]]:
+    """Return the names of units, those together that share code, the longest work first.
+
+    Otherwise one helper would end with the longest while the others have nothing to do.
+    """
+    known: dict[Callable[..., Any], int] = {}
+    sizes = {unit: code_size(unit.function, known) for unit in units}
+    groups: dict[tuple[str, str], list[Unit]] = {}
+    for unit in sorted(units, key=lambda unit: -sizes[unit]):
+        groups.setdefault((unit.function.__module__, unit.family), []).append(unit)
+    longest_first = sorted(groups.values(), key=lambda group: -sum(sizes[u] for u in group))
+    return [[unit.name for unit in group] for group in longest_first]
 
 
 def _make_ready(unit: Unit) -> None:
