@@ -197,7 +197,12 @@ def are_compiled(families: Set[str] = frozenset()) -> bool:
     names = {COMMON, *families}
     if numba.config.DISABLE_JIT or all(u.is_ready() for u in _units if u.family in names):
         return True
-    return all((CACHE_FOLDER / f"{name}.complete").exists() for name in names)
+    return all(_mark(name).exists() for name in names)
+
+
+def _mark(family: str) -> Path:
+    """Return the file whose existence says that all of a family is in the cache."""
+    return CACHE_FOLDER / f"{family}.complete"
 
 
 def find_unit(name: str) -> Unit:
@@ -222,7 +227,7 @@ def compile_kernels(
     if all(unit.is_kept for unit in wanted):
         with suppress(OSError):
             for name in names:
-                (CACHE_FOLDER / f"{name}.complete").touch()
+                _mark(name).touch()
 
 
 def _ignore(done: int, total: int) -> None:
@@ -233,7 +238,7 @@ def _build(wanted: list[Unit], on_progress: Callable[[int, int], None]) -> None:
     """Compile what the cache lacks, then make everything ready in this process."""
     on_progress(0, len(wanted))
     available: set[Unit] = set()
-    missing = [u for u in wanted if not u.is_kept and not are_compiled({u.family})]
+    missing = [u for u in wanted if not u.is_kept and not _mark(u.family).exists()]
     with closing(_compile_together(missing)) as made:
         for unit in made:
             available.add(unit)
