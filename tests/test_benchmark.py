@@ -52,7 +52,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """The built-in model."""
-    return Engine.load(installed.embedded_model_path(), threads=1)
+    return Engine.load(installed.embedded_model_path(), threads=1, numerics="exact")
 
 
 def matrices_of_a_token(

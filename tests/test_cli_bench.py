@@ -40,7 +40,7 @@ def test_json(tmp_path: Path) -> None:
     assert ended.code == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found["complete"] is True
-    assert (found["numerics"], found["threads"]) == ("exact", 1)
+    assert (found["numerics"], found["threads"]) == ("fast", 1)
     assert [test["test"] for test in found["tests"]] == ["pp3", "tg2", "pp3 @ d5", "tg2 @ d5"]
     weights = sum(found["bytes_per_token"].values())
     for test in found["tests"]:

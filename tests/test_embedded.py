@@ -28,7 +28,7 @@ GREEDY = ReplyOptions(sampling=Sampling(temperature=0))
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """The built-in model."""
-    return Engine.load(embedded_model_path())
+    return Engine.load(embedded_model_path(), numerics="exact")
 
 
 def answer(engine: Engine, ids: list[int], options: ReplyOptions = GREEDY) -> Reply:

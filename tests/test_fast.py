@@ -20,6 +20,7 @@ if os.environ.get("NUMBA_DISABLE_JIT") == "1":
 from localv4.engine.engine import Engine
 from localv4.kernels.packed import MX4
 from localv4.kernels.packing_floats import B16
+from localv4.kernels.team import Team
 from localv4.model.experts import ExpertStore
 from localv4.model.fast import FastTransformer, can_run
 from localv4.model.packing import PackedExpert, PackedMatrix, expert_form, pack_dense
@@ -34,7 +35,7 @@ PLENTY = 1 << 30
 def make_fast(network: Transformer, threads: int = 2, budget: int = PLENTY) -> FastTransformer:
     """The same network with packed weights."""
     weights = pack_dense(network.weights, threads)
-    return FastTransformer(network.config, weights, threads, budget)
+    return FastTransformer(network.config, weights, Team(threads), budget)
 
 
 def relative_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

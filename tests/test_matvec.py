@@ -7,6 +7,7 @@ import numba
 import numpy as np
 import pytest
 import reference
+from numpy.typing import NDArray
 from reference_packed import (
     Floats,
     Quantised,
@@ -23,7 +24,9 @@ from reference_packed import (
 from localv4.kernels import activations, float_rows, matvec, packed, probes
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.isa import ISA
+from localv4.kernels.operation import WORDS
 from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
+from localv4.kernels.team import Team
 
 pytestmark = pytest.mark.skipif(
     bool(numba.config.DISABLE_JIT), reason="kernels that take addresses need the compiler"
@@ -239,11 +242,12 @@ def test_expert_passes_nan_on(fmt: PackedFormat) -> None:
     assert np.isnan(h).all()
 
 
-def test_read_roof_reads_everything() -> None:
-    data = np.random.default_rng(1).integers(0, 1000, 4 * 128, dtype=np.int32)
+@pytest.mark.parametrize("members", [1, 3])
+def test_read_roof_reads_everything(members: int) -> None:
+    data = np.random.default_rng(1).integers(0, 1000, 8 * 128, dtype=np.int32)
     raw = aligned(data)
-    assert probes.read_roof(address(raw), raw.size) == data.sum()
-    assert probes.read_roof(address(raw), 512) == data[:128].sum()
+    sums = run_probe(members, probes.read_roof.address, address(raw), 512, raw.size // 512)
+    assert sums.sum() == data.sum()
 
 
 def test_dot_roof_does_what_it_counts() -> None:
@@ -252,5 +256,16 @@ def test_dot_roof_does_what_it_counts() -> None:
     weights, columns = lines[:16], lines[16:]
     for rounds in (1, 16, 37):
         used = weights[np.arange(rounds) % 16]
-        assert probes.dot_roof(address(placed), rounds) == (used @ columns.T).sum()
+        sums = run_probe(2, probes.dot_roof.address, address(placed), rounds)
+        assert (sums[:, 0] == (used @ columns.T).sum()).all()
         assert probes.dot_roof_operations(rounds) == used.size * len(columns) * 2
+
+
+def run_probe(members: int, *words: int) -> NDArray[np.int64]:
+    """Run an operation whose last word is where the sums go; return them."""
+    sums, program = np.zeros((members, 8), np.int64), np.zeros((1, WORDS), np.int64)
+    program[0, : len(words) + 1] = (*words, sums.ctypes.data)
+    team = Team(members)
+    team.run(program)
+    team.close()
+    return sums

@@ -140,7 +140,8 @@ def bench(
     repeat: Repeat = 5,
     pause: Pause = 0.0,
     threads: options.Threads = None,
-    numerics: options.Numerics = options.Arithmetic.EXACT,
+    pin: options.Pin = False,
+    numerics: options.Numerics = options.Arithmetic.FAST,
     compare: Compare = None,
     peer_python: PeerPython = None,
     peer_ubatch: PeerUbatch = 512,
@@ -156,10 +157,7 @@ def bench(
     Names are llama-bench's: pp512 reads 512 tokens, tg128 generates 128, @ d4096 after 4096 others.
     """
     sizes = _parse_all(prompt_tokens, gen_tokens, depth)
-    if plot is not None:
-        from localv4.cli.bench_plot import check_target
-
-        check_target(plot)
+    _check_plot(plot)
     reference = options.one_of(model_argument, model, "--model")
     cancelled = threading.Event()
 
@@ -181,26 +179,22 @@ def bench(
             reference,
             ctx_size=None,
             threads=threads,
+            pin=pin,
             numerics=numerics.value,
             quiet=quiet,
             no_color=no_color,
         )
         cases = plan(*sizes, loaded.engine.ctx_size)
         _tell_skipped(cases, loaded.engine.ctx_size, quiet)
-        reload = partial(Engine.load, loaded.model.path, threads=threads, numerics=numerics.value)
-        progress = stack.enter_context(Progress(quiet=quiet, no_color=no_color))
-        benchmark = worker.call(
-            partial(
-                Benchmark,
-                loaded.engine,
-                repeats=repeat,
-                pause_s=pause,
-                peer=rival.peer if rival is not None else None,
-                reload=None if rival is None or rival.fits_together else reload,
-                on_step=progress,
-                cancelled=cancelled,
-            )
+        reload = partial(
+            Engine.load, loaded.model.path, threads=threads, pin=pin, numerics=numerics.value
         )
+        progress = stack.enter_context(Progress(quiet=quiet, no_color=no_color))
+        make = partial(Benchmark, repeats=repeat, pause_s=pause, on_step=progress)
+        if rival is not None:
+            apart = None if rival.fits_together else reload
+            make = partial(make, peer=rival.peer, reload=apart)
+        benchmark = worker.call(partial(make, loaded.engine, cancelled=cancelled))
         report = Report(loaded.name, benchmark, cases.skipped, rival)
         del loaded  # the benchmark may have to forget the engine: it must be the last to hold it
         _run(report, benchmark, cases, cancelled)
@@ -211,6 +205,13 @@ def bench(
         draw(report, plot)
     if not report.is_complete:
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None:
+        from localv4.cli.bench_plot import check_target
+
+        check_target(plot)
 
 
 def _tell_skipped(cases: "Plan", ctx_size: int, quiet: bool) -> None:

@@ -36,7 +36,8 @@ def logits(
     ] = None,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
-    numerics: options.Numerics = options.Arithmetic.EXACT,
+    pin: options.Pin = False,
+    numerics: options.Numerics = options.Arithmetic.FAST,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -49,6 +50,7 @@ def logits(
         model,
         ctx_size=ctx_size,
         threads=threads,
+        pin=pin,
         numerics=numerics.value,
         quiet=quiet,
         no_color=no_color,

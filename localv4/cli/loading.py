@@ -62,6 +62,7 @@ def load_engine(
     *,
     ctx_size: int | None,
     threads: int | None,
+    pin: bool,
     numerics: "NumericsName",
     quiet: bool,
     no_color: bool,
@@ -93,6 +94,7 @@ def load_engine(
             model.path,
             ctx_size=ctx_size,
             threads=threads,
+            pin=pin,
             numerics=numerics,
             on_progress=report,
         )

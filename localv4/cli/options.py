@@ -74,7 +74,15 @@ Threads = Annotated[
         "--threads",
         panel="Model",
         metavar="N",
-        help="CPU threads. Default: all physical cores.",
+        help="CPU threads. Default: one for each physical performance core.",
+    ),
+]
+Pin = Annotated[
+    bool,
+    _option(
+        "--pin",
+        panel="Model",
+        help="Bind each thread to a core of its own. For machines with nothing else to do.",
     ),
 ]
 
@@ -83,7 +91,7 @@ Numerics = Annotated[
     _option(
         "--numerics",
         panel="Model",
-        help="exact: float32 throughout; fast: packed weights, activations rounded to 8 bits.",
+        help="fast: packed weights, activations rounded to 8 bits; exact: float32 throughout.",
     ),
 ]
 

@@ -13,7 +13,7 @@ from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels
 from localv4.kernels.team import Team
-from localv4.kernels.threads import most_threads
+from localv4.kernels.threads import default_threads, most_threads
 from localv4.model.config import ModelConfig
 from localv4.model.fast import FastTransformer, can_run
 from localv4.model.loading import read_model_config, read_names, read_weights
@@ -58,12 +58,14 @@ class Engine:
         *,
         ctx_size: int | None = None,
         threads: int | None = None,
-        numerics: NumericsName = "exact",
+        pin: bool = False,
+        numerics: NumericsName = "fast",
         on_progress: OnLoad | None = None,
     ) -> "Engine":
         """Open the model at `path` (a checkpoint folder or a GGUF file).
 
-        `ctx_size` in tokens defaults to what the model allows, `threads` to the physical cores.
+        `ctx_size` in tokens defaults to what the model allows, `threads` to the physical
+        performance cores; `pin` binds each thread to a core.
         `numerics` "fast" multiplies packed weights with rounded activations; packing needs memory
         for the dense weights and for the experts in use. Networks of dimensions that its kernels
         do not know are computed in "exact" (`network.name` tells).
@@ -78,15 +80,20 @@ class Engine:
         if numerics == "fast" and can_run(config):
             _make_kernels(families(weights), on_progress)
             weights = pack_dense(weights, count, _phase(on_progress, "packing weights"))
-            return cls(checkpoint, FastTransformer(config, weights, count, _expert_budget()), size)
+            fast = FastTransformer(config, weights, Team(count, pin), _expert_budget())
+            return cls(checkpoint, fast, size)
         if isinstance(checkpoint, PackedFolder):
             raise UsageError(
                 f"{path} is packed for --numerics fast and has no weights for exact",
                 hint="leave --numerics out, or use the model that it was made from",
             )
         _make_kernels({EXACT}, on_progress)
-        exact = Numerics(Team(count), weights.widest)
+        exact = Numerics(Team(count, pin), weights.widest)
         return cls(checkpoint, Transformer(config, weights, exact), size)
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes held by component, but for sessions and mapped files."""
+        return self.network.memory()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -186,7 +193,7 @@ def _checked_ctx_size(ctx_size: int | None, config: ModelConfig) -> int:
 def _checked_threads(threads: int | None) -> int:
     most = most_threads()
     if threads is None:
-        return max(1, min(psutil.cpu_count(logical=False) or most, most))
+        return default_threads()
     if not 1 <= threads <= most:
         raise UsageError(f"--threads is {threads}, expected 1 to {most}")
     return threads

@@ -5,23 +5,27 @@ import ctypes.util
 import os
 import platform
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from localv4 import __version__
 from localv4.kernels import probes
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.isa import ISA
+from localv4.kernels.operation import WORDS
+from localv4.kernels.team import Team
 
 ROOF_BYTES = 1 << 30
 """Memory that the read roof is measured on: larger than the last-level caches."""
+
+PIECE_BYTES = 1 << 20
+"""Memory that a thread reads at a time; who is faster reads more of them."""
 
 PASSES = 5
 """Times that a roof is measured; the best one counts."""
@@ -47,42 +51,36 @@ class RoofProbe:
     """
 
     def __init__(self, threads: int, nbytes: int) -> None:
-        self._threads = threads
+        self._team = Team(threads)
         self._buffer = aligned_bytes(nbytes)
         self._buffer.fill(1)  # untouched pages would all be one page of zeros, in the cache
+        self._sums = np.zeros((threads, 8), np.int64)
         self._rounds = 1 << 12
 
     def measure(self) -> Roof:
         """Return the best of a few passes of each probe."""
-        part = self._buffer.nbytes // self._threads // 512 * 512
-        start = self._buffer.ctypes.data
+        start, sums = self._buffer.ctypes.data, self._sums.ctypes.data
+        pieces = max(1, self._buffer.nbytes // PIECE_BYTES)
+        piece = min(PIECE_BYTES, self._buffer.nbytes // 512 * 512)
+        read = (probes.read_roof.address, start, piece, pieces, sums)
+        read_s = min(self._pass_s(*read) for _ in range(PASSES))
+        while self._multiply_s() < SHORTEST_PASS_S:
+            self._rounds *= 2
+        multiply_s = min(self._multiply_s() for _ in range(PASSES))
+        operations = self._team.members * probes.dot_roof_operations(self._rounds)
+        return Roof(pieces * piece / read_s, operations / multiply_s)
 
-        def read(thread: int) -> None:
-            probes.read_roof(start + thread * part, part)
+    def _multiply_s(self) -> float:
+        start, sums = self._buffer.ctypes.data, self._sums.ctypes.data
+        return self._pass_s(probes.dot_roof.address, start, self._rounds, sums)
 
-        def multiply(thread: int) -> None:
-            probes.dot_roof(start, self._rounds)
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            read_s = min(self._pass_s(pool, read) for _ in range(PASSES))
-            while self._pass_s(pool, multiply) < SHORTEST_PASS_S:
-                self._rounds *= 2
-            multiply_s = min(self._pass_s(pool, multiply) for _ in range(PASSES))
-        operations = self._threads * probes.dot_roof_operations(self._rounds)
-        return Roof(self._threads * part / read_s, operations / multiply_s)
-
-    def _pass_s(self, pool: ThreadPoolExecutor, work: Callable[[int], None]) -> float:
-        """Return the seconds from the common start of all threads to the end of the last."""
-        ready = threading.Barrier(self._threads)
-
-        def one(thread: int) -> tuple[float, float]:
-            ready.wait()
-            start = time.perf_counter()
-            work(thread)
-            return start, time.perf_counter()
-
-        times = list(pool.map(one, range(self._threads)))
-        return max(end for _, end in times) - min(start for start, _ in times)
+    def _pass_s(self, *words: int) -> float:
+        """Return the seconds that the team takes for an operation."""
+        program = np.zeros((1, WORDS), np.int64)
+        program[0, : len(words)] = words
+        start = time.perf_counter()
+        self._team.run(program)
+        return time.perf_counter() - start
 
 
 @dataclass(frozen=True, slots=True)

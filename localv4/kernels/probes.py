@@ -5,12 +5,24 @@ from numba import types
 from numba.core import cgutils
 
 from localv4.kernels import simd_dots, simd_ir
-from localv4.kernels.compiler import kernel
+from localv4.kernels.compiler import entry
 from localv4.kernels.device import device
 from localv4.kernels.isa import ISA
+from localv4.kernels.operation import take_chunk, word
 from localv4.kernels.readers import prefetch_lines
-from localv4.kernels.simd import add_i32, i32x16, load_i32, operation, sum_i32, zeros_i32
+from localv4.kernels.simd import (
+    add_i32,
+    i32x16,
+    load_i32,
+    operation,
+    sum_i32,
+    write_i64,
+    zeros_i32,
+)
 from localv4.kernels.simd_ir import BYTES, INTS, Builder, Value
+
+PROBES = "probes"
+"""The family of these operations."""
 
 # Independent sums, as many as the registers hold: enough to hide the latency of a dot product.
 _SUMS = 12 if ISA.level in ("avx512-vnni", "neon-dotprod") else 6
@@ -49,27 +61,38 @@ def _add_dots(b: Builder, sums: Value, weight: Value, columns: Value) -> list[Va
     return [simd_dots.add_dot(b, ISA, total, line, column) for total, column in pairs]
 
 
-@kernel("i4(i8, i8)")
-def read_roof(address: int, nbytes: int) -> np.int32:
-    """Read `nbytes` (a multiple of 512) once; their sum, so that the reads are not left out."""
-    return read_lines(address, nbytes)
+@entry(PROBES)
+def read_roof(operation: int, member: int, members: int) -> None:
+    """Read pieces of memory once.
+
+    Words: address, bytes of a piece (a multiple of 512), pieces; sums (i64, a cache line for each
+    member) get something of all that was read, so that the reads are not left out.
+    """
+    address, nbytes, pieces = word(operation, 1), word(operation, 2), word(operation, 3)
+    sums = word(operation, 4) + 64 * member
+    taken = take_chunk(operation)
+    while taken < pieces:
+        total = np.int64(read_lines(address + taken * nbytes, nbytes))
+        write_i64(sums, word(sums, 0) + total)
+        taken = take_chunk(operation)
 
 
-@kernel("i4(i8, i8)")
-def dot_roof(address: int, rounds: int) -> np.int32:
-    """Do `dot_roof_operations(rounds)` byte operations on DOT_ROOF_BYTES at an address.
+@entry(PROBES)
+def dot_roof(operation: int, member: int, members: int) -> None:
+    """Let each member do `dot_roof_operations(rounds)` byte operations on DOT_ROOF_BYTES.
 
     Each round multiplies another line of weights, lest a compiler takes the product out of the
     loop. At level avx2 the products must fit 16 bits: bytes below 64 will do.
+    Words: address, rounds, sums as in `read_roof`.
     """
+    address, rounds = word(operation, 1), word(operation, 2)
     sums = _no_sums()
     for i in range(rounds):
         sums = _add_dots(sums, address + 64 * (i % _WEIGHTS), address + 64 * _WEIGHTS)
     total = sums[0]
     for i in range(1, _SUMS):
         total = add_i32(total, sums[i])
-    result: np.int32 = sum_i32(total)
-    return result
+    write_i64(word(operation, 3) + 64 * member, np.int64(sum_i32(total)))
 
 
 def dot_roof_operations(rounds: int) -> int:

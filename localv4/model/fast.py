@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.kernels.gemm import BATCH_TOKENS
+from localv4.kernels.route import MOST_EXPERTS
 from localv4.kernels.streams import COLUMNS, MOST_STREAMS
+from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.fast_chunk import ChunkPlan
 from localv4.model.fast_network import FastNetwork
 from localv4.model.fast_token import TokenPlan
 from localv4.model.matrix import F32, Floats
+from localv4.model.packing import packed_bytes_of
 from localv4.model.program import Input, Rounded, Rows
 from localv4.model.state import State
 from localv4.model.weights import Weights
@@ -42,7 +45,8 @@ def can_run(config: ModelConfig) -> bool:
         (config.o_lora_rank, 32),
         (config.expert_width, 64),
     )
-    return config.hc_mult <= MOST_STREAMS and not any(size % unit for size, unit in multiples)
+    fit = config.hc_mult <= MOST_STREAMS and config.n_experts <= MOST_EXPERTS
+    return fit and not any(size % unit for size, unit in multiples)
 
 
 class FastTransformer:
@@ -56,10 +60,10 @@ class FastTransformer:
     slack = SLACK_TOKENS
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, threads: int, expert_budget: int
+        self, config: ModelConfig, weights: Weights, team: Team, expert_budget: int
     ) -> None:
-        self.config, self.weights, self.threads = config, weights, threads
-        self._network = FastNetwork(config, weights, threads, expert_budget, SLACK_TOKENS)
+        self.config, self.weights, self.threads = config, weights, team.members
+        self._network = FastNetwork(config, weights, team, expert_budget, SLACK_TOKENS)
         self._token = TokenPlan(self._network)
         self._many = ChunkPlan(self._network, BATCH_TOKENS)
         self._vectors = Rows(HEAD_TOKENS, config.hidden_size)
@@ -74,6 +78,16 @@ class FastTransformer:
     @cancelled.setter
     def cancelled(self, event: threading.Event | None) -> None:
         self._network.cancelled = event
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes held by component, but for decoder state and mapped files."""
+        buffers = self._token.nbytes + self._many.nbytes
+        buffers += sum(part.nbytes for part in (self._vectors, self._rounded, self._logits) if part)
+        return {
+            "packed weights": packed_bytes_of(self.weights),
+            "packed experts": self._network.store.held_bytes,
+            "workspace": buffers + self._network.nbytes,
+        }
 
     def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         """Process tokens at `state.position` and return their final vectors (tokens, hidden).

@@ -8,7 +8,7 @@ from localv4.model.fast_moe import WaveBuffers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.matrix import Floats
 from localv4.model.state import State
-from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen
+from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
 
 
 class ChunkPlan:
@@ -19,6 +19,12 @@ class ChunkPlan:
         self._chunk: ChunkBuffers | None = None
         self._attention: AttentionBuffers | None = None
         self._waves: WaveBuffers | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        owners = (self._chunk, self._attention, self._waves)
+        return sum(buffer_bytes(owner) for owner in owners if owner is not None)
 
     def run(self, ids: NDArray[np.int64], state: State) -> Floats:
         """Process tokens; return their final vectors (tokens, hidden).

@@ -24,20 +24,28 @@ class FastNetwork:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, threads: int, expert_budget: int, slack: int
+        self, config: ModelConfig, weights: Weights, team: Team, expert_budget: int, slack: int
     ) -> None:
         self.config, self.weights = config, weights
         self.cancelled: threading.Event | None = None
-        self.team = Team(threads)
-        self.store = ExpertStore([x.experts for x in weights.layers], expert_budget, threads)
-        self._exact = Numerics(self.team, weights.widest)
-        self._scratch = Scratch.of(threads, weights.widest)
+        self.team = team
+        experts = [layer.experts for layer in weights.layers]
+        self.store = ExpertStore(experts, expert_budget, team.members)
+        self._exact = Numerics(team, weights.widest)
+        self._scratch = Scratch.of(team.members, weights.widest)
         self._cells = np.zeros((config.n_layers, CELLS), np.int64)
         self.layers = [
             FastLayer(i, layer, config, self.store, self._cells[i], slack)
             for i, layer in enumerate(weights.layers)
         ]
         self.head_site = Site(weights.head_hc, weights.norm, config)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch memory and of the packed matrices of the hyper-connections."""
+        sites = [site for layer in self.layers for site in (layer.attn_site, layer.ffn_site)]
+        mixing = sum(site.fn.nbytes for site in [*sites, self.head_site])
+        return self._scratch.panels.nbytes + self._scratch.rows.nbytes + mixing
 
     def new_program(self) -> Program:
         """Return an empty program."""

@@ -10,7 +10,7 @@ from localv4.model.fast_network import FastNetwork
 from localv4.model.matrix import Floats
 from localv4.model.program import Program
 from localv4.model.state import State
-from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen
+from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
 
 FIRST_POSITIONS = 4096
 """Positions that the buffers of attention have room for at first."""
@@ -39,6 +39,12 @@ class TokenPlan:
         self._positions = 0
         self._attention: AttentionBuffers
         self._segments: list[Segment] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        owners = [self._chunk, self._hidden, *([self._attention] if self._segments else [])]
+        return sum(map(buffer_bytes, owners))
 
     def run(self, ids: NDArray[np.int64], state: State) -> Floats:
         """Process the one token of `ids`; return its final vector (1, hidden)."""

@@ -246,3 +246,20 @@ def _formats_of(leaf: Matrix | Expert) -> set[str]:
     form = _PACKED_FORMS.get(leaf.format)
     names = {form.name} if form is not None else set()
     return names | {B16.name} if leaf.format == blocks.F32 else names
+
+
+def packed_bytes_of(weights: Weights) -> int:
+    """Return the bytes that packed copies of dense weights take; mapped ones do not count."""
+    found: list[Matrix | Expert] = [weights.head]
+    for layer in weights.layers:
+        _collect(layer, found)
+    return sum(_copied_bytes(leaf) for leaf in found)
+
+
+def _copied_bytes(leaf: Matrix | Expert) -> int:
+    if isinstance(leaf, PackedExpert):
+        return leaf.record.nbytes if leaf.record.flags.writeable else 0
+    if isinstance(leaf, Expert):
+        return sum(map(_copied_bytes, (leaf.w1, leaf.w2, leaf.w3)))
+    copied = isinstance(leaf, PackedMatrix) and leaf.packed.flags.writeable
+    return leaf.packed.nbytes if isinstance(leaf, PackedMatrix) and copied else 0

@@ -40,6 +40,11 @@ class Rows:
         """Return the address of a value of the first row."""
         return self._start + 4 * column
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return int(self.values.shape[0]) * self.stride * F32().itemsize
+
     def part(self, first: int) -> "Rows":
         """Return the rows from `first` on."""
         rows = copy(self)
@@ -60,6 +65,11 @@ class Rounded:
         self._buffers = [aligned_bytes(rows * nbytes) for nbytes in activations.row_bytes(cols)]
         q, d, b = (buffer.ctypes.data for buffer in self._buffers)
         self.addresses: tuple[int, int, int] = (q, d, b)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def part(self, first: int) -> "Rounded":
         """Return the rows from `first` on."""

@@ -78,6 +78,10 @@ class Transformer:
         """How many threads multiply."""
         return self.numerics.threads
 
+    def memory(self) -> dict[str, int]:
+        """Return the bytes held by component, but for decoder state and mapped files."""
+        return {}
+
     @property
     def cancelled(self) -> threading.Event | None:
         """The event that makes a forward pass raise Cancelled."""

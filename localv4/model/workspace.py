@@ -126,3 +126,16 @@ class AttentionBuffers:
         entries = self.seen.entries
         self.index_scratch_bytes = index_scores.scratch_bytes(heads, width, entries)
         self.index_scratch = aligned_bytes(workers * self.index_scratch_bytes)
+
+
+def buffer_bytes(owner: object) -> int:
+    """Return the bytes of all buffers that an object of this module, or one like them, holds."""
+    total = 0
+    for value in vars(owner).values():
+        if isinstance(value, (Rows, Rounded, np.ndarray)):
+            total += value.nbytes
+        elif isinstance(value, (list, tuple)):
+            total += sum(item.nbytes for item in value if isinstance(item, (Rounded, np.ndarray)))
+        elif hasattr(value, "__dict__") and not isinstance(value, type):
+            total += buffer_bytes(value)
+    return total
