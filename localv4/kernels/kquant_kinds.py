@@ -43,7 +43,8 @@ class Kind(ABC):
     """Blocks of `parts` parts, whose codes are at most `largest` and stand for code - middle.
 
     `numbers` is how many whole numbers a block gives for each row: the sum of scale * weight and,
-    where there are two, the sum of least values. A block has two vectors of factors, or `factors`.
+    where there are two, the sum of least values. `factors` is how many vectors of scales and least
+    values it has.
     """
 
     parts: int

@@ -221,8 +221,7 @@ def pack_q2_k(out: Bytes, data: Bytes, cols: int, first: int, end: int, step: in
                 write_u16(target + 2 * lane, read_u16(source + 80))
                 write_u16(target + 32 + 2 * lane, read_u16(source + 82))
                 for p in range(4):
-                    at = target + 64 + 64 * p + 4 * lane
-                    write_u32(at, _q2_numbers(read_u32(source + 4 * p)))
+                    place_nibble_pairs(target, lane, p, read_u32(source + 4 * p))
                 for part in range(16):
                     codes = source + 16 + 32 * (part >> 3) + 16 * (part & 1)
                     place_two_bits(
@@ -236,10 +235,15 @@ def pack_q2_k(out: Bytes, data: Bytes, cols: int, first: int, end: int, step: in
 
 
 @device
-def _q2_numbers(word: np.uint32) -> np.uint32:
-    """Nibbles 0 1 2 3 4 5 6 7, from the lowest, to the order 0 4 1 5 2 6 3 7."""
+def place_nibble_pairs(target: int, lane: int, step: int, word: np.uint32) -> None:
+    """Write scales and least values of a step and row into a superblock of Q2.
+
+    word: a byte for each of the four parts, the lowest first: scale + 16 * least value.
+    """
     low, high = word & np.uint32(0xFFFF), word >> np.uint32(16)
-    return np.uint32(_spread(low) | (_spread(high) << np.uint32(4)))
+    # nibbles 0 1 2 3 4 5 6 7, from the lowest, get the order 0 4 1 5 2 6 3 7
+    numbers = np.uint32(_spread(low) | (_spread(high) << np.uint32(4)))
+    write_u32(target + 64 + 64 * step + 4 * lane, numbers)
 
 
 @device
