@@ -59,8 +59,7 @@ def test_cache_life(processors: int, tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.nbc")}
 
 
-@pytest.mark.parametrize("processors", [1, 2])
-@pytest.mark.parametrize("pattern", ["*.nb[ci]", "*add_rows*.nbc"])
+@pytest.mark.parametrize(("processors", "pattern"), [(1, "*.nb[ci]"), (2, "*add_rows*.nbc")])
 def test_damaged_files_are_replaced(processors: int, pattern: str, tmp_path: Path) -> None:
     code = PROCESSORS.format(processors) + START
     folder = run(code, tmp_path).split()[1]

@@ -235,7 +235,7 @@ def test_helpers_end_with_their_team() -> None:
         assert not helper.is_alive()
 
 
-def test_a_process_may_end_with_a_team_at_work() -> None:
+def test_a_process_may_end_with_its_team() -> None:
     code = """
 import numpy as np, threading
 from team_entries import append
@@ -252,6 +252,9 @@ print(roll.log[0])
     assert result.stdout == "8\n" and result.returncode == 0, result.stderr
 
 
+# what the process had before any team was there
+ALLOWED = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
 needs_affinity = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="threads cannot be asked where they may run"
 )
@@ -259,10 +262,9 @@ needs_affinity = pytest.mark.skipif(
 
 @needs_affinity
 def test_only_helpers_stay_bound() -> None:
-    allowed = os.sched_getaffinity(0)
     team, roll = Team(3, pin=True), Roll(2, 3)
     team.run(roll.program)
-    assert os.sched_getaffinity(0) == allowed
+    assert os.sched_getaffinity(0) == ALLOWED
     helpers = {t.native_id for t in threading.enumerate() if t.name in ("kernels-1", "kernels-2")}
     order = [cpu.number for cpu in pinning_order(usable_cpus())]
     bound = [os.sched_getaffinity(helper) for helper in helpers if helper is not None]
@@ -272,12 +274,11 @@ def test_only_helpers_stay_bound() -> None:
 
 @needs_affinity
 def test_a_thread_that_was_bound_is_released() -> None:
-    allowed = os.sched_getaffinity(0)
     cpu = usable_cpus()[-1]
     release = bind(cpu)
     assert os.sched_getaffinity(0) == {cpu.number}
     release()
-    assert os.sched_getaffinity(0) == allowed
+    assert os.sched_getaffinity(0) == ALLOWED
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
