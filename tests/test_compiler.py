@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numba
 import pytest
 
 TESTS = Path(__file__).parent
 START = """
 from localv4.kernels import compiler, routing
+from localv4.kernels.device import device
 steps = []
 print(compiler.are_compiled(), compiler.CACHE_FOLDER)
 compiler.compile_kernels(on_progress=lambda done, total: steps.append((done, total)))
@@ -106,6 +109,7 @@ def test_a_full_disk_is_no_failure_and_no_complete_cache(tmp_path: Path) -> None
 
 WRONG_PROGRESS = """
 from localv4.kernels import compiler, routing
+from localv4.kernels.device import device
 def fail(done, total):
     if done == total:
         raise ValueError("no terminal")
@@ -122,7 +126,9 @@ def test_an_error_of_the_caller_is_no_damage(tmp_path: Path) -> None:
 
 WRONG_KERNEL = """
 from pathlib import Path
+from typing import Any
 from localv4.kernels import compiler, routing
+from localv4.kernels.device import device
 from numba.core.errors import TypingError
 compiler.compile_kernels()
 @compiler.kernel("i8(i8)", family="wrong")
@@ -173,3 +179,17 @@ def test_kernels_in_another_jit_mode(mode: str) -> None:
         timeout=900,
     )
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+def _made_by_a_factory(number: int) -> Any:
+    @device
+    def made(x: int) -> int:
+        return x + number
+
+    return made
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="needs the compiler")
+def test_functions_of_a_factory_have_names_of_their_own() -> None:
+    made = [_made_by_a_factory(number) for number in range(3)]
+    assert len({function.py_func.__qualname__ for function in made}) == 3
