@@ -9,10 +9,11 @@ from typing import Any
 import numba
 import pytest
 
+from localv4.kernels.device import device
+
 TESTS = Path(__file__).parent
 START = """
 from localv4.kernels import compiler, routing
-from localv4.kernels.device import device
 steps = []
 print(compiler.are_compiled(), compiler.CACHE_FOLDER)
 compiler.compile_kernels(on_progress=lambda done, total: steps.append((done, total)))
@@ -109,7 +110,6 @@ def test_a_full_disk_is_no_failure_and_no_complete_cache(tmp_path: Path) -> None
 
 WRONG_PROGRESS = """
 from localv4.kernels import compiler, routing
-from localv4.kernels.device import device
 def fail(done, total):
     if done == total:
         raise ValueError("no terminal")
@@ -126,9 +126,7 @@ def test_an_error_of_the_caller_is_no_damage(tmp_path: Path) -> None:
 
 WRONG_KERNEL = """
 from pathlib import Path
-from typing import Any
 from localv4.kernels import compiler, routing
-from localv4.kernels.device import device
 from numba.core.errors import TypingError
 compiler.compile_kernels()
 @compiler.kernel("i8(i8)", family="wrong")

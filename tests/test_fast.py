@@ -1,5 +1,6 @@
 """Packed weights and rounded activations: close to exact, the same in any company, never lost."""
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,14 @@ if os.environ.get("NUMBA_DISABLE_JIT") == "1":
     pytest.skip("packed kernels need the compiler", allow_module_level=True)
 
 from localv4.engine.engine import Engine
+from localv4.kernels import gemm, gemm_floats
 from localv4.kernels.packed import MX4
 from localv4.kernels.packing_floats import B16
 from localv4.kernels.team import Team
 from localv4.model.experts import ExpertStore
 from localv4.model.fast import FastTransformer, can_run
 from localv4.model.packing import PackedExpert, PackedMatrix, expert_form, pack_dense
+from localv4.model.program import Scratch
 from localv4.model.transformer import Transformer
 
 # every matrix, the head included, has whole groups of sixteen rows
@@ -136,3 +139,24 @@ def test_a_nan_scale_is_not_hidden(official: Transformer, tmp_path: Path) -> Non
     stored = {**golden.stored, name: broken}
     network = open_network(write_stored(replace(golden, stored=stored), tmp_path))
     assert np.isnan(logits(make_fast(network), IDS)).any()
+
+
+def test_products_that_run_at_the_same_time_have_scratch_memory_of_their_own() -> None:
+    scratch = Scratch.of(3, 64)
+    ends = sorted(
+        (part.ctypes.data, part.ctypes.data + part.nbytes)
+        for part in (scratch.panels, scratch.float_panels, scratch.rows)
+    )
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+    assert scratch.panels.nbytes == 3 * gemm.SCRATCH_BYTES
+    assert scratch.float_panels.nbytes == 3 * gemm_floats.SCRATCH_BYTES
+
+
+def test_integers_and_floats_side_by_side_have_the_same_bits_each_time(tmp_path: Path) -> None:
+    types = dict.fromkeys(set(ROLES.values()) - {"hc", "router", "ape", "compressor"}, Type.Q8_0)
+    path, _ = write_gguf(random_model(WHOLE_GROUPS), tmp_path / "m.gguf", GgufOptions(types))
+    network = open_network(path)
+    expected = logits(make_fast(network, threads=1), IDS)
+    fast = make_fast(network, threads=4)
+    for _ in range(10):
+        assert np.array_equal(logits(fast, IDS), expected)

@@ -45,7 +45,7 @@ class FastNetwork:
         """Bytes of scratch memory and of the packed matrices of the hyper-connections."""
         sites = [site for layer in self.layers for site in (layer.attn_site, layer.ffn_site)]
         mixing = sum(site.fn.nbytes for site in [*sites, self.head_site])
-        return self._scratch.panels.nbytes + self._scratch.rows.nbytes + mixing
+        return self._scratch.nbytes + mixing
 
     def new_program(self) -> Program:
         """Return an empty program."""

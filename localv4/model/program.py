@@ -20,8 +20,6 @@ from localv4.kernels.stored import stored_product
 from localv4.model.matrix import F32, Matrix
 from localv4.model.packing import PackedMatrix
 
-SCRATCH_BYTES = max(gemm.SCRATCH_BYTES, gemm_floats.SCRATCH_BYTES)
-
 
 class Rows:
     """Float32 activations (tokens, cols), with a gap between rows (`kernels.activations`).
@@ -82,16 +80,26 @@ class Rounded:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Memory of the members: for panels of packed products, and a row for stored matrices."""
+    """Memory of the members: for panels of integers and of floats, and a row for stored matrices.
+
+    Both kinds of products can run at the same time, so neither may use the other's memory.
+    """
 
     panels: NDArray[np.uint8]
+    float_panels: NDArray[np.uint8]
     rows: NDArray[np.float32]
 
     @classmethod
     def of(cls, members: int, widest: int) -> "Scratch":
         """Allocate for so many members and matrices of at most `widest` columns."""
-        panels = aligned_bytes(members * SCRATCH_BYTES)
-        return cls(panels, np.empty((members, widest + 4), F32))
+        panels = aligned_bytes(members * gemm.SCRATCH_BYTES)
+        float_panels = aligned_bytes(members * gemm_floats.SCRATCH_BYTES)
+        return cls(panels, float_panels, np.empty((members, widest + 4), F32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.panels.nbytes + self.float_panels.nbytes + self.rows.nbytes
 
 
 class Program:
@@ -163,14 +171,14 @@ class Program:
         start = weight.packed.ctypes.data
         start += row // GROUP_ROWS * group_bytes(weight.form, weight.cols)
         source, target = (start, groups, weight.cols), out.at(row)
-        many = (tokens, target, 4 * out.stride, self.panels)
+        many = (tokens, target, 4 * out.stride)
         if name in OPERATIONS:
             assert x.rounded is not None
             inputs = x.rounded.addresses
             if tokens == 1:
                 self.add(OPERATIONS[name].matvec, *source, *inputs, target)
             else:
-                self.add(OPERATIONS[name].gemm, *source, *inputs, *many)
+                self.add(OPERATIONS[name].gemm, *source, *inputs, *many, self.panels)
             return
         scales = 0
         if weight.scales is not None:
@@ -179,7 +187,8 @@ class Program:
         if tokens == 1:
             self.add(FLOAT_OPERATIONS[name].matvec, *source, at, scales, 0, target)
         else:
-            self.add(FLOAT_OPERATIONS[name].gemm, *source, at, scales, x.rows.stride, *many)
+            gemm_of, scratch = FLOAT_OPERATIONS[name].gemm, self.scratch.float_panels.ctypes.data
+            self.add(gemm_of, *source, at, scales, x.rows.stride, *many, scratch)
 
     def _multiply_stored(
         self, out: Rows, weight: Matrix, x: "Input", tokens: int, blocks: int
