@@ -186,6 +186,7 @@ def test_an_interrupt_before_the_first_result(
 def test_ctrl_c(tmp_path: Path) -> None:
     # the way back is too long to be free: the tokens before are read again for each repeat
     sizes = ("-p", "257", "-n", "0", "-d", "0,1500,1501,1502,1503", "-r", "1")
+    sizes += ("--numerics", "exact")  # slow enough for progress to be seen
     with start_localv4("bench", "-m", "tiny-v4", *sizes, home=tmp_path) as process:
         assert process.stderr is not None and process.stdout is not None
         seen = b""

@@ -80,7 +80,8 @@ def test_modules_are_found_as_here(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 WAITING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.path.insert(0, {folder!r})
 from localv4.kernels import compiler
 from localv4.kernels.compile_pool import CompilePool
