@@ -20,6 +20,7 @@ from test_sources import SUPERBLOCKS
 
 from localv4.engine.engine import Engine
 from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error, UsageError
+from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.fast import FastTransformer
 from localv4.model.loading import read_model_config
@@ -332,9 +333,9 @@ def test_logits_have_the_bits_of_weights_packed_in_memory(
         options = GgufOptions(MIXES[kind])
         source, _ = write_gguf(random_model(WHOLE), tmp_path / "m.gguf", options)
     config, weights = open_source(source)
-    expected = FastTransformer(config, pack_dense(weights, 2), 2, 1 << 30)
+    expected = FastTransformer(config, pack_dense(weights, 2), Team(2), 1 << 30)
     mapped = load(pack(source, tmp_path / "packed"))
-    actual = FastTransformer(config, pack_dense(mapped, 2), 2, 0)
+    actual = FastTransformer(config, pack_dense(mapped, 2), Team(2), 0)
     ids = np.random.default_rng(0).integers(0, 300, 150).tolist()
     assert np.array_equal(logits(actual, ids), logits(expected, ids))
     assert np.array_equal(logits(actual, ids, [1]), logits(expected, ids, [1]))
