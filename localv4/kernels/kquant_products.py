@@ -7,11 +7,9 @@ result is the sum over its superblocks, in order, of d * (sum over blocks, in or
 
 from typing import Any
 
-import numpy as np
-
-from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row, swiglu
+from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row
 from localv4.kernels.device import device
-from localv4.kernels.gemm import PANEL_GROUPS, SUMS_ROW, Sums, panel_groups
+from localv4.kernels.gemm import SUMS_ROW, Sums
 from localv4.kernels.kquant_readers import (
     IQ2_READER,
     Q2_READER,
@@ -20,12 +18,12 @@ from localv4.kernels.kquant_readers import (
     Q6_READER,
     SuperblockReader,
 )
-from localv4.kernels.matvec import Expert, Matvec, partner
+from localv4.kernels.matvec import Expert, Matvec, products
 from localv4.kernels.packed import BLOCK
-from localv4.kernels.packed_kquants import STEP, STEPS, SUPERBLOCK
-from localv4.kernels.simd import Vector, load_f32, multiply_add, splat_f32, store_f32
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6, STEP, STEPS, SUPERBLOCK
+from localv4.kernels.simd import Vector, store_f32
+from localv4.kernels.small_batches import TOKENS, panel_sums
 
-_TOKENS = 4  # of one call of the products of a few: a block is decoded once for all of them
 _D_STEP, _B_STEP = STEP // BLOCK * 4, STEP // BLOCK * SUMS_BYTES
 
 
@@ -54,51 +52,9 @@ def _pair_products(reader: SuperblockReader) -> Any:
     return pair
 
 
-def _products(reader: SuperblockReader) -> tuple[Any, Any, Any]:
-    """Make the functions of a format: a matrix, gate and up of an expert, down of an expert."""
-    pair, superblock_bytes = _pair_products(reader), reader.fmt.superblock_bytes
-
-    @device
-    def matvec(out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int) -> None:
-        size, half = cols // SUPERBLOCK * superblock_bytes, (g1 - g0 + 1) // 2
-        for g in range(g0, g0 + half):
-            other = partner(g, half, g1)
-            first, second = pair(w + g * size, w + other * size, cols, q, d, b)
-            store_f32(out + 64 * g, first)
-            store_f32(out + 64 * other, second)
-
-    @device
-    def gate_up(
-        out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int, limit: np.float32
-    ) -> None:
-        size, half = cols // SUPERBLOCK * superblock_bytes, (g1 - g0 + 1) // 2
-        for g in range(g0, g0 + half):
-            other = partner(g, half, g1)
-            at, at_other = w + 2 * g * size, w + 2 * other * size
-            gate, gate_other = pair(at, at_other, cols, q, d, b)
-            up, up_other = pair(at + size, at_other + size, cols, q, d, b)
-            store_f32(out + 64 * g, swiglu(gate, up, limit))
-            store_f32(out + 64 * other, swiglu(gate_other, up_other, limit))
-
-    @device
-    def down(
-        out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int, weight: np.float32
-    ) -> None:
-        size, half = cols // SUPERBLOCK * superblock_bytes, (g1 - g0 + 1) // 2
-        factor = splat_f32(weight)
-        for g in range(g0, g0 + half):
-            other = partner(g, half, g1)
-            first, second = pair(w + g * size, w + other * size, cols, q, d, b)
-            before, before_other = load_f32(out + 64 * g), load_f32(out + 64 * other)
-            store_f32(out + 64 * g, multiply_add(first, factor, before))
-            store_f32(out + 64 * other, multiply_add(second, factor, before_other))
-
-    return matvec, gate_up, down
-
-
 def _summer(reader: SuperblockReader) -> Sums:
     """Make the function that multiplies panels of a format with a few tokens."""
-    four = reader.operations(_TOKENS)
+    four = reader.operations(TOKENS)
     nothing, no_parts, add_step, finish = four.nothing, four.no_parts, four.add_step, four.finish
     prefetch_head, arrange = four.prefetch_head, four.arrange
     superblock_bytes = reader.fmt.superblock_bytes
@@ -128,31 +84,7 @@ def _summer(reader: SuperblockReader) -> Sums:
         store_f32(out + 2 * SUMS_ROW, acc[2])
         store_f32(out + 3 * SUMS_ROW, acc[3])
 
-    @device
-    def sums(
-        scratch: int,
-        w: int,
-        panel: int,
-        groups: int,
-        cols: int,
-        q: int,
-        d: int,
-        b: int,
-        first: int,
-        count: int,
-    ) -> None:
-        size = cols // SUPERBLOCK * superblock_bytes
-        for group in range(panel_groups(panel, groups)):
-            at = w + (panel * PANEL_GROUPS + group) * size
-            for t in range(0, count, _TOKENS):
-                row, left = first + t, count - t - 1
-                out = scratch + t * SUMS_ROW + 64 * group
-                own_q, own_d = q + row * q_row(cols), d + row * d_row(cols)
-                own_b = b + row * b_row(cols)
-                last1, last2, last3 = min(1, left), min(2, left), min(3, left)
-                multiply_four(out, at, cols, own_q, own_d, own_b, last1, last2, last3)
-
-    return sums
+    return panel_sums(reader.fmt, multiply_four)
 
 
 matvec_q4k: Matvec
@@ -171,11 +103,11 @@ expert_down_q3: Expert
 expert_down_q2: Expert
 expert_down_iq2: Expert
 
-matvec_q4k, expert_gate_up_q4k, expert_down_q4k = _products(Q4K_READER)
-matvec_q6, expert_gate_up_q6, expert_down_q6 = _products(Q6_READER)
-matvec_q3, expert_gate_up_q3, expert_down_q3 = _products(Q3_READER)
-matvec_q2, expert_gate_up_q2, expert_down_q2 = _products(Q2_READER)
-matvec_iq2, expert_gate_up_iq2, expert_down_iq2 = _products(IQ2_READER)
+matvec_q4k, expert_gate_up_q4k, expert_down_q4k = products(Q4K, _pair_products(Q4K_READER))
+matvec_q6, expert_gate_up_q6, expert_down_q6 = products(Q6, _pair_products(Q6_READER))
+matvec_q3, expert_gate_up_q3, expert_down_q3 = products(Q3, _pair_products(Q3_READER))
+matvec_q2, expert_gate_up_q2, expert_down_q2 = products(Q2, _pair_products(Q2_READER))
+matvec_iq2, expert_gate_up_iq2, expert_down_iq2 = products(IQ2, _pair_products(IQ2_READER))
 sums_q4k = _summer(Q4K_READER)
 sums_q6 = _summer(Q6_READER)
 sums_q3 = _summer(Q3_READER)

@@ -13,6 +13,7 @@ import numpy as np
 
 from localv4.kernels.activations import SUMS_BYTES, swiglu
 from localv4.kernels.device import device
+from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
 from localv4.kernels.readers import (
     HEAD_BYTES,
     MX4_READER,
@@ -85,10 +86,12 @@ def partner(group: int, half: int, end: int) -> int:
     return group + half if group + half < end else group
 
 
-def _products(reader: Reader) -> tuple[Any, Any, Any]:
-    """Make the functions of a format: a matrix, gate and up of an expert, down of an expert."""
-    pair = _pair_products(reader)
-    columns, superblock_bytes = reader.fmt.columns, reader.fmt.superblock_bytes
+def products(fmt: PackedFormat, pair: Any) -> tuple[Any, Any, Any]:
+    """Make the functions of a format: a matrix, gate and up of an expert, down of an expert.
+
+    `pair(w, v, cols, q, d, b)` returns the products of two groups with one token.
+    """
+    columns, superblock_bytes = fmt.columns, fmt.superblock_bytes
 
     @device
     def matvec(out: int, w: int, g0: int, g1: int, cols: int, q: int, d: int, b: int) -> None:
@@ -141,6 +144,6 @@ expert_down_mx4: Expert
 expert_down_q4: Expert
 expert_down_q8: Expert
 
-matvec_mx4, expert_gate_up_mx4, expert_down_mx4 = _products(MX4_READER)
-matvec_q4, expert_gate_up_q4, expert_down_q4 = _products(Q4_READER)
-matvec_q8, expert_gate_up_q8, expert_down_q8 = _products(Q8_READER)
+matvec_mx4, expert_gate_up_mx4, expert_down_mx4 = products(MX4, _pair_products(MX4_READER))
+matvec_q4, expert_gate_up_q4, expert_down_q4 = products(Q4, _pair_products(Q4_READER))
+matvec_q8, expert_gate_up_q8, expert_down_q8 = products(Q8, _pair_products(Q8_READER))

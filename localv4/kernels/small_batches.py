@@ -3,12 +3,14 @@
 The sums of a panel as in `kernels.gemm`. Faster than large products for up to about 8 tokens.
 """
 
+from typing import Any
+
 import numpy as np
 
 from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row
 from localv4.kernels.device import device
 from localv4.kernels.gemm import PANEL_GROUPS, SUMS_ROW, Sums, panel_groups
-from localv4.kernels.packed import BLOCK
+from localv4.kernels.packed import BLOCK, PackedFormat
 from localv4.kernels.readers import (
     HEAD_BYTES,
     MX4_READER,
@@ -70,6 +72,17 @@ def _summer(reader: Reader) -> Sums:
         store_f32(out + SUMS_ROW, multiply(a1, unit))
         store_f32(out + 2 * SUMS_ROW, multiply(a2, unit))
         store_f32(out + 3 * SUMS_ROW, multiply(a3, unit))
+
+    return panel_sums(reader.fmt, multiply_four)
+
+
+def panel_sums(fmt: PackedFormat, multiply_four: Any) -> Sums:
+    """Make the function that multiplies panels of a format, four tokens at a time.
+
+    `multiply_four(out, w, cols, q, d, b, r1, r2, r3)` writes the sums of a group with four rows of
+    activations: the first, and those r1 ... r3 further on.
+    """
+    columns, superblock_bytes = fmt.columns, fmt.superblock_bytes
 
     @device
     def sums(
