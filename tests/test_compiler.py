@@ -191,3 +191,42 @@ def _made_by_a_factory(number: int) -> Any:
 def test_functions_of_a_factory_have_names_of_their_own() -> None:
     made = [_made_by_a_factory(number) for number in range(3)]
     assert len({function.py_func.__qualname__ for function in made}) == 3
+
+
+EXTRA = """
+from localv4.kernels.compiler import kernel
+from extra.sums import double
+@kernel("i8(i8)", family="extra")
+def quadruple(number):
+    return double(double(number))
+"""
+
+DOUBLE = """
+from localv4.kernels.device import device
+@device
+def double(number):
+    return {} * number
+"""
+
+USE_EXTRA = """
+import sys
+sys.path.insert(0, {!r})
+from extra.kernels import quadruple
+from localv4.kernels import compiler
+print(compiler.are_compiled({{"extra"}}))
+compiler.compile_kernels({{"extra"}})
+print(quadruple(10))
+"""
+
+
+def test_kernels_of_another_package_follow_its_sources(tmp_path: Path) -> None:
+    package = tmp_path / "extra"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "kernels.py").write_text(EXTRA)
+    (package / "sums.py").write_text(DOUBLE.format(2))
+    code = USE_EXTRA.format(str(tmp_path))
+    assert run(code, tmp_path) == "False\n40"
+    assert run(code, tmp_path) == "True\n40"
+    (package / "sums.py").write_text(DOUBLE.format(3))
+    assert run(code, tmp_path) == "False\n90"

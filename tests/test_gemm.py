@@ -273,3 +273,22 @@ def add_one_by_one(
         words = (address(own), len(tokens), hidden // 16, inner, *rows.at(0), address(out[place:]))
         weights = shares[tokens].copy()
         run(1, (experts.operations.down, *words, address(weights), experts.down))
+
+
+def test_experts_of_one_token_by_several_operations() -> None:
+    experts = Experts(MX4, 384, 128, (1, 1, 1))
+    middle, shares = Rows(normal(4, 3, 128)), normal(3, 3)
+    out, expected = (floats(384) for _ in range(2))
+    whole, first, last = (experts.records.copy() for _ in range(3))
+    first[1], last[[0, 2]] = 0, 0
+    for target, records, adds in ((expected, whole, 0), (out, first, 0), (out, last, 1)):
+        words = (address(records), 3, 384 // 16, 128, *middle.at(0), address(target))
+        run(2, (experts.operations.down, *words, address(shares), experts.down, adds))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    hidden, twin = (floats(3, 128 + ROW_GAP, fill=7) for _ in range(2))
+    x = Rows(10 * normal(1, 3, 384))
+    for rows, records in ((twin, whole), (hidden, first)):
+        words = (address(records), 3, 128 // 16, 384, *x.at(0), address(rows))
+        run(2, (experts.operations.gate_up, *words, float_bits(LIMIT)))
+    assert_same_bits(hidden[[0, 2]], twin[[0, 2]])
+    assert (hidden[1] == 7).all()

@@ -103,18 +103,38 @@ def test_log1p() -> None:
     np.testing.assert_array_max_ulp(out, np.log1p(x.astype(np.float64)).astype(F32), 2)
 
 
-@pytest.mark.parametrize("missing", [True, False])
-def test_resolving_experts(missing: bool) -> None:
-    table, ticks = np.arange(1000, 1012), np.arange(12)
-    table[7] = 0 if missing else 99
-    experts, records, tick = np.array([2, 7, 11]), np.zeros(3, np.int64), np.array([500])
+@pytest.mark.parametrize("missing", [None, 0, -1])
+def test_resolving_experts(missing: int | None) -> None:
+    table, forms = np.arange(1000, 1012), np.array([0, 1] * 6)
+    table[7] = 99 if missing is None else missing
+    heat, last = np.full(12, F32(4)), np.full(12, 490)
+    last[11] = -5
+    decay = F32(0.5) ** np.arange(100, dtype=F32)
+    experts, records, clock = np.array([2, 7, 11]), np.full((2, 3), 5), np.array([492])
     team = Team(3)
     program = np.zeros((2, WORDS), np.int64)
-    program[:, :8] = (
-        *(route.resolve.address, address(experts), 3, address(table), address(records)),
-        *(address(ticks), address(tick), team.halt_address),
+    program[0, :13] = (
+        *(route.resolve.address, address(experts), 3, address(table), address(forms), 2),
+        *(address(records), address(heat), address(last), address(clock)),
+        *(address(decay), len(decay), team.halt_address),
     )
-    assert team.run(program) == (1 if missing else 2)
+    program[1] = program[0]
+    assert team.run(program[: 1 + (missing is not None)]) == 1
     team.close()
-    np.testing.assert_array_equal(records, table[experts])
-    assert [*ticks] == [0, 1, 500, 3, 4, 5, 6, 500, 8, 9, 10, 500]
+    if missing is not None:
+        assert (heat == 4).all() and last[2] == 490
+        return
+    np.testing.assert_array_equal(records, [[1002, 0, 0], [0, 99, 1011]])
+    assert [*heat[[2, 7, 11]]] == [2, 2, 4 * decay[-1] + 1] and (heat[3:7] == 4).all()
+    assert [*last] == [490, 490, 492, *[490] * 4, 492, *[490] * 3, 492]
+
+
+@pytest.mark.parametrize(("state", "done"), [(0, 1), (-1, 2), (99, 2)])
+def test_glancing_at_experts(state: int, done: int) -> None:
+    table, experts = np.array([7, -1, state, 9]), np.array([0, 1, 2])
+    team = Team(2)
+    program = np.zeros((2, WORDS), np.int64)
+    words = (address(experts), 3, address(table), team.halt_address)
+    program[:, :5] = (route.glance.address, *words)
+    assert team.run(program) == done
+    team.close()

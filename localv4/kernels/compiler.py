@@ -10,10 +10,12 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Set
 from contextlib import closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,15 +51,18 @@ _NOT_IN_CODE = frozenset(("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"))
 """Variables that change nothing before the code runs."""
 
 
-def _digest() -> str:
-    """Name everything that shapes the machine code: kernel sources, compilers, CPU, overrides.
-
-    And the place and the time of the sources, by which Numba finds its files.
-    """
-    digest = hashlib.sha256(str(Path(__file__).parent).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+def _source_digest(package: Path) -> "hashlib._Hash":
+    """Digest the sources of a package, and their place and time, by which Numba finds its files."""
+    digest = hashlib.sha256(str(package).encode())
+    for source in sorted(package.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
         digest.update(str(source.stat().st_mtime_ns).encode())
+    return digest
+
+
+def _digest() -> str:
+    """Name everything that shapes the machine code: kernel sources, compilers, CPU, overrides."""
+    digest = _source_digest(Path(__file__).parent)
     features = sorted(name for name, on in llvm.get_host_cpu_features().items() if on)
     overrides = [
         f"{k}={v}"
@@ -90,7 +95,20 @@ def _cache_folder() -> Path:
 
 
 CACHE_FOLDER = _cache_folder()
-numba.config.CACHE_DIR = str(CACHE_FOLDER)
+"""Where the machine code of this package is; that of others lies in folders inside."""
+
+
+@cache
+def _folder_of(package: str) -> Path:
+    """Return the folder for the machine code of a package; a change in its sources makes a new one.
+
+    Kernels of other packages call functions of this one, so theirs is a folder inside.
+    """
+    place = getattr(sys.modules.get(package), "__file__", None)
+    if package == __package__ or place is None:
+        return CACHE_FOLDER
+    digest = _source_digest(Path(place).parent).hexdigest()[:24]
+    return paths.private_dir(CACHE_FOLDER / f"{package}-{digest}")
 
 
 class _DamagedError(Exception):
@@ -100,11 +118,12 @@ class _DamagedError(Exception):
 class Unit(ABC):
     """One function that is compiled, or loaded from the cache, as a whole.
 
-    `is_kept` says whether this process knows its machine code to be in the cache.
+    `is_kept` says whether this process knows its machine code to be in the cache, in `folder`.
     """
 
     def __init__(self, function: Callable[..., Any], family: str) -> None:
         self.function = function
+        self.folder = _folder_of(function.__module__.rpartition(".")[0])
         self.name = f"{function.__module__}:{function.__qualname__}"
         self.family = family
         self.is_kept = False
@@ -149,6 +168,7 @@ class Entry(Unit):
         return self._callback is not None
 
     def make(self, keep: bool) -> None:
+        numba.config.CACHE_DIR = str(self.folder)
         declare = cfunc("void(i8, i8, i8)", nopython=True, cache=keep, error_model="numpy")
         self._callback = declare(self.function)
 
@@ -171,6 +191,8 @@ def kernel(
     """
 
     def declare(function: Function) -> Function:
+        folder = _folder_of(function.__module__.rpartition(".")[0])
+        numba.config.CACHE_DIR = str(folder)
         dispatcher = njit(cache=True, nogil=True, parallel=parallel, error_model="numpy")(function)
         if not numba.config.DISABLE_JIT:
             _Kernel(dispatcher, signature, family)
@@ -202,7 +224,8 @@ def are_compiled(families: Set[str] = frozenset()) -> bool:
 
 def _mark(family: str) -> Path:
     """Return the file whose existence says that all of a family is in the cache."""
-    return CACHE_FOLDER / f"{family}.complete"
+    folders = (unit.folder for unit in _units if unit.family == family)
+    return next(folders, CACHE_FOLDER) / f"{family}.complete"
 
 
 def find_unit(name: str) -> Unit:
@@ -298,7 +321,7 @@ def _despite_damage(build: Callable[[], None]) -> None:
         build()
     except _DamagedError:
         shutil.rmtree(CACHE_FOLDER, ignore_errors=True)
-        paths.private_dir(CACHE_FOLDER)
         for unit in _units:
+            paths.private_dir(unit.folder)
             unit.is_kept = False
         build()

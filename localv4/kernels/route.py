@@ -162,22 +162,54 @@ def write_weights(out: int, experts: int, affinities: int, k: int, scaling: np.f
 def resolve(operation: int, member: int, members: int) -> None:
     """Look up where the experts of one token lie, and halt the program when one is not in memory.
 
-    Words: experts (k) i64, k, table (n_experts) i64 of record addresses (0: not in memory), records
-    (k) i64, ticks (n_experts) i64 of the last use, cell of the tick, halt address.
+    When none is missing their use is noted: heat = heat * decay[age] + 1, where the age is how far
+    the clock is beyond the last use, and the last use is now. An expert of form f gets its address
+    into row f of `records`, where the other rows have 0.
+    Words: experts (k) i64, k, table (n_experts) i64 of record addresses (not in memory: 0 or less),
+    forms of the experts (n_experts) i64, number of forms, records (forms, k) i64, heat (n_experts)
+    f32, last use (n_experts) i64, cell of the clock, decay (steps) f32, steps, halt address.
     """
     if member > 0:
         return
     experts, k, table = word(operation, 1), word(operation, 2), word(operation, 3)
-    records, ticks, tick = word(operation, 4), word(operation, 5), word(word(operation, 6), 0)
-    missing = False
+    forms, form_count, records = word(operation, 4), word(operation, 5), word(operation, 6)
     for i in range(k):
         number = word(experts, i)
-        record = word(table, number)
-        missing |= record == 0
-        write_i64(records + 8 * i, record)
-        write_i64(ticks + 8 * number, tick)
-    if missing:
-        atomic_store(word(operation, 7), 1)
+        record, form = word(table, number), word(forms, number)
+        if record <= 0:
+            atomic_store(word(operation, 12), 1)
+            return
+        for f in range(form_count):
+            write_i64(records + 8 * (f * k + i), record if f == form else 0)
+    note_uses(operation, experts, k)
+
+
+@device
+def note_uses(operation: int, experts: int, k: int) -> None:
+    """Count the use of k experts, as `resolve` says."""
+    heat, last, clock = word(operation, 7), word(operation, 8), word(word(operation, 9), 0)
+    decay, steps = word(operation, 10), word(operation, 11)
+    for i in range(k):
+        number = word(experts, i)
+        age = min(clock - word(last, number), steps - 1)
+        at = heat + 4 * number
+        write_f32(at, float_at(at) * float_at(decay + 4 * age) + np.float32(1))
+        write_i64(last + 8 * number, clock)
+
+
+@entry("fast")
+def glance(operation: int, member: int, members: int) -> None:
+    """Halt the program when an expert is neither in memory nor on its way.
+
+    Words: experts (k) i64, k, table (n_experts) i64 of record addresses (absent: 0; on its way:
+    -1), halt address.
+    """
+    if member > 0:
+        return
+    experts, table = word(operation, 1), word(operation, 3)
+    for i in range(word(operation, 2)):
+        if word(table, word(experts, i)) == 0:
+            atomic_store(word(operation, 4), 1)
 
 
 @operation(f32x16, f32x16)

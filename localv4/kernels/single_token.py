@@ -1,8 +1,9 @@
 """Operations on one token: rounding of activations, mat-vecs, and the experts of the token.
 
 The bodies here take the kernel of a format as an argument; `kernels.formats` makes operations of
-them. `records` is the address of `count` addresses of packed experts; h (count, width + 16) f32 is
-their hidden layer, `weights` (count,) f32 their share in `out`.
+them. `records` is the address of `count` addresses of packed experts, 0 for one that another
+operation computes; h (count, width + 16) f32 is their hidden layer, `weights` (count,) f32 their
+share in `out`.
 """
 
 from typing import Any
@@ -73,8 +74,9 @@ def share_gate_up(operation: int, members: int, multiply: Any) -> None:
     while taken < count * chunks:
         expert, g0 = taken // chunks, taken % chunks * chunk
         out = h + expert * (groups * packed.GROUP_ROWS + ROW_GAP) * 4
-        end = min(g0 + chunk, groups)
-        multiply(out, word(records, expert), g0, end, cols, q, d, b, limit)
+        end, record = min(g0 + chunk, groups), word(records, expert)
+        if record != 0:
+            multiply(out, record, g0, end, cols, q, d, b, limit)
         taken = take_chunk(operation)
 
 
@@ -82,21 +84,25 @@ def share_gate_up(operation: int, members: int, multiply: Any) -> None:
 def share_down(operation: int, members: int, multiply: Any) -> None:
     """out = sum over the experts e, in their order, of weights[e] * down_e . h[e].
 
-    Words: records, count, row groups, columns, q, d, b, out, weights, offset in a record.
+    Words: records, count, row groups, columns, q, d, b, out, weights, offset in a record, 1 to add
+    to what `out` holds.
     """
     records, count = word(operation, 1), word(operation, 2)
     groups, cols = word(operation, 3), word(operation, 4)
     q, d, b = word(operation, 5), word(operation, 6), word(operation, 7)
     out, weights, offset = word(operation, 8), word(operation, 9), word(operation, 10)
+    adds = word(operation, 11) != 0
     q_row, d_row, b_row = activations.q_row(cols), activations.d_row(cols), activations.b_row(cols)
     chunk = chunk_groups(groups, members)
     g0 = take_chunk(operation) * chunk
     while g0 < groups:
         g1 = min(g0 + chunk, groups)
-        for g in range(g0, g1):
-            store_f32(out + 64 * g, zeros_f32())
+        if not adds:
+            for g in range(g0, g1):
+                store_f32(out + 64 * g, zeros_f32())
         for e in range(count):
-            w, weight = word(records, e) + offset, float_at(weights + 4 * e)
+            record, weight = word(records, e), float_at(weights + 4 * e)
             eq, ed, eb = q + e * q_row, d + e * d_row, b + e * b_row
-            multiply(out, w, g0, g1, cols, eq, ed, eb, weight)
+            if record != 0:
+                multiply(out, record + offset, g0, g1, cols, eq, ed, eb, weight)
         g0 = take_chunk(operation) * chunk

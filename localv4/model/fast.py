@@ -7,6 +7,7 @@ same bits whatever is processed together with it, by however many threads.
 """
 
 import threading
+import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from localv4.kernels.route import MOST_EXPERTS
 from localv4.kernels.streams import COLUMNS, MOST_STREAMS
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
+from localv4.model.experts import MakeStore
 from localv4.model.fast_chunk import ChunkPlan
 from localv4.model.fast_network import FastNetwork
 from localv4.model.fast_token import TokenPlan
@@ -24,9 +26,12 @@ from localv4.model.packing import packed_bytes_of
 from localv4.model.program import Input, Rounded, Rows
 from localv4.model.state import State
 from localv4.model.weights import Weights
+from localv4.paging.look_ahead import LookAhead
+from localv4.paging.paged_store import PagedStore
+from localv4.paging.store import ExpertStore
 
 CHUNK_TOKENS = 8 * BATCH_TOKENS
-"""Tokens for which each expert is read once."""
+"""Tokens for which each expert is read once, unless asked otherwise."""
 
 SLACK_TOKENS = 256
 """How far a sequence can be taken back; no fewer than attention takes at a time."""
@@ -56,14 +61,22 @@ class FastTransformer:
     """
 
     name = "fast"
-    chunk_tokens = CHUNK_TOKENS
     slack = SLACK_TOKENS
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, team: Team, expert_budget: int
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        team: Team,
+        make_store: MakeStore,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+        looks_ahead: bool = True,
     ) -> None:
         self.config, self.weights, self.threads = config, weights, team.members
-        self._network = FastNetwork(config, weights, team, expert_budget, SLACK_TOKENS)
+        self.chunk_tokens = chunk_tokens
+        self._network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store)
+        self._look_ahead = LookAhead() if looks_ahead else None
         self._token = TokenPlan(self._network)
         self._many = ChunkPlan(self._network, BATCH_TOKENS)
         self._vectors = Rows(HEAD_TOKENS, config.hidden_size)
@@ -78,6 +91,11 @@ class FastTransformer:
     @cancelled.setter
     def cancelled(self, event: threading.Event | None) -> None:
         self._network.cancelled = event
+
+    @property
+    def store(self) -> ExpertStore:
+        """Where the records of the experts are."""
+        return self._network.store
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for decoder state and mapped files."""
@@ -95,9 +113,22 @@ class FastTransformer:
         token_ids (tokens,) must be in the vocabulary and at most `chunk_tokens` many. When anything
         is raised on the way, the state still stands before the tokens.
         """
-        plan = self._token if len(token_ids) == 1 else self._many
-        vectors = plan.run(token_ids, state)
+        if len(token_ids) == 1:
+            vectors = self._decode(token_ids, state)
+        else:
+            vectors = self._many.run(token_ids, state)
         state.advance(len(token_ids))
+        return vectors
+
+    def _decode(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        """Process one token, looking ahead while that pays."""
+        store, look_ahead = self.store, self._look_ahead
+        if look_ahead is None or not isinstance(store, PagedStore):
+            return self._token.run(token_ids, state)
+        self._token.look_ahead(look_ahead.on)
+        waited_s, start = store.counts.wait_s, time.perf_counter()
+        vectors = self._token.run(token_ids, state)
+        look_ahead.note(time.perf_counter() - start, store.counts.wait_s > waited_s)
         return vectors
 
     def logits(self, vectors: Floats) -> Floats:

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.model.experts import UnpackableError
 from localv4.model.fast_layer import FastLayer
 from localv4.model.fast_moe import WaveBuffers
 from localv4.model.fast_network import FastNetwork
@@ -75,6 +76,7 @@ class ChunkPlan:
         position: int,
     ) -> None:
         """Attention of a layer, some tokens after the others: they see what those have stored."""
+        layer.moe.request_first(tokens)
         program = self._network.new_program()
         layer.add_mixing(program, chunk, tokens)
         self._network.run(program)
@@ -100,11 +102,13 @@ class ChunkPlan:
         layer.add_router(program, chunk, tokens)
         moe.add_shared(program, chunk, buffers.shared, tokens)
         network.run(program)
-        if moe.form is not None:
-            chunk.update.values[:tokens] = 0
+        chunk.update.values[:tokens] = 0
+        try:
             for wave in moe.waves(chunk, buffers, tokens):
                 program = network.new_program()
                 moe.add_wave(program, chunk, buffers, wave)
                 network.run(program)
-        if moe.form is None:  # it may have lost it just now
+        except UnpackableError:
+            network.experts.drop_forms(index)
+        if not moe.forms:
             network.mix_stored(index, chunk, tokens)

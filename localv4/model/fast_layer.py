@@ -6,13 +6,14 @@ from numpy.typing import NDArray
 from localv4.kernels import mixes, streams
 from localv4.kernels.operation import float_bits
 from localv4.model.config import ModelConfig
-from localv4.model.experts import ExpertStore
+from localv4.model.experts import Experts
 from localv4.model.fast_attention import Cells, FastAttention
 from localv4.model.fast_moe import FastMoe
 from localv4.model.matrix import Floats, decode
 from localv4.model.program import Input, Program
 from localv4.model.weights import HyperConnection, Layer
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers
+from localv4.paging.store import ExpertStore
 
 
 class Site:
@@ -72,6 +73,7 @@ class FastLayer:
         index: int,
         layer: Layer,
         config: ModelConfig,
+        experts: Experts,
         store: ExpertStore,
         cells: NDArray[np.int64],
         slack: int,
@@ -80,7 +82,7 @@ class FastLayer:
         self.attn_site = Site(layer.attn_hc, layer.attn_norm, config)
         self.attention = FastAttention(layer.attention, kind, ratio, config, slack)
         self.ffn_site = Site(layer.ffn_hc, layer.ffn_norm, config)
-        self.moe = FastMoe(index, layer.router, layer.shared, store, config)
+        self.moe = FastMoe(index, layer.router, layer.shared, experts, store, config)
         self.cells = Cells.of(cells)
         self.is_first = index == 0
 

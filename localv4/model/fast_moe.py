@@ -1,6 +1,6 @@
 """Mixture of experts as operations: for one token inside its program, for many wave by wave."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,23 +12,37 @@ from localv4.kernels.operation import float_bits
 from localv4.kernels.packed import GROUP_ROWS
 from localv4.kernels.single_token import quantize
 from localv4.model.config import ModelConfig
-from localv4.model.experts import ExpertStore
+from localv4.model.experts import Experts
 from localv4.model.fast_shared import FastShared, SharedBuffers
 from localv4.model.packing import ExpertForm
 from localv4.model.program import Input, Program, Rounded, Rows
 from localv4.model.weights import Expert, Router
 from localv4.model.workspace import ChunkBuffers
+from localv4.paging.store import ExpertStore
 
 WAVE_SLOTS = 4096
 """Pairs of token and expert that are multiplied together: bounds the memory of activations."""
 
 
-class HiddenLayers:
-    """The hidden layers of the experts of one token, and where their records are."""
+GUESSES = 4
+"""Experts of the next layer that are guessed: the likeliest ones."""
 
-    def __init__(self, config: ModelConfig) -> None:
+
+SURE_USES = 4
+"""Uses for each expert of a layer from which on nearly every one is used."""
+
+
+class HiddenLayers:
+    """The hidden layers of the experts of one token, and where their records are.
+
+    `records` (forms, experts of a token) i64 has the addresses of those of each form, else 0;
+    `early` (experts of a token) i64 those of records that are there before others.
+    """
+
+    def __init__(self, config: ModelConfig, forms: int) -> None:
         experts, inner = config.experts_per_token, config.expert_width
-        self.records = np.zeros(experts, np.int64)
+        self.records = np.zeros((forms, experts), np.int64)
+        self.early = np.zeros(experts, np.int64)
         self.values, self.rounded = Rows(experts, inner), Rounded(experts, inner)
         self.shared = SharedBuffers(1, inner * config.shared_experts)
 
@@ -43,13 +57,23 @@ class WaveBuffers:
         self.shared = SharedBuffers(tokens, inner * config.shared_experts)
 
 
+class Guess:
+    """What the router of the next layer would choose for one token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.logits = Rows(1, config.n_experts)
+        self.chosen = np.zeros(min(GUESSES, config.n_experts), np.int64)
+        self.shares = np.zeros(len(self.chosen), np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """Some experts and their slots: expert i has slots starts[i] ... starts[i + 1] - 1.
+    """Some experts of one form, and their slots: i has slots starts[i] ... starts[i + 1] - 1.
 
     `tokens` and `shares` have the token of each slot and its weight there.
     """
 
+    form: ExpertForm
     experts: NDArray[np.int64]
     records: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -61,16 +85,40 @@ class FastMoe:
     """The feed-forward part of one layer."""
 
     def __init__(
-        self, index: int, router: Router, shared: Expert, store: ExpertStore, config: ModelConfig
+        self,
+        index: int,
+        router: Router,
+        shared: Expert,
+        experts: Experts,
+        store: ExpertStore,
+        config: ModelConfig,
     ) -> None:
-        self.index, self.router, self.store, self.config = index, router, store, config
+        self.index, self.router, self.config = index, router, config
+        self.experts, self.store = experts, store
         self.shared = FastShared(shared, config.shared_swiglu_limits[index])
         self.limit = float_bits(config.swiglu_limits[index])
 
     @property
-    def form(self) -> ExpertForm | None:
-        """The form of the layer's packed experts; None: they are multiplied as they are stored."""
-        return self.store.forms[self.index]
+    def forms(self) -> tuple[ExpertForm, ...]:
+        """The forms of the layer's records; none: they are multiplied as they are stored."""
+        return self.experts.forms[self.index]
+
+    @property
+    def can_guess(self) -> bool:
+        """Whether the layer's experts can be guessed: those of a table are known, not guessed."""
+        return self.router.table is None and bool(self.forms)
+
+    def request_known(self, token: int) -> None:
+        """Have the experts read that a table names for a token, before anything is computed."""
+        if self.router.table is not None and self.forms:
+            self.store.request(self.index, self.router.table[token].tolist())
+
+    def request_first(self, tokens: int) -> None:
+        """Have the first experts read before it is known which ones many tokens choose."""
+        slots = tokens * self.config.experts_per_token
+        if self.forms and slots >= SURE_USES * self.config.n_experts:
+            largest = self.store.largest_claim(self.index)
+            self.store.claim(self.index, range(min(largest, self.config.n_experts)))
 
     def add_router(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
         """Choose the experts of each token."""
@@ -90,37 +138,101 @@ class FastMoe:
         self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, halt: int
     ) -> None:
         """Look up the experts of one token; the program halts here when one is not in memory."""
-        store = self.store
+        store, index, uses = self.store, self.index, self.store.uses
         program.add(
             route.resolve,
             *(chunk.chosen.ctypes.data, self.config.experts_per_token),
-            *(store.addresses[self.index].ctypes.data, hidden.records.ctypes.data),
-            *(store.ticks[self.index].ctypes.data, store.tick.ctypes.data, halt),
+            *(store.addresses[index].ctypes.data, self.experts.form_numbers[index].ctypes.data),
+            *(len(self.forms), hidden.records.ctypes.data),
+            *(uses.heat[index].ctypes.data, uses.last[index].ctypes.data, uses.clock.ctypes.data),
+            *(uses.decay.ctypes.data, len(uses.decay), halt),
         )
 
-    def add_experts(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
-        """Compute `update` and `shared_update` of one token, whose experts are looked up."""
-        form, count = self.form, self.config.experts_per_token
-        assert form is not None
-        gate_up, down = OPERATIONS[form.gate_up.name].gate_up, OPERATIONS[form.down.name].down
-        records = (hidden.records.ctypes.data, count)
+    def add_glance(self, program: Program, chunk: ChunkBuffers, guess: Guess, halt: int) -> None:
+        """Choose what this layer would for the input of the one before; halt if one is absent."""
+        router, config = self.router, self.config
+        assert router.bias is not None
+        program.multiply(guess.logits, router.weight, Input(chunk.x, chunk.x_rounded), 1)
+        program.add(
+            route.route,
+            *(guess.logits.at(), guess.logits.stride, config.n_experts),
+            *(router.bias.ctypes.data, 0, 0, len(guess.chosen), float_bits(1.0)),
+            *(guess.chosen.ctypes.data, guess.shares.ctypes.data, 1),
+        )
+        table = self.store.addresses[self.index].ctypes.data
+        program.add(route.glance, guess.chosen.ctypes.data, len(guess.chosen), table, halt)
+
+    def add_gate_up(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
+        """Compute the hidden layers of one token's experts, which are looked up."""
+        x, count = Input(chunk.x, chunk.x_rounded), self.config.experts_per_token
+        with program.alongside():
+            for form, records in zip(self.forms, hidden.records, strict=False):
+                self._add_gate_up(program, chunk, form, records.ctypes.data, count, hidden, 0)
+            self.shared.add_gate_up(program, hidden.shared, x, 1)
+
+    def add_shared_gate_up(
+        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers
+    ) -> None:
+        """Compute the hidden layer of the shared expert alone."""
         x = Input(chunk.x, chunk.x_rounded)
         with program.alongside():
-            program.add(
-                gate_up,
-                *(*records, form.inner // GROUP_ROWS, form.hidden, *chunk.x_rounded.addresses),
-                *(hidden.values.at(), self.limit),
-            )
             self.shared.add_gate_up(program, hidden.shared, x, 1)
+
+    def add_early_gate_up(
+        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, places: Sequence[int]
+    ) -> None:
+        """The same for some of the token's experts, by their places, and not the shared one."""
+        with program.alongside():
+            for place in places:
+                form = self.experts.form(self.index, int(chunk.chosen[0, place]))
+                record = hidden.early[place : place + 1].ctypes.data
+                self._add_gate_up(program, chunk, form, record, 1, hidden, place)
+
+    def _add_gate_up(
+        self,
+        program: Program,
+        chunk: ChunkBuffers,
+        form: ExpertForm,
+        records: int,
+        count: int,
+        hidden: HiddenLayers,
+        place: int,
+    ) -> None:
+        """Compute the hidden layers of `count` experts, the first at `place` among the token's."""
+        program.add(
+            OPERATIONS[form.gate_up.name].gate_up,
+            *(records, count, form.inner // GROUP_ROWS, form.hidden),
+            *(*chunk.x_rounded.addresses, hidden.values.part(place).at(), self.limit),
+        )
+
+    def add_down(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
+        """Compute `update` and `shared_update` of one token from the hidden layers."""
+        count = self.config.experts_per_token
         program.round(hidden.rounded, hidden.values, count)
         self.shared.add_rounding(program, hidden.shared, 1)
+        *first, last = zip(self.forms, hidden.records, strict=False)
+        for number, (form, records) in enumerate(first):
+            self._add_down(program, chunk, hidden, form, records, adds=number > 0)
         with program.alongside():
-            program.add(
-                down,
-                *(*records, form.hidden // GROUP_ROWS, form.inner, *hidden.rounded.addresses),
-                *(chunk.update.at(), chunk.shares.ctypes.data, form.offset),
-            )
+            self._add_down(program, chunk, hidden, *last, adds=len(first) > 0)
             self.shared.add_down(program, chunk.shared_update, hidden.shared, 1)
+
+    def _add_down(
+        self,
+        program: Program,
+        chunk: ChunkBuffers,
+        hidden: HiddenLayers,
+        form: ExpertForm,
+        records: NDArray[np.int64],
+        *,
+        adds: bool,
+    ) -> None:
+        program.add(
+            OPERATIONS[form.down.name].down,
+            *(records.ctypes.data, len(records), form.hidden // GROUP_ROWS, form.inner),
+            *(*hidden.rounded.addresses, chunk.update.at(), chunk.shares.ctypes.data),
+            *(form.offset, int(adds)),
+        )
 
     def add_shared(
         self, program: Program, chunk: ChunkBuffers, buffers: SharedBuffers, tokens: int
@@ -133,39 +245,53 @@ class FastMoe:
         self.shared.add_down(program, chunk.shared_update, buffers, tokens)
 
     def waves(self, chunk: ChunkBuffers, buffers: WaveBuffers, tokens: int) -> Iterator[Wave]:
-        """Yield the chosen experts in ascending order, as many at a time as there is room for.
+        """Yield the chosen experts, form by form and in ascending order, some at a time.
 
-        Their records are in memory until the next wave is asked for. Ends early when an expert
-        cannot be packed: `form` is None then.
+        Those of a wave are in memory until the next one is asked for, and that one is on its way.
         """
-        count = self.config.experts_per_token
-        slots = np.argsort(chunk.chosen[:tokens], axis=None, kind="stable")
-        sizes = np.bincount(chunk.chosen[:tokens].ravel(), minlength=self.config.n_experts)
-        used = np.flatnonzero(sizes)
-        first, largest = 0, self.store.largest_wave(self.index)
-        start = 0
-        while first < len(used):
-            ends = np.cumsum(sizes[used[first : first + largest]])
-            fitting = max(1, int(np.searchsorted(ends, buffers.slots, side="right")))
-            experts, ends = used[first : first + fitting], ends[:fitting]
-            if not self.store.ensure(self.index, experts.tolist()):
-                return
-            mine = slots[start : start + ends[-1]]
-            yield Wave(
-                experts,
-                self.store.addresses[self.index, experts],
-                np.concatenate([[0], ends]),
-                mine // count,
-                chunk.shares.ravel()[mine],
-            )
-            first, start = first + fitting, start + int(ends[-1])
+        chosen, store = chunk.chosen[:tokens], self.store
+        if not self.forms:
+            return
+        sizes = np.bincount(chosen.ravel(), minlength=self.config.n_experts)
+        store.begin_prompt(self.index, sizes, tokens)
+        slots = np.argsort(chosen, axis=None, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        parts = list(self._parts(sizes, buffers.slots))
+        try:
+            for part, following in zip(parts, [*parts[1:], parts[0][:0]], strict=True):
+                store.claim(self.index, part.tolist())
+                store.claim(self.index, following.tolist())
+                while (store.addresses[self.index, part] <= 0).any():
+                    store.wait(self.index, part.tolist())
+                mine = np.concatenate([slots[starts[e] : starts[e + 1]] for e in part])
+                yield Wave(
+                    self.experts.form(self.index, int(part[0])),
+                    part,
+                    store.addresses[self.index, part],
+                    np.concatenate([[0], np.cumsum(sizes[part])]),
+                    mine // chosen.shape[1],
+                    chunk.shares.ravel()[mine],
+                )
+                store.release(self.index, part.tolist())
+        finally:
+            store.end_prompt(self.index)
+
+    def _parts(self, sizes: NDArray[np.int64], slots: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the experts in use, those of one form that fit into some slots at a time."""
+        largest = self.store.largest_claim(self.index)
+        for form in range(len(self.forms)):
+            used = np.flatnonzero((sizes > 0) & (self.experts.form_numbers[self.index] == form))
+            while len(used):
+                ends = np.cumsum(sizes[used[:largest]])
+                fitting = max(1, int(np.searchsorted(ends, slots, side="right")))
+                yield used[:fitting]
+                used = used[fitting:]
 
     def add_wave(
         self, program: Program, chunk: ChunkBuffers, buffers: WaveBuffers, wave: Wave
     ) -> None:
         """Add the weighted outputs of the experts of a wave to `update`."""
-        form = self.form
-        assert form is not None
+        form = wave.form
         up, down = OPERATIONS[form.gate_up.name], OPERATIONS[form.down.name]
         experts = (wave.records.ctypes.data, len(wave.experts), wave.starts.ctypes.data)
         tokens, x = wave.tokens.ctypes.data, chunk.x

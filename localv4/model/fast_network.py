@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from localv4.errors import Cancelled
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
-from localv4.model.experts import ExpertStore
+from localv4.model.experts import Experts, MakeStore
 from localv4.model.fast_layer import FastLayer, Site
 from localv4.model.matrix import F32, Numerics, look_up
 from localv4.model.program import Program, Scratch
@@ -24,21 +24,31 @@ class FastNetwork:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, team: Team, expert_budget: int, slack: int
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        team: Team,
+        slack: int,
+        make_store: MakeStore,
     ) -> None:
         self.config, self.weights = config, weights
         self.cancelled: threading.Event | None = None
         self.team = team
-        experts = [layer.experts for layer in weights.layers]
-        self.store = ExpertStore(experts, expert_budget, team.members)
+        self.experts = Experts([layer.experts for layer in weights.layers])
+        self.store = make_store(self.experts)
         self._exact = Numerics(team, weights.widest)
         self._scratch = Scratch.of(team.members, weights.widest)
         self._cells = np.zeros((config.n_layers, CELLS), np.int64)
         self.layers = [
-            FastLayer(i, layer, config, self.store, self._cells[i], slack)
+            FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack)
             for i, layer in enumerate(weights.layers)
         ]
         self.head_site = Site(weights.head_hc, weights.norm, config)
+
+    @property
+    def most_forms(self) -> int:
+        """The most forms that the experts of one layer have."""
+        return max(1, *map(len, self.experts.forms))
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +78,7 @@ class FastNetwork:
         self._cells[:] = state.addresses
         chunk.ids[:tokens] = ids
         chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
-        self.store.tick += 1
+        self.store.uses.clock += tokens
 
     def mix_stored(self, index: int, chunk: ChunkBuffers, tokens: int) -> None:
         """Compute `update` of a layer whose experts have no packed form."""

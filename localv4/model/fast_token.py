@@ -1,11 +1,13 @@
 """Decoding: one token through all layers in one program."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.model.fast_moe import HiddenLayers
+from localv4.kernels.operation import WORDS
+from localv4.model.experts import UnpackableError
+from localv4.model.fast_moe import Guess, HiddenLayers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.matrix import Floats
 from localv4.model.program import Program
@@ -20,25 +22,34 @@ FIRST_POSITIONS = 4096
 class Segment:
     """Operations of the token's program.
 
-    `resolving` maps those that look up a layer's experts to the layer: there a segment can halt.
-    After it the experts of layer `stored` are multiplied as they are stored, if it is not None.
+    `lookups` maps those that look up a layer's experts, where the segment can halt, to the layer,
+    `glances` those that guess for a layer. `resumes` maps a layer to the operation behind the first
+    half of its experts. After the segment the experts of layer `stored` are multiplied as they are
+    stored, if it is not None.
     """
 
     program: NDArray[np.int64]
-    resolving: dict[int, int]
+    lookups: dict[int, int]
+    glances: dict[int, int]
+    resumes: dict[int, int]
     stored: int | None
 
 
 class TokenPlan:
-    """The program for one token; built again when the context outgrows its buffers."""
+    """The program for one token; built again when the context outgrows its buffers.
+
+    `looks_ahead`: records that the next layer may need are read while this one is computed.
+    """
 
     def __init__(self, network: FastNetwork) -> None:
         self._network = network
         self._chunk = ChunkBuffers(network.config, 1)
-        self._hidden = HiddenLayers(network.config)
+        self._hidden = HiddenLayers(network.config, network.most_forms)
+        self._guess = Guess(network.config)
         self._positions = 0
         self._attention: AttentionBuffers
         self._segments: list[Segment] = []
+        self.looks_ahead = False
 
     @property
     def nbytes(self) -> int:
@@ -53,13 +64,23 @@ class TokenPlan:
             self._build()
         while not self._run_once(ids, state):
             self._build()
+        self._network.store.end_token()
         return self._chunk.x.values[:1].copy()
+
+    def look_ahead(self, wanted: bool) -> None:
+        """Guess what the next layer needs, from the next token on, or stop doing so."""
+        if wanted != self.looks_ahead and self._segments:
+            self.looks_ahead = wanted
+            self._build()
+        self.looks_ahead = wanted
 
     def _run_once(self, ids: NDArray[np.int64], state: State) -> bool:
         """Run all segments; return False if the plan is out of date, with nothing lost."""
         network = self._network
         network.begin(self._chunk, ids, state)
         self._attention.context[0] = state.position
+        for layer in network.layers:
+            layer.moe.request_known(int(ids[0]))
         for segment in self._segments:
             network.check_cancelled()
             if not self._run_segment(segment):
@@ -69,38 +90,90 @@ class TokenPlan:
         return True
 
     def _run_segment(self, segment: Segment) -> bool:
-        """Run a segment, fetching experts where it halts; False if a layer's cannot be packed."""
+        """Run a segment, seeing to experts where it halts; False if a layer cannot be packed."""
         network, done = self._network, 0
         while True:
             done += network.team.run(segment.program[done:])
             if done == len(segment.program):
                 return True
-            layer = segment.resolving[done - 1]
-            if not network.store.ensure(layer, self._chunk.chosen[0].tolist()):
+            last = done - 1
+            if last in segment.glances:
+                network.store.guess(segment.glances[last], self._guess.chosen.tolist())
+                continue
+            layer = segment.lookups[last]
+            try:
+                self._fetch(layer)
+            except UnpackableError:
+                network.experts.drop_forms(layer)
                 return False
-            done -= 1
+            network.team.run(segment.program[last:done])
+            done = segment.resumes[layer]
+
+    def _fetch(self, layer: int) -> None:
+        """Bring the token's experts of a layer into memory; compute with those that are there."""
+        network, store = self._network, self._network.store
+        numbers = self._chunk.chosen[0]
+        store.count_misses(layer, numbers.tolist())
+        store.request(layer, numbers.tolist())
+        self._run_shared(layer)
+        open_places = list(range(len(numbers)))
+        while open_places:
+            records = store.addresses[layer, numbers]
+            there = [place for place in open_places if records[place] > 0]
+            if there:
+                self._hidden.early[:] = records
+                program = network.new_program()
+                moe = network.layers[layer].moe
+                moe.add_early_gate_up(program, self._chunk, self._hidden, there)
+                network.run(program)
+            else:
+                network.check_cancelled()
+                store.wait(layer, numbers.tolist())
+            open_places = [place for place in open_places if place not in there]
+
+    def _run_shared(self, layer: int) -> None:
+        program = self._network.new_program()
+        self._network.layers[layer].moe.add_shared_gate_up(program, self._chunk, self._hidden)
+        self._network.run(program)
 
     def _build(self) -> None:
         network, chunk = self._network, self._chunk
         seen = Seen.before(self._positions, network.config)
         self._attention = AttentionBuffers(network.config, 1, seen, 1)
         self._segments = []
-        program, resolving = network.new_program(), dict[int, int]()
+        program, segment = self._new_segment()
         self._attention.add_angles(program, 1)
         for index, layer in enumerate(network.layers):
             layer.add_mixing(program, chunk, 1)
             layer.add_attention(program, chunk, self._attention, 1)
             layer.add_router(program, chunk, 1)
-            if layer.moe.form is None:
+            if not layer.moe.forms:
                 layer.moe.add_shared(program, chunk, self._hidden.shared, 1)
-                self._segments.append(Segment(program.finish(), resolving, index))
-                program, resolving = network.new_program(), {}
+                self._segments.append(replace(segment, program=program.finish(), stored=index))
+                program, segment = self._new_segment()
                 continue
-            resolving[len(program)] = index
-            layer.moe.add_resolve(program, chunk, self._hidden, network.team.halt_address)
-            layer.moe.add_experts(program, chunk, self._hidden)
+            self._add_experts(program, segment, index)
         self._add_head(program)
-        self._segments.append(Segment(program.finish(), resolving, None))
+        self._segments.append(replace(segment, program=program.finish()))
+
+    def _new_segment(self) -> tuple[Program, Segment]:
+        nothing = np.zeros((0, WORDS), np.int64)
+        return self._network.new_program(), Segment(nothing, {}, {}, {}, None)
+
+    def _add_experts(self, program: Program, segment: Segment, index: int) -> None:
+        """Add the experts of a layer, and a glance at those of the next one."""
+        network, chunk, hidden = self._network, self._chunk, self._hidden
+        moe, halt = network.layers[index].moe, network.team.halt_address
+        segment.lookups[len(program)] = index
+        moe.add_resolve(program, chunk, hidden, halt)
+        moe.add_gate_up(program, chunk, hidden)
+        segment.resumes[index] = len(program)
+        if self.looks_ahead and index + 1 < len(network.layers):
+            following = network.layers[index + 1].moe
+            if following.can_guess:
+                following.add_glance(program, chunk, self._guess, halt)
+                segment.glances[len(program) - 1] = index + 1
+        moe.add_down(program, chunk, hidden)
 
     def _add_head(self, program: Program) -> None:
         site = self._network.head_site

@@ -1,5 +1,6 @@
 """An opened model: validated tensors in memory-mapped files, whatever the file format."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class Checkpoint:
         self._mapped = tuple(files)
         for file in self._mapped:
             file.map()
+        self._by_start = sorted(self._mapped, key=lambda file: file.address)
+        self._starts = [file.address for file in self._by_start]
 
     def bytes(self, name: str) -> NDArray[np.uint8]:
         """Return the bytes of a tensor as a read-only 1-D view into the map, without a copy.
@@ -70,6 +73,14 @@ class Checkpoint:
             raise BadFileError(self.path, f"the tensor {quoted(name)} is missing")
         return self._mapped[tensor.file].bytes(tensor.offset, tensor.nbytes)
 
+    def place_of(self, view: NDArray[np.uint8]) -> tuple[Path, int]:
+        """Return the file and the offset there of bytes that this checkpoint has handed out."""
+        address = view.ctypes.data
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0 and address < self._starts[index] + self._by_start[index].size:
+            return self._by_start[index].path, address - self._starts[index]
+        raise ValueError("these bytes are not in a file")
+
     def check_unchanged(self) -> None:
         """Raise BadFileError when a file was written to or cut since it was opened.
 
@@ -78,6 +89,11 @@ class Checkpoint:
         """
         for file in self._mapped:
             file.check_unchanged()
+
+    def drop_pages(self) -> None:
+        """Take the pages that were read out of this process; the next look brings them back."""
+        for file in self._mapped:
+            file.drop_pages()
 
     def close(self) -> None:
         """Give the files back; views that are still held stay readable."""

@@ -74,6 +74,20 @@ class MappedFile:
             raise ValueError(f"{self.path} is not mapped")
         return self._view[offset : offset + nbytes]
 
+    @property
+    def address(self) -> int:
+        """Where the map begins."""
+        if self._view is None:
+            raise ValueError(f"{self.path} is not mapped")
+        address: int = self._view.ctypes.data
+        return address
+
+    def drop_pages(self) -> None:
+        """Take the pages that were read out of this process; the next look brings them back."""
+        advice = getattr(mmap, "MADV_DONTNEED", None)
+        if self._map is not None and advice is not None:
+            self._map.madvise(advice)
+
     def check_unchanged(self) -> None:
         """Raise BadFileError when the file was written to or cut since it was opened.
 

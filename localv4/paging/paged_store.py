@@ -1,0 +1,226 @@
+"""A store with room for some of the records: others are read when they are needed.
+
+Decoding. A record that a token lacks is read at once, in the place of the coldest one. What the
+router of the next layer would choose now is read as a guess, into a few slots that guesses have
+among themselves: one that turns out wrong is the first to go.
+
+Prompts. Nearly every expert of a layer is used once and not again for the rest of a chunk, so that
+a scan would wash out everything. So a layer keeps as many records as it had: those that the prompt
+uses most. The others pass through a few slots.
+"""
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.errors import DoesNotFitError
+from localv4.paging.arena import Arena
+from localv4.paging.counts import PagingCounts, Reason
+from localv4.paging.policy import Policy
+from localv4.paging.readers import Finished, Key, Readers
+from localv4.paging.store import ABSENT, ON_ITS_WAY
+from localv4.paging.uses import Uses
+
+GUESS_SLOTS = 16
+"""Records at most that are in memory because of a guess and nothing else."""
+
+CLAIM_SLOTS = 16
+"""Records of a prompt that are claimed at a time; as many again are read meanwhile."""
+
+MEMORY_TOKENS = 46
+"""Tokens of a prompt that count as much as tokens that were decoded: 32 / ln 2, what the default
+half-life of heat remembers."""
+
+
+class PagedStore:
+    """Records in an arena, at most as many as it has room for.
+
+    `nbytes` (layers, experts) are the sizes of records, 0 for those that are none.
+    """
+
+    def __init__(
+        self, nbytes: NDArray[np.int64], arena: Arena, readers: Readers, policy: Policy, uses: Uses
+    ) -> None:
+        self.nbytes, self.arena, self.readers = nbytes, arena, readers
+        self.policy, self.uses = policy, uses
+        self.addresses = np.full(nbytes.shape, ABSENT, np.int64)
+        self.counts = PagingCounts(len(nbytes))
+        self._claimed = np.zeros(nbytes.shape, bool)
+        self._going: dict[Key, int] = {}  # the first to be given up, in this order; since when
+        self._guessed: set[Key] = set()
+        self._stays = np.zeros(nbytes.shape, bool)  # what a prompt shall leave in memory
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that belong to the store."""
+        return self.arena.used
+
+    @property
+    def resident(self) -> NDArray[np.bool_]:
+        """Which records (layers, experts) are in memory."""
+        return self.addresses > 0
+
+    def request(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read; they are needed soon."""
+        wanted = list(numbers)
+        self._collect(self.readers.finished())
+        for key in [(layer, number) for number in wanted]:
+            if self.addresses[key] == ABSENT:
+                self._read(key, wanted)
+            elif self.addresses[key] == ON_ITS_WAY and key in self._guessed:
+                self.readers.make_urgent([key])
+
+    def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
+        """Note that a token stands still for want of some records."""
+        self.counts.misses[layer] += np.count_nonzero(self.addresses[layer, list(numbers)] <= 0)
+
+    def _read(self, key: Key, wanted: list[int]) -> None:
+        address = self._place(key, wanted)
+        while address is None:
+            # slots of records that are being read cannot be had before these are there
+            if not self.readers.pending:
+                raise DoesNotFitError(
+                    f"no room for the experts of layer {key[0]}", hint="give more with --ram"
+                )
+            self._collect(self.readers.wait())
+            address = self._place(key, wanted)
+        self._submit(key, address, urgent=True)
+
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read while nothing else is; they may be needed."""
+        self._collect(self.readers.finished())
+        wanted = list(numbers)
+        for number in wanted:
+            key = (layer, number)
+            if self.addresses[key] != ABSENT or len(self._guessed) >= GUESS_SLOTS:
+                continue
+            address = self._place(key, wanted)
+            if address is None:
+                return
+            self._guessed.add(key)
+            self.counts.guesses += 1
+            self._submit(key, address, urgent=False)
+
+    def _submit(self, key: Key, address: int, urgent: bool) -> None:
+        self.addresses[key] = ON_ITS_WAY
+        self.readers.submit(key, address, urgent=urgent)
+
+    def wait(self, layer: int, numbers: Iterable[int]) -> None:
+        """Wait for one of some requested records, or more, unless all are there.
+
+        Raises what reading one of them raised.
+        """
+        wanted = list(numbers)
+        missing = np.count_nonzero(self.addresses[layer, wanted] <= 0)
+        start = time.perf_counter()
+        while missing and np.count_nonzero(self.addresses[layer, wanted] <= 0) == missing:
+            self._collect(self.readers.wait())
+            if (self.addresses[layer, wanted] == ABSENT).any():  # a guess failed
+                self.request(layer, wanted)
+        self.counts.wait_s += time.perf_counter() - start
+
+    def _collect(self, finished: Iterable[Finished]) -> None:
+        """Make records known that have been read; a failed guess is only forgotten."""
+        for read in finished:
+            key = read.key
+            if read.error is None:
+                self.addresses[key] = read.address
+                self.counts.add_read(self._reason(key), read.nbytes)
+                continue
+            self.addresses[key] = ABSENT
+            self.arena.give_back(read.address)
+            if key not in self._guessed:
+                raise read.error
+            self._guessed.discard(key)
+
+    def _reason(self, key: Key) -> Reason:
+        if key in self._guessed:
+            return "guess"
+        return "prompt" if self._claimed[key] else "demand"
+
+    def end_token(self) -> None:
+        """Learn what became of guesses: wrong ones are the first to go."""
+        clock = int(self.uses.clock[0])
+        self.counts.tokens += 1
+        for key in [key for key in self._guessed if self.addresses[key] != ON_ITS_WAY]:
+            self._guessed.discard(key)
+            if self.uses.last[key] == clock:
+                self.counts.guesses_used += 1
+            else:
+                self._going[key] = clock
+
+    def begin_prompt(self, layer: int, counts: NDArray[np.int64], tokens: int) -> None:
+        """Be told how often (experts,) some tokens of a prompt use each expert of a layer."""
+        used = np.flatnonzero(counts)
+        self._claimed[layer, counts == 0] = False  # what was claimed before they were known
+        # heat is what as many tokens would leave as it remembers, not a sum over thousands
+        self.uses.record(layer, used, counts[used] * min(1.0, MEMORY_TOKENS / tokens))
+        here = self.resident[layer]
+        order = np.argsort(-self.uses.scores()[layer], kind="stable")
+        self._stays[layer] = False
+        self._stays[layer, order[: max(int(here.sum()), self._share(layer))]] = True
+        for number in np.flatnonzero(here & ~self._stays[layer] & (counts == 0)).tolist():
+            self._going[layer, number] = int(self.uses.clock[0])
+
+    def end_prompt(self, layer: int) -> None:
+        """Let everything go that is claimed of a layer."""
+        self.release(layer, np.flatnonzero(self._claimed[layer]).tolist())
+
+    def _share(self, layer: int) -> int:
+        """Return how many records of a layer there is room for if all layers get as many."""
+        one_of_each = int(self.nbytes.max(1).sum())
+        return self.arena.capacity // one_of_each if self.nbytes[layer].any() else 0
+
+    def claim(self, layer: int, numbers: Iterable[int]) -> None:
+        """Request records that must not be given up before they are released."""
+        wanted = list(numbers)
+        self._claimed[layer, wanted] = True
+        for number in wanted:
+            self._going.pop((layer, number), None)
+        self.request(layer, wanted)
+
+    def release(self, layer: int, numbers: Iterable[int]) -> None:
+        """Let claimed records go; those that the prompt uses most stay."""
+        for number in numbers:
+            self._claimed[layer, number] = False
+            if not self._stays[layer, number]:
+                self._going[layer, number] = int(self.uses.clock[0])
+
+    def largest_claim(self, layer: int) -> int:
+        """Return how many records of a layer to claim at a time."""
+        fitting = self.arena.capacity // (2 * max(1, int(self.nbytes[layer].max())))
+        return max(1, min(CLAIM_SLOTS, int(fitting)))
+
+    def _place(self, key: Key, wanted: list[int]) -> int | None:
+        """Return room for a record, giving up others for it; None if none can be given up."""
+        nbytes = int(self.nbytes[key])
+        while (address := self.arena.take(nbytes)) is None:
+            victims = self._victims(key[0], wanted, nbytes)
+            if not victims:
+                return None
+            for victim in victims:
+                self._give_up(victim)
+        return address
+
+    def _victims(self, layer: int, wanted: list[int], need: int) -> list[Key]:
+        """Return what to give up next: what is going anyhow, then the coldest."""
+        for key, since in list(self._going.items()):
+            if self.uses.last[key] > since:
+                del self._going[key]  # a token has come back to it
+            elif self.addresses[key] > 0 and not (key[0] == layer and key[1] in wanted):
+                return [key]
+        keep = self._claimed.copy()
+        keep[layer, wanted] = True
+        return self.policy.victims(self.uses, self.resident, self.nbytes, need, keep)
+
+    def _give_up(self, key: Key) -> None:
+        self.arena.give_back(int(self.addresses[key]))
+        self.addresses[key] = ABSENT
+        self._going.pop(key, None)
+        self.counts.evictions += 1
+
+    def close(self) -> None:
+        """Stop reading; records stay where they are."""
+        self.readers.close()

@@ -1,0 +1,108 @@
+"""Where the records of routed experts are: all in mapped files, or some of them in an arena.
+
+Whoever runs tokens asks here. Compiled code finds a record by `addresses` and notes its use in
+`uses`, so a hit costs no Python. All methods are for the one thread that starts programs; while a
+program runs nothing is done here, so no record that it uses can be given up.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.paging.uses import Uses
+
+ABSENT, ON_ITS_WAY = 0, -1
+"""What `addresses` says of records that are not in memory."""
+
+
+class ExpertStore(Protocol):
+    """What a network needs to know of the records of its experts.
+
+    `addresses` (layers, experts) i64 says where a record is: ABSENT, ON_ITS_WAY or its address.
+    """
+
+    addresses: NDArray[np.int64]
+    uses: Uses
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that belong to the store."""
+
+    def request(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read; they are needed soon."""
+
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read while nothing else is; they may be needed."""
+
+    def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
+        """Note that a token stands still for want of some records."""
+
+    def wait(self, layer: int, numbers: Iterable[int]) -> None:
+        """Wait for one of some requested records, or more, unless all are there."""
+
+    def end_token(self) -> None:
+        """Learn what became of guesses and misses."""
+
+    def begin_prompt(self, layer: int, counts: NDArray[np.int64], tokens: int) -> None:
+        """Be told how often (experts,) some tokens of a prompt use each expert of a layer."""
+
+    def end_prompt(self, layer: int) -> None:
+        """Let everything go that is claimed of a layer."""
+
+    def claim(self, layer: int, numbers: Iterable[int]) -> None:
+        """Request records that must not be given up before they are released."""
+
+    def release(self, layer: int, numbers: Iterable[int]) -> None:
+        """Let claimed records go."""
+
+    def largest_claim(self, layer: int) -> int:
+        """Return how many records of a layer to claim at a time."""
+
+    def close(self) -> None:
+        """Stop reading; records stay where they are."""
+
+
+class MappedStore:
+    """Every record is in a mapped file and stays there."""
+
+    held_bytes = 0
+
+    def __init__(self, addresses: NDArray[np.int64]) -> None:
+        self.addresses = addresses
+        self.uses = Uses(*addresses.shape)
+
+    def request(self, layer: int, numbers: Iterable[int]) -> None:
+        """Do nothing: the record is there."""
+
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+        """Do nothing."""
+
+    def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
+        """Do nothing."""
+
+    def wait(self, layer: int, numbers: Iterable[int]) -> None:
+        """Do nothing."""
+
+    def end_token(self) -> None:
+        """Do nothing."""
+
+    def begin_prompt(self, layer: int, counts: NDArray[np.int64], tokens: int) -> None:
+        """Do nothing."""
+
+    def end_prompt(self, layer: int) -> None:
+        """Do nothing."""
+
+    def claim(self, layer: int, numbers: Iterable[int]) -> None:
+        """Do nothing."""
+
+    def release(self, layer: int, numbers: Iterable[int]) -> None:
+        """Do nothing."""
+
+    def largest_claim(self, layer: int) -> int:
+        """Return the number of experts."""
+        return int(self.addresses.shape[1])
+
+    def close(self) -> None:
+        """Do nothing."""
