@@ -9,7 +9,6 @@ import pytest
 
 from localv4.cli import bench_plot
 from localv4.cli.bench_report import Report
-from localv4.engine.machine import Roof
 from localv4.engine.measurement import (
     Case,
     CaseKind,
@@ -20,6 +19,7 @@ from localv4.engine.measurement import (
     Series,
 )
 from localv4.errors import LocalV4Error, NotFoundError, UsageError
+from localv4.planning.roofs import Roof
 
 GB = 1_000_000_000
 

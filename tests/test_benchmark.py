@@ -27,7 +27,7 @@ from localv4.engine import benchmark, contender, machine
 from localv4.engine.benchmark import Benchmark
 from localv4.engine.contender import OwnEngine
 from localv4.engine.engine import Engine
-from localv4.engine.machine import CpuTimes, Roof
+from localv4.engine.machine import CpuTimes
 from localv4.engine.measurement import Case, Measurement, Memory, PeerResult, Sample, Series
 from localv4.engine.peer import Peer, PeerContext, PeerError, PeerRun
 from localv4.engine.session import Session
@@ -38,6 +38,8 @@ from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import Matrix
 from localv4.model.packing import PackedMatrix, expert_form, pack_dense
 from localv4.model.transformer import Transformer
+from localv4.planning import processor
+from localv4.planning.roofs import Roof
 
 # every matrix has whole groups of sixteen rows
 WHOLE_GROUPS = Preset("groups", {**SUPERBLOCKS.dims, "vocab_size": 304}, length=0, seed=1)
@@ -447,5 +449,5 @@ def test_machine_facts_name_nobody(tmp_path: Path) -> None:
     assert str(Path.home()) not in str(facts)
     info = tmp_path / "cpuinfo"
     info.write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name: other\n")
-    assert machine._linux_cpu_name(info) == "Some CPU @ 2 GHz"
-    assert machine._linux_cpu_name(tmp_path / "none") is None
+    assert processor._linux_cpu_name(info) == "Some CPU @ 2 GHz"
+    assert processor._linux_cpu_name(tmp_path / "none") is None

@@ -15,9 +15,10 @@ import pytest
 from terminal import Ended, needs_jit, run_here, start_localv4
 
 from localv4.cli.bench import parse_sizes
-from localv4.engine import benchmark, machine
+from localv4.engine import benchmark
 from localv4.engine.measurement import Measurement
 from localv4.errors import Cancelled, UsageError
+from localv4.planning import roofs
 
 pytestmark = needs_jit
 
@@ -25,7 +26,7 @@ pytestmark = needs_jit
 @pytest.fixture(autouse=True)
 def _small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     # a GiB would only cost time: nobody looks at the speed
-    probe = machine.RoofProbe
+    probe = roofs.RoofProbe
     monkeypatch.setattr(benchmark, "RoofProbe", lambda threads, _nbytes: probe(threads, 1 << 20))
 
 

@@ -11,11 +11,12 @@ import numpy as np
 
 from localv4.engine.contender import Contender, OnStep, OwnEngine, PeerEngine
 from localv4.engine.engine import Engine
-from localv4.engine.machine import ROOF_BYTES, Roof, RoofProbe, peak_resident_bytes
+from localv4.engine.machine import peak_resident_bytes
 from localv4.engine.measurement import Case, CaseKind, Measurement, Series
 from localv4.engine.peer import Peer
 from localv4.errors import Cancelled, DoesNotFitError, UsageError
 from localv4.model import traffic
+from localv4.planning.roofs import ROOF_BYTES, Roof, RoofProbe
 
 TRACE_SEED = 20261122
 

@@ -4,8 +4,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from localv4.engine.machine import Roof
 from localv4.engine.peer import PeerContext
+from localv4.planning.roofs import Roof
 
 QUIET_CORES = 0.08
 """A sample is clean if others took less of the machine than this part of one core."""
