@@ -23,11 +23,15 @@ from localv4.kernels import gemm, gemm_floats
 from localv4.kernels.packed import MX4
 from localv4.kernels.packing_floats import B16
 from localv4.kernels.team import Team
-from localv4.model.experts import ExpertStore
+from localv4.model.expert_source import open_store
+from localv4.model.experts import Experts
 from localv4.model.fast import FastTransformer, can_run
 from localv4.model.packing import PackedExpert, PackedMatrix, expert_form, pack_dense
 from localv4.model.program import Scratch
 from localv4.model.transformer import Transformer
+from localv4.paging.options import PagingOptions
+from localv4.paging.paged_store import PagedStore
+from localv4.paging.store import ExpertStore
 
 # every matrix, the head included, has whole groups of sixteen rows
 WHOLE_GROUPS = Preset("groups", {**SUPERBLOCKS.dims, "vocab_size": 304}, length=0, seed=1)
@@ -37,8 +41,12 @@ PLENTY = 1 << 30
 
 def make_fast(network: Transformer, threads: int = 2, budget: int = PLENTY) -> FastTransformer:
     """The same network with packed weights."""
-    weights = pack_dense(network.weights, threads)
-    return FastTransformer(network.config, weights, Team(threads), budget)
+    weights, options = pack_dense(network.weights, threads), PagingOptions(budget, "map", readers=2)
+
+    def make_store(experts: Experts) -> ExpertStore:
+        return open_store(experts, options)
+
+    return FastTransformer(network.config, weights, Team(threads), make_store)
 
 
 def relative_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -93,26 +101,16 @@ def test_chunks_and_threads_change_no_bit(official: Transformer) -> None:
         assert np.array_equal(logits(make_fast(official, threads), IDS, chunks), whole)
 
 
-def test_a_small_cache_changes_no_bit(official: Transformer) -> None:
-    assert np.array_equal(
-        logits(make_fast(official, budget=1), IDS), logits(make_fast(official), IDS)
-    )
-
-
-def test_the_store_keeps_to_its_budget(official: Transformer) -> None:
-    layers = [layer.experts for layer in official.weights.layers]
-    form = expert_form(layers[0][0])
-    assert form is not None
-    store = ExpertStore(layers, 2 * form.nbytes, 1)
-    held: list[set[int]] = []
-    for tick, numbers in enumerate(([0], [1], [0], [2], [0, 3])):
-        store.tick[0] = tick
-        assert store.ensure(0, numbers)
-        held.append(set(np.flatnonzero(store.addresses[0])))
-        assert store.held_bytes <= 2 * form.nbytes
-    assert held == [{0}, {0, 1}, {0, 1}, {0, 2}, {0, 3}]
-    store.tick[0] = 9
-    assert store.ensure(1, [5, 6]) and not store.addresses[0].any()
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_small_cache_changes_no_bit(official: Transformer, share: float) -> None:
+    nbytes = int(Experts([layer.experts for layer in official.weights.layers]).nbytes.sum())
+    small = make_fast(official, budget=int(share * nbytes))
+    whole = logits(make_fast(official), IDS)
+    assert np.array_equal(logits(small, IDS), whole)
+    assert np.array_equal(logits(small, IDS, [1]), whole)
+    assert isinstance(small.store, PagedStore)
+    assert small.store.counts.evictions > 0 and small.store.counts.misses.sum() > 0
+    assert small.store.arena.used <= small.store.arena.capacity < nbytes
 
 
 @pytest.mark.parametrize("name", ["tiny300", "odd"])

@@ -113,7 +113,7 @@ def test_small_formats_are_sane_in_fast_arithmetic(changes: dict[str, str], tmp_
     config = packed_config(packed)
     weights = load_packed_weights(packed, config)
     ids = np.random.default_rng(0).integers(0, 512, 60).tolist()
-    rows = logits(FastTransformer(config, weights, Team(2), 0), ids)
+    rows = logits(FastTransformer(config, weights, Team(2)), ids)
     assert np.isfinite(rows).all() and 0.5 < rows.std() < 2
     assert len(set(rows.argmax(axis=1))) > 20
 

@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
+from localv4.engine.memory import MemoryOptions, paging_options, plan_memory
 from localv4.engine.reply import Reply, ReplyOptions
 from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
@@ -15,11 +14,14 @@ from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels
 from localv4.kernels.team import Team
 from localv4.kernels.threads import default_threads, most_threads
 from localv4.model.config import ModelConfig
+from localv4.model.expert_source import open_store
 from localv4.model.fast import FastTransformer, can_run
 from localv4.model.loading import read_model_config, read_names, read_weights
 from localv4.model.matrix import Floats, Numerics
 from localv4.model.packing import families, pack_dense
 from localv4.model.transformer import Transformer
+from localv4.model.weights import Weights
+from localv4.planning.plan import Plan
 from localv4.storage import Checkpoint, PackedFolder, open_checkpoint
 from localv4.text.tokenizer import Tokenizer
 
@@ -34,9 +36,6 @@ HEADS_TOKENS = 128
 MOST_HEADS_TOKENS = 256
 """The same on demand: bounds the memory for logits."""
 
-EXPERT_SHARE = 0.6
-"""Share of the free memory that packed experts may take; the rest is for files and programs."""
-
 OnLoad = Callable[[str, int, int], None]
 """Called with (phase, done, total) while kernels compile and weights are found."""
 
@@ -44,12 +43,15 @@ OnLoad = Callable[[str, int, int], None]
 class Engine:
     """One model on one machine. Weights stay in the files, mapped into memory and shared."""
 
-    def __init__(self, checkpoint: Checkpoint, network: Network, ctx_size: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, network: Network, ctx_size: int, plan: Plan | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
         self.network = network
         self.config: ModelConfig = network.config
         self.ctx_size = ctx_size
+        self.plan = plan
 
     @classmethod
     def load(
@@ -60,6 +62,7 @@ class Engine:
         threads: int | None = None,
         pin: bool = False,
         numerics: NumericsName = "fast",
+        memory: MemoryOptions | None = None,
         on_progress: OnLoad | None = None,
     ) -> "Engine":
         """Open the model at `path` (a checkpoint folder or a GGUF file).
@@ -78,10 +81,11 @@ class Engine:
         count = _checked_threads(threads)
         weights = read_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
         if numerics == "fast" and can_run(config):
+            options = memory or MemoryOptions()
+            plan = plan_memory(checkpoint, options, ctx_size, count)
             _make_kernels(families(weights), on_progress)
-            weights = pack_dense(weights, count, _phase(on_progress, "packing weights"))
-            fast = FastTransformer(config, weights, Team(count, pin), _expert_budget())
-            return cls(checkpoint, fast, size)
+            fast = _fast(checkpoint, config, weights, Team(count, pin), options, plan, on_progress)
+            return cls(checkpoint, fast, size, plan)
         if isinstance(checkpoint, PackedFolder):
             raise UsageError(
                 f"{path} is packed for --numerics fast and has no weights for exact",
@@ -161,9 +165,31 @@ class Engine:
                 on_progress(start + len(part), len(token_ids))
 
 
-def _expert_budget() -> int:
-    """Return the bytes that packed experts may take: most of the memory that is free now."""
-    return int(psutil.virtual_memory().available * EXPERT_SHARE)
+def _fast(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    weights: Weights,
+    team: Team,
+    options: MemoryOptions,
+    plan: Plan,
+    on_progress: OnLoad | None,
+) -> FastTransformer:
+    """Bring the weights into memory as planned, and make the network of them."""
+    paging = paging_options(checkpoint, options, plan)
+
+    def packed(done: int, total: int) -> None:
+        checkpoint.drop_pages()  # what was copied out of the files need not be there twice
+        if on_progress is not None:
+            on_progress("packing weights", done, total)
+
+    weights = pack_dense(weights, team.members, packed, copies=paging.io != "map")
+    return FastTransformer(
+        config,
+        weights,
+        team,
+        lambda experts: open_store(experts, paging, checkpoint),
+        looks_ahead=paging.prefetch,
+    )
 
 
 def _make_kernels(families: Set[str], on_progress: OnLoad | None) -> None:

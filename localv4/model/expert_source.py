@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localv4.kernels.buffers import aligned_bytes
 from localv4.model.experts import Experts, UnpackableError
 from localv4.model.matrix import Matrix, Packed
 from localv4.model.packing import PackedExpert, pack_expert
 from localv4.model.weights import Expert
-from localv4.paging.arena import Arena
-from localv4.paging.file_reads import FileReads, OpenFile, Piece
+from localv4.paging.arena import GRANULE_BYTES, Arena
+from localv4.paging.file_reads import FileReads, Piece
 from localv4.paging.options import PagingOptions
 from localv4.paging.paged_store import PagedStore
 from localv4.paging.policy import make_policy
@@ -25,34 +26,48 @@ from localv4.paging.uses import Uses
 from localv4.storage import Checkpoint
 
 
-def open_store(experts: Experts, checkpoint: Checkpoint, options: PagingOptions) -> ExpertStore:
-    """Return the store of the records of some experts, which are in the files of a checkpoint.
+def open_store(
+    experts: Experts, options: PagingOptions, checkpoint: Checkpoint | None = None
+) -> ExpertStore:
+    """Return the store of the records of some experts.
 
-    With `io` "map" records of a packed folder stay in the files; others are packed into an arena.
-    Raises LocalV4Error or BadFileError when a file cannot be read, MemoryError without memory.
+    With `io` "map" records of a packed folder stay in the mapped files, and others are packed out
+    of them. Otherwise they are read from the files of `checkpoint`. Raises LocalV4Error or
+    BadFileError when a file cannot be read, MemoryError without memory.
     """
     if options.io == "map" and experts.are_mapped:
         return experts.mapped_store()
-    open_file = options.faults.open_file if options.faults else RecordFile.open
-    load, split = _loader(experts, checkpoint, options.io, open_file)
+    load, split = _loader(experts, options, checkpoint)
     start = options.faults.readers if options.faults else Readers
-    uses = Uses(*experts.nbytes.shape)
-    total = int(experts.nbytes.sum())
-    arena = Arena(min(options.capacity_bytes, total + ARENA_SPARE_BYTES))
+    sizes = footprints(experts.nbytes)
     readers = start(load, options.readers, split)
-    return PagedStore(experts.nbytes, arena, readers, make_policy(options.policy), uses)
+    arena = Arena(_capacity(experts.nbytes, sizes, options.capacity_bytes))
+    uses = Uses(*sizes.shape)
+    return PagedStore(sizes, arena, readers, make_policy(options.policy), uses)
 
 
-ARENA_SPARE_BYTES = 1 << 26
-"""What an arena with room for every record has beyond them, for whole granules."""
+def footprints(nbytes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what records of some sizes take in an arena."""
+    return -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
+
+
+def _capacity(nbytes: NDArray[np.int64], sizes: NDArray[np.int64], capacity_bytes: int) -> int:
+    """Return the size of an arena for the same share of all records.
+
+    Records of released models are whole granules; those of toys are smaller than one.
+    """
+    total, room = int(nbytes.sum()), int(sizes.sum())
+    return room if capacity_bytes >= total else capacity_bytes * room // max(1, total)
 
 
 def _loader(
-    experts: Experts, checkpoint: Checkpoint, io: str, open_file: OpenFile
+    experts: Experts, options: PagingOptions, checkpoint: Checkpoint | None
 ) -> tuple[Load, Split | None]:
-    if io == "map":
+    if options.io == "map":
         return MappedPacker(experts).load, None
-    chosen: Io = "direct" if io == "direct" else "buffered"
+    assert checkpoint is not None, "records are read from the files of a checkpoint"
+    open_file = options.faults.open_file if options.faults else RecordFile.open
+    chosen: Io = options.io
     table = {key: list(_pieces(expert, checkpoint)) for key, expert in _all(experts)}
     reads = FileReads(table, chosen, open_file)
     if experts.are_mapped:
@@ -138,6 +153,6 @@ def _staged(matrix: Matrix, staging: Packed, places: Iterator[int]) -> Matrix:
 
 def _pack_to(address: int, experts: Experts, key: Key, expert: Expert) -> None:
     form = experts.form(*key)
-    bytes_there = (ctypes.c_uint8 * form.nbytes).from_address(address)
-    if not pack_expert(np.frombuffer(bytes_there, np.uint8), expert, form):
+    place = np.ctypeslib.as_array((ctypes.c_uint8 * form.nbytes).from_address(address))
+    if not pack_expert(place, expert, form):
         raise UnpackableError(f"expert {key[1]} of layer {key[0]} holds a NaN")

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from localv4.errors import LocalV4Error
 from localv4.model.packing import ExpertForm, PackedExpert, expert_form
@@ -46,7 +45,7 @@ class Experts:
 
     def form(self, layer: int, number: int) -> ExpertForm:
         """Return the form of an expert's record."""
-        return self.forms[layer][self.form_numbers[layer, number]]
+        return self.forms[layer][int(self.form_numbers[layer, number])]
 
     def drop_forms(self, layer: int) -> None:
         """Multiply the experts of a layer as they are stored from now on."""

@@ -17,7 +17,8 @@ from localv4.kernels.route import MOST_EXPERTS
 from localv4.kernels.streams import COLUMNS, MOST_STREAMS
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
-from localv4.model.experts import MakeStore
+from localv4.model.expert_source import open_store
+from localv4.model.experts import Experts, MakeStore
 from localv4.model.fast_chunk import ChunkPlan
 from localv4.model.fast_network import FastNetwork
 from localv4.model.fast_token import TokenPlan
@@ -27,6 +28,7 @@ from localv4.model.program import Input, Rounded, Rows
 from localv4.model.state import State
 from localv4.model.weights import Weights
 from localv4.paging.look_ahead import LookAhead
+from localv4.paging.options import KEEP_ALL
 from localv4.paging.paged_store import PagedStore
 from localv4.paging.store import ExpertStore
 
@@ -38,6 +40,11 @@ SLACK_TOKENS = 256
 
 HEAD_TOKENS = 32
 """Tokens whose logits are computed together."""
+
+
+def keep_all(experts: Experts) -> ExpertStore:
+    """Return a store that reads experts from mapped files and never gives one up."""
+    return open_store(experts, KEEP_ALL)
 
 
 def can_run(config: ModelConfig) -> bool:
@@ -68,7 +75,7 @@ class FastTransformer:
         config: ModelConfig,
         weights: Weights,
         team: Team,
-        make_store: MakeStore,
+        make_store: MakeStore = keep_all,
         *,
         chunk_tokens: int = CHUNK_TOKENS,
         looks_ahead: bool = True,

@@ -39,7 +39,7 @@ class HiddenLayers:
     `early` (experts of a token) i64 those of records that are there before others.
     """
 
-    def __init__(self, config: ModelConfig, forms: int) -> None:
+    def __init__(self, config: ModelConfig, forms: int = 1) -> None:
         experts, inner = config.experts_per_token, config.expert_width
         self.records = np.zeros((forms, experts), np.int64)
         self.early = np.zeros(experts, np.int64)

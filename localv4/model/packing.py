@@ -52,6 +52,7 @@ _INTEGER_FORMS = (MX4, Q4, Q8, *KQUANTS)
 """Formats that experts are packed into."""
 
 Node = TypeVar("Node")
+PackLeaf = Callable[[Matrix | Expert], Matrix | Expert]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,29 +171,35 @@ def _pack(out: Packed, weight: Matrix, step: int) -> int:
 
 
 def pack_dense(
-    weights: Weights, threads: int, on_progress: Callable[[int, int], None] | None = None
+    weights: Weights,
+    threads: int,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    copies: bool = False,
 ) -> Weights:
     """Return the weights with every dense matrix packed that has a packed form.
 
     Not the routed experts, the embedding, which is looked up by row, and the small matrices of the
-    hyper-connections. `on_progress(layers done, layers)`.
+    hyper-connections. With `copies` what a file holds in packed form is copied to memory of our
+    own, from where no reading of experts can push it. `on_progress(layers done, layers)`.
     """
+    pack_leaf = _pack_and_copy if copies else _pack_leaf
     layers: list[Layer] = []
     with ThreadPoolExecutor(threads) as pool:
         for layer in weights.layers:
-            dense = _map_matrices(replace(layer, experts=()), pool)
+            dense = _map_matrices(replace(layer, experts=()), pool, pack_leaf)
             layers.append(replace(dense, experts=layer.experts))
             if on_progress is not None:
                 on_progress(len(layers), len(weights.layers))
-        head = pool.submit(pack_matrix, weights.head).result()
+        head = _map_matrices(weights.head, pool, pack_leaf)
     return replace(weights, layers=tuple(layers), head=head)
 
 
-def _map_matrices(node: Node, pool: ThreadPoolExecutor) -> Node:
+def _map_matrices(node: Node, pool: ThreadPoolExecutor, pack_leaf: PackLeaf) -> Node:
     """Return a tree of dataclasses with its experts and other matrices packed."""
     found: list[Matrix | Expert] = []
     _collect(node, found)
-    packed = dict(zip(map(id, found), pool.map(_pack_leaf, found), strict=True))
+    packed = dict(zip(map(id, found), pool.map(pack_leaf, found), strict=True))
     result: Node = _rebuild(node, packed)
     return result
 
@@ -208,6 +215,32 @@ def _pack_leaf(leaf: Matrix | Expert) -> Matrix | Expert:
         if pack_expert(record, leaf, form):
             return PackedExpert(leaf.w1, leaf.w2, leaf.w3, form, record)
     return Expert(pack_matrix(leaf.w1), pack_matrix(leaf.w2), pack_matrix(leaf.w3))
+
+
+def _pack_and_copy(leaf: Matrix | Expert) -> Matrix | Expert:
+    """The same, and never a view of a file's packed bytes."""
+    packed = _pack_leaf(leaf)
+    if isinstance(packed, PackedExpert):
+        return replace(packed, record=_copied(packed.record))
+    if isinstance(packed, Expert):
+        return Expert(*map(_own, (packed.w1, packed.w2, packed.w3)))
+    return _own(packed)
+
+
+def _own(weight: Matrix) -> Matrix:
+    """Return a matrix whose packed bytes are in memory of our own."""
+    if not isinstance(weight, PackedMatrix):
+        return weight
+    return replace(weight, packed=_copied(weight.packed))
+
+
+def _copied(data: Packed) -> Packed:
+    """Return bytes in memory of our own."""
+    if data.flags.writeable:
+        return data
+    copy = aligned_bytes(data.nbytes)
+    copy[:] = data.reshape(-1)
+    return copy
 
 
 def _collect(node: object, found: list[Matrix | Expert]) -> None:

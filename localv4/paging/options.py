@@ -28,3 +28,7 @@ class PagingOptions:
     policy: PolicyName = "decay"
     prefetch: bool = True
     faults: Faults | None = None
+
+
+KEEP_ALL = PagingOptions(capacity_bytes=1 << 62, io="map")
+"""Everything stays in memory once it is there."""

@@ -96,7 +96,7 @@ class PagedStore:
             key = (layer, number)
             if self.addresses[key] != ABSENT or len(self._guessed) >= GUESS_SLOTS:
                 continue
-            address = self._place(key, wanted)
+            address = self._place(key, wanted, of_guess=True)
             if address is None:
                 return
             self._guessed.add(key)
@@ -193,26 +193,31 @@ class PagedStore:
         fitting = self.arena.capacity // (2 * max(1, int(self.nbytes[layer].max())))
         return max(1, min(CLAIM_SLOTS, int(fitting)))
 
-    def _place(self, key: Key, wanted: list[int]) -> int | None:
-        """Return room for a record, giving up others for it; None if none can be given up."""
+    def _place(self, key: Key, wanted: list[int], *, of_guess: bool = False) -> int | None:
+        """Return room for a record, giving up others for it; None if none can be given up.
+
+        A guess is made in the middle of a layer: it must not cost what the token has just used.
+        """
         nbytes = int(self.nbytes[key])
+        keep = self._claimed.copy()
+        keep[key[0], wanted] = True
+        if of_guess:
+            keep |= self.uses.last >= self.uses.clock
         while (address := self.arena.take(nbytes)) is None:
-            victims = self._victims(key[0], wanted, nbytes)
+            victims = self._victims(keep, nbytes)
             if not victims:
                 return None
             for victim in victims:
                 self._give_up(victim)
         return address
 
-    def _victims(self, layer: int, wanted: list[int], need: int) -> list[Key]:
+    def _victims(self, keep: NDArray[np.bool_], need: int) -> list[Key]:
         """Return what to give up next: what is going anyhow, then the coldest."""
         for key, since in list(self._going.items()):
             if self.uses.last[key] > since:
                 del self._going[key]  # a token has come back to it
-            elif self.addresses[key] > 0 and not (key[0] == layer and key[1] in wanted):
+            elif self.addresses[key] > 0 and not keep[key]:
                 return [key]
-        keep = self._claimed.copy()
-        keep[layer, wanted] = True
         return self.policy.victims(self.uses, self.resident, self.nbytes, need, keep)
 
     def _give_up(self, key: Key) -> None:

@@ -1,0 +1,70 @@
+"""How a model is brought into the memory of this machine: from wishes and a plan to a store."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from localv4.kernels.threads import default_threads
+from localv4.paging.faults import Faults
+from localv4.paging.options import IoChoice, PagingOptions, PolicyName
+from localv4.planning.header_facts import facts_of_checkpoint
+from localv4.planning.memory import read_memory
+from localv4.planning.plan import DEFAULT_CTX, Plan, make_plan
+from localv4.storage import Checkpoint, PackedFolder
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryOptions:
+    """What a user may say about memory; everything has a default.
+
+    `ram` bounds what the process takes, `reserve` is left to other programs (bytes); `io` says how
+    experts get into memory. `policy`, `readers`, `prefetch` choose how to page, `faults` lets a
+    test make reading go wrong.
+    """
+
+    ram: int | None = None
+    reserve: int | None = None
+    io: IoChoice = "auto"
+    policy: PolicyName = "decay"
+    readers: int | None = None
+    prefetch: bool = True
+    faults: Faults | None = None
+
+
+def plan_memory(
+    checkpoint: Checkpoint, options: MemoryOptions, ctx_size: int | None, threads: int | None
+) -> Plan:
+    """Share out memory for a model. Raises DoesNotFitError or UsageError."""
+    facts = facts_of_checkpoint(checkpoint.path.name, "", checkpoint)
+    return make_plan(
+        facts,
+        read_memory(),
+        ram=options.ram,
+        reserve=options.reserve,
+        ctx=min(ctx_size or DEFAULT_CTX, facts.config.max_positions),
+        io=options.io,
+        threads=threads or default_threads(),
+    )
+
+
+def paging_options(checkpoint: Checkpoint, options: MemoryOptions, plan: Plan) -> PagingOptions:
+    """Return how to bring experts into memory according to a plan."""
+    readers = options.readers or plan.readers
+    return PagingOptions(
+        capacity_bytes=plan.expert_budget,
+        io=_io(checkpoint, options, plan),
+        readers=readers,
+        policy=options.policy,
+        prefetch=options.prefetch,
+        faults=options.faults,
+    )
+
+
+def _io(
+    checkpoint: Checkpoint, options: MemoryOptions, plan: Plan
+) -> Literal["map", "direct", "buffered"]:
+    """Choose: what is packed into memory and fits comes through maps, which the system caches."""
+    if options.io != "auto":
+        return options.io
+    if plan.mode == "map" or (plan.fits and not isinstance(checkpoint, PackedFolder)):
+        return "map"
+    return "direct"
