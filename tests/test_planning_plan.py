@@ -1,6 +1,7 @@
 """Tests of how memory is shared out: modes, budgets, contexts, and what does not fit."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,15 +147,22 @@ def test_the_state_of_flash_takes_as_much_per_token_as_the_documents_say() -> No
     assert flash().state_bytes(10_000) - flash().state_bytes(0) == 137_600_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are of Linux")
 def test_the_limit_of_a_control_group_counts(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text(f"{GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{GIB // 2}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB // 4}\n")
-    found = read_memory(tmp_path)
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/outer/inner\n")
+    inner = groups / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit in ((inner, "max"), (groups / "outer", str(GIB))):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text(str(GIB // 2))
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {GIB // 4}\n")
+    found = read_memory(proc, groups)
     assert found.limit == found.most == GIB
-    assert found.available == min(3 * GIB // 4, read_memory(tmp_path / "none").available)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert read_memory(tmp_path).limit is None
+    assert found.available == 3 * GIB // 4
+    (groups / "outer" / "memory.max").write_text("max")
+    assert read_memory(proc, groups).limit is None
 
 
 def test_a_plan_is_made_of_plain_numbers() -> None:

@@ -2,13 +2,16 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from localv4.engine.ladder import STEP_TOKENS, Ladder, is_wanted, last_step
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.threads import use_threads
 from localv4.model.fast import FastTransformer
 from localv4.model.matrix import Floats
+from localv4.model.snapshot import Snapshot, fork, restore, take_snapshot
 from localv4.model.state import State
 from localv4.model.transformer import Transformer
 
@@ -17,20 +20,39 @@ Network = Transformer | FastTransformer
 Progress = Callable[[int, int], None]
 
 
+class Store(Protocol):
+    """Where prefixes of timelines are kept beyond the life of a session."""
+
+    def load(self, state: State, token_ids: Sequence[int], valid: int) -> Snapshot | None:
+        """Bring `state` to the longest prefix of `token_ids` that is stored, if that is a gain.
+
+        The entries of the first `valid` tokens are in the state already. Returns the snapshot
+        at which the state stands now, None when nothing was changed.
+        """
+
+
 class Session:
     """A sequence of tokens that the network has processed.
 
-    `tokens` are the processed ids; `position` is their number. Not for use by two threads at once.
+    `tokens` are the processed ids; `position` is their number; `store`, if there is one, knows
+    prefixes that this or another process had. Not for use by two threads at once.
     """
 
     def __init__(self, network: Network, ctx_size: int) -> None:
         self.network = network
         self.ctx_size = ctx_size
         self.tokens: list[int] = []
+        self.ladder = Ladder()
+        self.store: Store | None = None
         try:
             self._state = State(network.config, network.slack)
         except MemoryError:
             raise DoesNotFitError("not enough memory for the state of a new session") from None
+
+    @property
+    def state(self) -> State:
+        """The decoder state, for those who copy it."""
+        return self._state
 
     @property
     def position(self) -> int:
@@ -39,36 +61,58 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of memory that the decoder state holds."""
-        return self._state.nbytes
+        """Bytes of memory that the decoder state and its snapshots hold."""
+        return self._state.nbytes + self.ladder.nbytes
 
     def reset(self) -> None:
         """Forget everything."""
         self.rollback(0)
 
+    def fork(self) -> "Session":
+        """Return another timeline that begins with the same tokens and goes its own way.
+
+        It shares what it can: see `model.snapshot.fork`.
+        """
+        twin = Session(self.network, self.ctx_size)
+        twin.tokens, twin.ladder, twin.store = self.tokens.copy(), self.ladder.copy(), self.store
+        try:
+            twin._state = fork(self._state)
+        except MemoryError:
+            raise DoesNotFitError("not enough memory for the state of a new session") from None
+        return twin
+
     def rollback(self, position: int) -> None:
         """Forget the tokens at `position` and after.
 
-        Free for the last `network.slack` tokens; further back the sequence starts anew and
-        the next `extend` has to process its prefix again (`position` is then 0).
+        Free for the last `network.slack` tokens. Further back the sequence stands at the nearest
+        rung of its ladder afterwards (`position` tells where), and the next `extend` has to process
+        the tokens from there on.
         """
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot go to token {position} of {self.position}")
-        reachable = position if self._state.can_roll_back(position) else 0
-        self._state.roll_back(reachable)
-        del self.tokens[reachable:]
+        rung = self.ladder.below(position)
+        if self._state.can_roll_back(position):
+            self._state.roll_back(position)
+        elif rung is not None:
+            restore(self._state, rung)
+        else:
+            self._state.roll_back(0)
+        self.ladder.cut(self.position)
+        del self.tokens[self.position :]
 
     def reuse(self, token_ids: Sequence[int]) -> int:
         """Keep what the timeline has in common with `token_ids`, drop the rest; return its length.
 
-        At least the last of `token_ids` is left to be processed, since its logits are wanted.
+        What the store knows of them is used if that is more. At least the last of `token_ids` is
+        left to be processed, since its logits are wanted.
         """
-        shared = 0
-        for mine, wanted in zip(self.tokens, token_ids[:-1], strict=False):
-            if mine != wanted:
-                break
-            shared += 1
+        shared = common_prefix(self.tokens, token_ids[:-1])
         self.rollback(shared)
+        if self.store is not None:
+            found = self.store.load(self._state, token_ids[:-1], shared)
+            if found is not None:
+                self.tokens = list(token_ids[: found.position])
+                self.ladder.add(found)
         return self.position
 
     def extend(
@@ -87,6 +131,8 @@ class Session:
         """
         for vectors in self._process(token_ids, chunk, on_progress, cancelled):
             last = vectors[-1:]
+        if len(token_ids) > 1:
+            self.ladder.note_prompt(self.position)
         logits: Floats = self.network.logits(last)[0]
         return logits
 
@@ -113,6 +159,7 @@ class Session:
                 part = ids[start : start + size]
                 vectors = self.network.forward(part, self._state)
                 self.tokens.extend(part.tolist())
+                self._climb(part.shape[0])
                 if on_progress is not None:
                     on_progress(start + part.shape[0], ids.shape[0])
                 yield vectors
@@ -123,6 +170,17 @@ class Session:
             ) from None
         finally:
             self.network.cancelled = None
+
+    def _climb(self, tokens: int) -> None:
+        """Put up the rungs that the last `tokens` tokens have passed, where the rings allow it."""
+        tip = self.position
+        for place in range(last_step(tip), tip - tokens, -STEP_TOKENS):
+            if not self._state.can_roll_back(place):
+                break
+            if is_wanted(place, tip):
+                self.ladder.add(take_snapshot(self._state, place))
+        if tip // STEP_TOKENS != (tip - tokens) // STEP_TOKENS:
+            self.ladder.thin_out(tip)
 
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return the ids as an array, all in the vocabulary and within the context."""
@@ -139,3 +197,10 @@ class Session:
                 hint="use a larger context (--ctx-size) or a shorter prompt",
             )
         return ids
+
+
+def common_prefix(mine: Sequence[int], wanted: Sequence[int]) -> int:
+    """Return how many ids two sequences have in common at their beginning."""
+    most = min(len(mine), len(wanted))
+    different = np.flatnonzero(np.asarray(mine[:most]) != np.asarray(wanted[:most]))
+    return int(different[0]) if different.size else most

@@ -5,8 +5,9 @@ position (window rows, projections of the compressors). Rings hold more position
 read, so dropping the last tokens only means to lower `position`: nothing is moved or recomputed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,13 @@ class Rows:
         """Make room for `count` rows in all."""
         held = self.values.shape[0]
         if count > held:
-            grown = np.empty((max(64, count, 2 * held), self.values.shape[1]), F32)
-            grown[:held] = self.values
-            self.values = grown
+            self.move(max(64, count, 2 * held), held)
+
+    def move(self, capacity: int, count: int) -> None:
+        """Go on in an array of its own with the first `count` rows; forks keep the old one."""
+        moved = np.empty((capacity, self.values.shape[1]), F32)
+        moved[:count] = self.values[:count]
+        self.values = moved
 
     def write(self, first: int, rows: Floats) -> None:
         """Put `rows` at index `first` and after, over whatever was there."""
@@ -38,10 +43,18 @@ class Rows:
 
 
 class Ring:
-    """Rows by position: position p lies in slot p % capacity."""
+    """Rows by position: position p lies in slot p % capacity.
 
-    def __init__(self, capacity: int, width: int) -> None:
+    After P tokens the rows from position P // period * period - back on will be read again.
+    """
+
+    def __init__(self, capacity: int, width: int, *, period: int, back: int) -> None:
         self.values = np.zeros((capacity, width), F32)
+        self._period, self._back = period, back
+
+    def first_needed(self, position: int) -> int:
+        """Return the first position whose row is read again after `position` tokens."""
+        return max(0, position // self._period * self._period - self._back)
 
     def write(self, first: int, rows: Floats) -> None:
         """Store the rows of positions first, first + 1, ..."""
@@ -75,11 +88,12 @@ class LayerState:
     indexer: CompressorState | None
     ratio: int
 
-    def reserve(self, positions: int) -> None:
-        """Make room for the entries of so many positions in all."""
+    @property
+    def entries(self) -> Iterator[Rows]:
+        """The append-only rows of the layer: one for every `ratio` positions."""
         for part in (self.compressor, self.indexer):
             if part is not None:
-                part.entries.reserve(positions // self.ratio)
+                yield part.entries
 
     @property
     def rings(self) -> Iterator[Ring]:
@@ -109,45 +123,69 @@ class State:
     At most `slack` of the newest tokens can be taken back, and at most `slack` tokens can be
     processed in one call, unless the caller puts back with `hold` what a call had overwritten that
     did not end; both follow from the size of the rings. `addresses` (layers, CELLS) i64 says where
-    the arrays of the layers are.
+    the arrays of the layers are, as of the last `begin`.
     """
 
     def __init__(self, config: ModelConfig, slack: int) -> None:
-        self.slack = slack
+        self.config, self.slack = config, slack
         self.position = 0
         self._written = 0  # one past the furthest position that was ever put into the rings
+        self._oldest = 0  # the first position that the rings let us go back to
+        self._held = 0  # one past the last position whose entries are ours: forks spare them
+        self._sharing: WeakSet[State] = WeakSet([self])  # that have entries in the same arrays
         self._reserved = 0
         self.layers = [_layer_state(config, layer, slack) for layer in range(config.n_layers)]
         self.addresses = np.zeros((config.n_layers, CELLS), np.int64)
-        self._reach = max(config.window, 2 * max(config.ratios, default=0))
         self._reserve(1)
 
     def begin(self, tokens: int) -> None:
         """Make room for the next `tokens` positions; note that they are going to be written."""
         end = self.position + tokens
         self._written = max(self._written, end)
+        self.open_rows(self.position, end)
+
+    def open_rows(self, first: int, end: int) -> None:
+        """Make the entries of positions first ... end - 1 ours to write; those before stay."""
+        if len(self._sharing) > 1 and self._is_held_by_others(first):
+            self._leave_others(first)
+        self._held = end
         if end > self._reserved:
             self._reserve(max(end, 2 * self._reserved, 256))
 
+    def _is_held_by_others(self, position: int) -> bool:
+        """Say whether a fork has entries of its own at `position` or after in our arrays."""
+        return any(other._held > position for other in self._sharing if other is not self)
+
+    def _leave_others(self, position: int) -> None:
+        """Copy the entries of the positions before `position` into arrays of our own."""
+        for layer in self.layers:
+            for rows in layer.entries:
+                rows.move(len(rows.values), position // layer.ratio)
+        self._sharing.discard(self)
+        self._sharing = WeakSet([self])
+        self._note_addresses()
+
     def _reserve(self, positions: int) -> None:
         self._reserved = positions
+        for layer in self.layers:
+            for rows in layer.entries:
+                rows.reserve(positions // layer.ratio)
+        self._note_addresses()
+
+    def _note_addresses(self) -> None:
         for layer, addresses in zip(self.layers, self.addresses, strict=True):
-            layer.reserve(positions)
             addresses[:] = layer.addresses
 
     def hold(self) -> Callable[[], None]:
-        """Copy what the rings hold of the positions before `position` that will be read again.
-
-        Returns the function that puts it back, as if no later position had ever been written.
-        """
-        first, position = max(0, self.position - self._reach), self.position
+        """Copy the rings. Returns the function that puts them back as they are now."""
         rings = [ring for layer in self.layers for ring in layer.rings]
-        copies = [ring.read(max(first, position - len(ring.values)), position) for ring in rings]
+        copies = [ring.values.copy() for ring in rings]
+        written = self._written
 
         def put_back() -> None:
-            for ring, rows in zip(rings, copies, strict=True):
-                ring.write(position - len(rows), rows)
-            self._written = position
+            for ring, values in zip(rings, copies, strict=True):
+                ring.values[:] = values
+            self._written = written
 
         return put_back
 
@@ -157,26 +195,42 @@ class State:
 
     def can_roll_back(self, position: int) -> bool:
         """Say whether the rings still hold what position `position` needs."""
-        return 0 <= position <= self.position and self._written - position <= self.slack
+        return self._oldest <= position <= self.position and self._written - position <= self.slack
 
     def roll_back(self, position: int) -> None:
         """Forget the tokens at `position` and after; raise LocalV4Error when they are too many."""
         if position == 0:
-            self._written = 0
+            self._written = self._oldest = 0
         elif not self.can_roll_back(position):
             raise LocalV4Error(f"cannot go back from token {self.position} to {position}")
-        self.position = position
+        self.position = self._held = position
+
+    def replace_rings(self, position: int, rows: Iterable[Floats]) -> None:
+        """Go to `position` with what the rings held there; the entries before must be in place.
+
+        `rows` are, for each ring of each layer in order, those of the positions from
+        `Ring.first_needed(position)` on.
+        """
+        rings = [ring for layer in self.layers for ring in layer.rings]
+        for ring, values in zip(rings, rows, strict=True):
+            ring.write(ring.first_needed(position), values)
+        self.position = self._held = self._written = self._oldest = position
+
+    def share_entries(self, other: "State") -> None:
+        """Have the entries of `other` in its own arrays, until one writes over the other's."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for rows, source in zip(mine.entries, theirs.entries, strict=True):
+                rows.values = source.values
+        self._sharing = other._sharing
+        self._sharing.add(self)
+        self._reserved = other._reserved
+        self._note_addresses()
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the state holds."""
-        arrays = []
-        for layer in self.layers:
-            arrays.append(layer.window.values)
-            for part in (layer.compressor, layer.indexer):
-                if part is not None:
-                    arrays += [part.keys.values, part.gates.values, part.entries.values]
-        return sum(array.nbytes for array in arrays)
+        parts = [part for layer in self.layers for part in (*layer.rings, *layer.entries)]
+        return sum(part.values.nbytes for part in parts)
 
 
 def window_capacity(window: int, slack: int) -> int:
@@ -197,15 +251,16 @@ def _layer_state(config: ModelConfig, layer: int, slack: int) -> LayerState:
         compressor = _compressor_state(config.head_dim, ratio, reach, slack)
     if kind is LayerKind.CSA:
         indexer = _compressor_state(config.index_head_dim, ratio, 2, slack)
-    window = Ring(window_capacity(config.window, slack), config.head_dim)
+    capacity = window_capacity(config.window, slack)
+    window = Ring(capacity, config.head_dim, period=1, back=config.window - 1)
     return LayerState(window, compressor, indexer, ratio)
 
 
 def _compressor_state(width: int, ratio: int, reach: int, slack: int) -> CompressorState:
     """`reach` windows are pooled into an entry, each with its own `width` channels."""
-    capacity = compressor_capacity(reach, ratio, slack)
-    return CompressorState(
-        keys=Ring(capacity, reach * width),
-        gates=Ring(capacity, reach * width),
-        entries=Rows(width),
-    )
+
+    def ring() -> Ring:
+        capacity = compressor_capacity(reach, ratio, slack)
+        return Ring(capacity, reach * width, period=ratio, back=(reach - 1) * ratio)
+
+    return CompressorState(keys=ring(), gates=ring(), entries=Rows(width))

@@ -9,8 +9,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from localv4.paging.raw_file import Io, RawFile
@@ -20,8 +20,9 @@ from localv4.paging.record_file import RecordFile
 
 @dataclass
 class Faults:
-    """What goes wrong, and how often: shares of all reads, chosen by `seed`.
+    """What goes wrong, and how often: shares of all reads.
 
+    Which ones it are depends on `seed` and on file, offset and length, not on the order of threads.
     `short` reads end early; `eio_once` reads fail, but not when the same bytes are read again;
     reads that touch one of `broken` (file name, offset) fail always; each read takes up to
     `delay_s` longer. `reorder` hands out finished records late and in random order. `counts` says
@@ -37,7 +38,6 @@ class Faults:
     counts: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)  # noqa: S311 - a seeded choice, no secret
         self._lock = threading.Lock()
         self._failed: set[tuple[str, int]] = set()
 
@@ -49,13 +49,12 @@ class Faults:
     def readers(self, load: Load, count: int, split: Split | None = None) -> Readers:
         """Start readers as `Readers` does, which may answer in any order."""
         if self.reorder:
-            return _UnorderedReaders(load, count, split, self.chance)
+            return _UnorderedReaders(load, count, split, self)
         return Readers(load, count, split)
 
-    def chance(self) -> float:
-        """Return a random number from 0 to 1."""
-        with self._lock:
-            return self._random.random()
+    def chance(self, *of_what: object) -> float:
+        """Return a number from 0 to 1: always the same one for the same thing."""
+        return random.Random(repr((self.seed, *of_what))).random()  # noqa: S311 - no secret
 
     def note(self, what: str) -> None:
         """Count a fault."""
@@ -64,13 +63,14 @@ class Faults:
 
     def fails(self, name: str, offset: int, nbytes: int) -> bool:
         """Say whether a read fails; one up to the same end does so by chance only once."""
-        if any(name == file and offset <= at < offset + nbytes for file, at in self.broken):
+        end = offset + nbytes
+        if any(name == file and offset <= at < end for file, at in self.broken):
             return True
-        if self.chance() >= self.eio_once:
+        if self.chance("eio", name, end) >= self.eio_once:
             return False
         with self._lock:
-            is_new = (name, offset + nbytes) not in self._failed
-            self._failed.add((name, offset + nbytes))
+            is_new = (name, end) not in self._failed
+            self._failed.add((name, end))
             return is_new
 
 
@@ -84,16 +84,16 @@ class _FaultyFile:
 
     def read_some(self, address: int, offset: int, nbytes: int) -> int:
         """Read as the real file does, later, less, or not at all."""
-        faults = self._faults
+        faults, place = self._faults, (self._name, offset, nbytes)
         if faults.delay_s:
-            time.sleep(faults.chance() * faults.delay_s)
-        if faults.fails(self._name, offset, nbytes):
+            time.sleep(faults.chance("delay", *place) * faults.delay_s)
+        if faults.fails(*place):
             faults.note("eio")
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if faults.chance() < faults.short and nbytes > self.alignment:
+        blocks = nbytes // self.alignment
+        if blocks > 1 and faults.chance("short", *place) < faults.short:
             faults.note("short")
-            blocks = nbytes // self.alignment
-            nbytes = max(1, int(faults.chance() * blocks)) * self.alignment
+            nbytes = max(1, int(faults.chance("length", *place) * blocks)) * self.alignment
         return self._raw.read_some(address, offset, nbytes)
 
     def stat(self) -> os.stat_result:
@@ -108,14 +108,14 @@ class _FaultyFile:
 class _UnorderedReaders(Readers):
     """Readers that shuffle what they hand out and keep some of it for the next time."""
 
-    def __init__(
-        self, load: Load, count: int, split: Split | None, chance: Callable[[], float]
-    ) -> None:
-        self._chance = chance
+    def __init__(self, load: Load, count: int, split: Split | None, faults: Faults) -> None:
+        self._faults, self._turn = faults, 0
         super().__init__(load, count, split)
 
     def _collect(self) -> list[Finished]:
-        found = sorted(super()._collect(), key=lambda _: self._chance())
-        kept = int(self._chance() * len(found)) if self._wanted() else 0
+        self._turn += 1
+        chance = partial(self._faults.chance, "order", self._turn)
+        found = sorted(super()._collect(), key=lambda done: chance(done.key))
+        kept = int(chance() * len(found)) if self._wanted() else 0
         self._finished.extend(found[:kept])
         return found[kept:]

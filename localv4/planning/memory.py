@@ -7,8 +7,9 @@ from pathlib import Path
 
 import psutil
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-MAX_FILE_BYTES = 1 << 12
+from localv4.paging.pressure import available_bytes
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,61 +31,31 @@ class Memory:
         return self.total if self.limit is None else min(self.total, self.limit)
 
 
-def read_memory(cgroup_root: Path = CGROUP_ROOT) -> Memory:
+def read_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> Memory:
     """Look at the memory of this machine and the limits of this process; takes a millisecond."""
-    virtual, swap = psutil.virtual_memory(), psutil.swap_memory()
-    total, available = int(virtual.total), int(virtual.available)
-    limit, room = None, available
-    if sys.platform == "linux":
-        limit, room = _cgroup_limit(cgroup_root)
-    if limit is not None and limit >= total:
-        limit = None
-    if limit is not None:
-        available = min(available, room)
-    return Memory(total, available, limit, int(swap.total), int(swap.used))
+    total, swap = int(psutil.virtual_memory().total), psutil.swap_memory()
+    limit = _lowest_limit(proc, cgroups) if sys.platform == "linux" else None
+    return Memory(
+        total,
+        available_bytes(proc, cgroups),
+        limit if limit is not None and limit < total else None,
+        int(swap.total),
+        int(swap.used),
+    )
 
 
-def _cgroup_limit(root: Path) -> tuple[int | None, int]:
-    """Return the lowest memory.max from this process's group upwards, and the room below it.
-
-    Cached files count as used there, but make room as everywhere: they are not counted.
-    """
-    limit, room = None, 0
-    for folder in _own_groups(root):
-        most, used = _number(folder / "memory.max"), _number(folder / "memory.current")
-        if most is None or used is None:
-            continue
-        free = max(0, most - used + _statistic(folder / "memory.stat", "inactive_file"))
-        room = free if limit is None else min(room, free)
-        limit = most if limit is None else min(limit, most)
-    return limit, room
-
-
-def _own_groups(root: Path) -> list[Path]:
-    """Return the folder of this process's group (cgroup v2) and those above it."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text("utf-8")[:MAX_FILE_BYTES].splitlines()
-    except (OSError, ValueError):
-        return [root]
+def _lowest_limit(proc: Path, root: Path) -> int | None:
+    """Return the lowest memory.max of this process's group (cgroup v2) and of those above it."""
+    lines = _text(proc / "self/cgroup").splitlines()
     own = next((line[3:] for line in lines if line.startswith("0::")), "/")
     folder = Path(os.path.normpath(root / own.lstrip("/")))
-    if not folder.is_relative_to(root):
-        return [root]
-    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+    folders = [folder, *folder.parents]
+    limits = [_text(place / "memory.max") for place in folders if place.is_relative_to(root)]
+    return min((int(text) for text in limits if text.isdigit()), default=None)
 
 
-def _number(path: Path) -> int | None:
+def _text(path: Path) -> str:
     try:
-        text = path.read_text("ascii")[:MAX_FILE_BYTES].strip()
-    except (OSError, ValueError):
-        return None
-    return int(text) if text.isdigit() else None  # "max" is no limit
-
-
-def _statistic(path: Path, name: str) -> int:
-    try:
-        lines = path.read_text("ascii").splitlines()
-    except (OSError, ValueError):
-        return 0
-    values = (line.split()[1] for line in lines if line.split()[:1] == [name])
-    return int(next(values, "0"))
+        return path.read_text("ascii", "replace").strip()
+    except OSError:
+        return ""

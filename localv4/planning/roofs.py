@@ -1,4 +1,4 @@
-"""What a machine can do at best: bytes that its threads read and operations that they do in a second."""
+"""What a machine can do at best in a second: bytes that threads read, operations that they do."""
 
 import time
 from dataclasses import dataclass

@@ -1,0 +1,172 @@
+"""Which records to give up when memory is needed, and which to take in after a prompt."""
+
+import math
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.errors import UsageError
+from localv4.paging.uses import DEFAULT_HALF_LIFE, Uses
+
+NAMES = ("decay", "lru", "lfu")
+"""Policies by name; the first is the default."""
+
+GUARD_TOKENS = 2
+"""Experts that the running token or the one before used are victims only if nothing else is left:
+an expert is likelier to be used again at once than its count says yet."""
+
+Keys = list[tuple[int, int]]
+"""Experts as (layer, number)."""
+
+Sizes = NDArray[np.int64]
+"""Bytes of records: (layers,), or (layers, experts)."""
+
+Mask = NDArray[np.bool_]
+
+
+class Policy(Protocol):
+    """An order in which records are given up."""
+
+    name: str
+
+    def victims(
+        self, uses: Uses, resident: Mask, nbytes: Sizes, need: int, keep: Mask | None = None
+    ) -> Keys:
+        """Return residents to give up, the first first, that free at least `need` bytes together.
+
+        `resident` and `keep` are (layers, experts). Nothing in `keep` is returned, and what recent
+        tokens used only when nothing else is left; so it may free less than `need`.
+        """
+
+    def observe(self, uses: Uses, resident: Mask) -> None:
+        """Learn from the token that has just been decoded: what it used has the clock's time."""
+
+
+def make_policy(name: str, uses: Uses) -> Policy:
+    """Return the policy with this name and give `uses` its half-life. UsageError if unknown."""
+    if name == "decay":
+        uses.half_life = DEFAULT_HALF_LIFE
+        return DecayedFrequency()
+    if name == "lru":
+        return LeastRecentlyUsed()
+    if name == "lfu":
+        uses.half_life = math.inf
+        return LeastFrequentlyUsed()
+    raise UsageError(f"no cache policy {name!r}", hint=f"one of {', '.join(NAMES)}")
+
+
+class LeastRecentlyUsed:
+    """Give up what was used longest ago."""
+
+    name = "lru"
+
+    def victims(
+        self, uses: Uses, resident: Mask, nbytes: Sizes, need: int, keep: Mask | None = None
+    ) -> Keys:
+        """See `Policy`."""
+        layers = len(uses.last)
+        order = uses.last * layers + np.arange(layers)[:, None]  # a token goes layer by layer
+        return _coldest(order, uses, resident, nbytes, need, keep)
+
+    def observe(self, uses: Uses, resident: Mask) -> None:
+        """Do nothing: there is nothing to adapt."""
+
+
+class LeastFrequentlyUsed:
+    """Give up what was used least often since the start."""
+
+    name = "lfu"
+
+    def victims(
+        self, uses: Uses, resident: Mask, nbytes: Sizes, need: int, keep: Mask | None = None
+    ) -> Keys:
+        """See `Policy`."""
+        return _coldest(uses.scores(), uses, resident, nbytes, need, keep)
+
+    def observe(self, uses: Uses, resident: Mask) -> None:
+        """Do nothing: there is nothing to adapt."""
+
+
+class DecayedFrequency:
+    """Give up what was used least often of late."""
+
+    name = "decay"
+
+    def victims(
+        self, uses: Uses, resident: Mask, nbytes: Sizes, need: int, keep: Mask | None = None
+    ) -> Keys:
+        """See `Policy`."""
+        return _coldest(uses.scores(), uses, resident, nbytes, need, keep)
+
+    def observe(self, uses: Uses, resident: Mask) -> None:
+        """Do nothing: there is nothing to adapt."""
+
+
+def admission(
+    usage: NDArray[np.floating], resident: Mask, nbytes: Sizes, room: int, least: float = 0.0
+) -> Keys:
+    """Return what to take into `room` bytes after a prompt: absent experts, most used first.
+
+    A prompt is computed without taking its experts in; `usage` (layers, experts) is how much each
+    was used, and only what has more than `least` is returned. The caller may count as room what it
+    is ready to give up, for instance residents with a lower score.
+    """
+    order = np.argsort(-usage, axis=None, kind="stable")
+    wanted = order[(~resident & (usage > least)).ravel()[order]]
+    sizes = _sizes(nbytes, usage.shape).ravel()[wanted]
+    fitting = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
+    return _keys(wanted[:fitting], usage.shape[1])
+
+
+def _coldest(
+    score: NDArray[np.floating] | NDArray[np.int64],
+    uses: Uses,
+    resident: Mask,
+    nbytes: Sizes,
+    need: int,
+    keep: Mask | None,
+) -> Keys:
+    """Return the residents with the lowest scores that free `need` bytes, recent uses last.
+
+    The score of an expert stands for the time that it saves per byte: on one device the time of a
+    read is proportional to its bytes, so the size of a record does not enter.
+    """
+    if need <= 0:
+        return []
+    candidates = resident if keep is None else resident & ~keep
+    recent = uses.last > uses.clock[0] - GUARD_TOKENS
+    chosen = _lowest(score, candidates & ~recent, nbytes, need)
+    sizes = _sizes(nbytes, score.shape).ravel()
+    missing = need - int(sizes[chosen].sum())
+    if missing > 0:
+        chosen = np.append(chosen, _lowest(score, candidates & recent, nbytes, missing))
+    return _keys(chosen, score.shape[1])
+
+
+def _lowest(
+    score: NDArray[np.floating] | NDArray[np.int64], candidates: Mask, nbytes: Sizes, need: int
+) -> NDArray[np.int64]:
+    """Return the flat places of candidates, lowest score first, up to `need` bytes together."""
+    places = np.flatnonzero(candidates)
+    if len(places) == 0:
+        return places
+    count = min(len(places), -(-need // int(nbytes.min())))
+    values = score.ravel()[places]
+    if count < len(places):
+        chosen = np.argpartition(values, count - 1)[:count]
+        places, values = places[chosen], values[chosen]
+    places = places[np.lexsort((places, values))]
+    freed = np.cumsum(_sizes(nbytes, score.shape).ravel()[places])
+    return places[: int(np.searchsorted(freed, need)) + 1]
+
+
+def _sizes(nbytes: Sizes, shape: tuple[int, ...]) -> Sizes:
+    """Return the bytes of each record (layers, experts)."""
+    return np.broadcast_to(nbytes[:, None] if nbytes.ndim == 1 else nbytes, shape)
+
+
+def _keys(places: NDArray[np.int64], experts: int) -> Keys:
+    """Return flat places as keys."""
+    layers, numbers = np.divmod(places, experts)
+    return list(zip(layers.tolist(), numbers.tolist(), strict=True))

@@ -1,0 +1,233 @@
+"""Predicted speed of a model under a plan: tokens per second as a range, and what bounds them.
+
+Decoding a token:
+
+    memory  = bytes of weights and state that it reads / (read roof * share that kernels reach)
+    compute = the same bytes / (cores * what a core reads while it computes)
+    disk    = bytes of chosen experts that are not in memory / disk speed
+    token   = max(memory, compute) + what of the disk's time is not hidden behind it
+
+While missing experts of a layer are read, its other experts and the shared one are computed; its
+attention has to come first, since it decides about the choice. `docs/planning.md` has the terms.
+"""
+
+from dataclasses import dataclass
+from math import ceil, comb
+from typing import Literal
+
+from localv4.planning.hit_rate import Bounds, Routing, TypicalText
+from localv4.planning.machine import DiskFacts, Machine
+from localv4.planning.model_facts import ModelFacts
+from localv4.planning.plan import Plan
+
+Bottleneck = Literal["memory", "compute", "disk"]
+
+DECODE_SHARE = Bounds(0.72, 0.80, 0.92)
+"""Of the read roof, in docs/performance.md: 72 % (32 threads) to 94 % (one), 78 % where all of
+V4-Flash was in memory."""
+
+PREFILL_SHARE = Bounds(0.33, 0.38, 0.45)
+"""Of the int8 peak, in docs/performance.md."""
+
+MEASURED_SPREAD = 0.06
+"""How far shares that were measured on this machine may be off."""
+
+FORMAT_SHARES = {
+    "MX4": 0.88,
+    "Q4": 0.89,
+    "Q8": 0.90,
+    "B16": 0.95,
+    "F32": 0.91,
+    "F32R": 0.91,
+    "F8": 0.85,
+    "Q4K": 0.87,
+    "Q6": 0.85,
+    "Q3": 0.80,
+    "Q2": 0.83,
+    "IQ2": 0.70,
+}
+"""Of the read roof, single kernels by format (docs/performance.md)."""
+
+REFERENCE_SHARE = 0.88
+"""Of the formats that DECODE_SHARE was measured with."""
+
+LOOKAHEAD = 0.46
+"""Share of the next layer's misses that its router foretells (published for V4-Flash)."""
+
+PROMPT_TOKENS = 1920
+"""Length of the prompt that the speed of reading is told for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Tokens per second of decoding and of reading a prompt, and where the time goes.
+
+    Seconds and bytes are those of one likely token. `roofline` is the rate at which memory alone
+    would bound decoding; `hit_rate` that of experts; `correction` the factor that earlier runs
+    have added, 1.0 without any.
+    """
+
+    decode: Bounds
+    prefill: Bounds
+    hit_rate: Bounds
+    bottleneck: Bottleneck
+    roofline: float
+    token_bytes: int
+    missed_bytes: float
+    memory_s: float
+    compute_s: float
+    disk_s: float
+    decode_share: float
+    routing: str
+    correction: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Seconds of a mean layer: before the choice of experts, shared expert, all chosen experts."""
+
+    before: float
+    shared: float
+    experts: float
+
+
+def make_forecast(
+    facts: ModelFacts,
+    plan: Plan,
+    machine: Machine,
+    *,
+    routing: Routing | None = None,
+    position: int = 512,
+    correction: float = 1.0,
+) -> Forecast:
+    """Predict the speed of a model that is loaded as planned, at a position of the context.
+
+    `machine.read_bytes_s` must be known, and `machine.disk` where the plan pages; ValueError
+    otherwise. `routing` is typical text if nothing better is known.
+    """
+    roof, disk = machine.read_bytes_s, machine.disk
+    if roof is None or (disk is None and not plan.fits):
+        raise ValueError("the machine was not measured")
+    config = facts.config
+    if plan.fits:
+        hits, source = Bounds(1.0, 1.0, 1.0), "all experts are in memory"
+    else:
+        known = routing or TypicalText(config.experts_per_token / config.n_experts)
+        hits, source = known.hit_rate(plan.resident_share), known.source
+    shares = _decode_shares(facts, machine)
+    nbytes = facts.weight_bytes_per_token + facts.state_read_bytes(position)
+    core_rate = machine.cores * machine.core_read_bytes_s
+    rates = [
+        1.0 / _token_s(facts, nbytes, min(share * roof, core_rate), hit, disk, machine.cores, ahead)
+        for share, hit, ahead in (
+            (shares.low, hits.low, 0.0),
+            (shares.likely, hits.likely, 0.0),
+            (shares.high, hits.high, LOOKAHEAD),
+        )
+    ]
+    missed = (1 - hits.likely) * facts.cycle_bytes
+    memory_s, compute_s = nbytes / (roof * shares.likely), nbytes / core_rate
+    disk_s = missed / disk.bytes_s if disk is not None else 0.0
+    return Forecast(
+        decode=Bounds(*rates).scaled(correction),
+        prefill=_prefill(facts, plan, machine, roof),
+        hit_rate=hits,
+        bottleneck=_bottleneck(memory_s, compute_s, disk_s, machine),
+        roofline=roof / nbytes,
+        token_bytes=nbytes,
+        missed_bytes=missed,
+        memory_s=memory_s,
+        compute_s=compute_s,
+        disk_s=disk_s,
+        decode_share=shares.likely,
+        routing=source,
+        correction=correction,
+    )
+
+
+def _decode_shares(facts: ModelFacts, machine: Machine) -> Bounds:
+    """Return what kernels reach of the read roof with the formats of a model."""
+    read = facts.read_by_format()
+    seconds = sum(
+        n / FORMAT_SHARES.get(_slowest(name), REFERENCE_SHARE) for name, n in read.items()
+    )
+    relative = sum(read.values()) / seconds / REFERENCE_SHARE
+    if machine.kernels is None:
+        return DECODE_SHARE.scaled(relative)
+    share = machine.kernels.decode * relative
+    return Bounds(share * (1 - MEASURED_SPREAD), share, share * (1 + MEASURED_SPREAD))
+
+
+def _slowest(name: str) -> str:
+    """Return of two formats ("IQ2+Q2") the one that is read more slowly."""
+    return min(name.split("+"), key=lambda one: FORMAT_SHARES.get(one, REFERENCE_SHARE))
+
+
+def _token_s(
+    facts: ModelFacts,
+    nbytes: int,
+    rate: float,
+    hit: float,
+    disk: DiskFacts | None,
+    cores: int,
+    ahead: float,
+) -> float:
+    """Return the seconds of a token; `rate` is what kernels read, `ahead` is foretold in time."""
+    if disk is None or hit >= 1.0:
+        return nbytes / rate
+    config = facts.config
+    shared = sum(part.read for part in facts.parts if part.component == "shared experts")
+    before = nbytes - facts.head_bytes - facts.cycle_bytes - shared
+    layer = _Layer(*(n / rate / config.n_layers for n in (before, shared, facts.cycle_bytes)))
+    one_s = facts.cycle_bytes / config.n_layers / config.experts_per_token / disk.bytes_s
+    missed = (1 - hit) * (1 - ahead)
+    mean = _layer_s(layer, config.experts_per_token, missed, one_s, disk.latency_s)
+    reading_s = disk.cpu_s_per_gb * (1 - hit) * facts.cycle_bytes / 1e9 / cores
+    return config.n_layers * mean + facts.head_bytes / rate + reading_s
+
+
+def _layer_s(layer: _Layer, chosen: int, missed: float, one_s: float, latency_s: float) -> float:
+    """Return the mean seconds of a layer over how many of its chosen experts are missing.
+
+    Each is missing with the same probability. The last one to arrive is computed alone.
+    """
+    total = 0.0
+    for count in range(chosen + 1):
+        chance = comb(chosen, count) * missed**count * (1 - missed) ** (chosen - count)
+        hidden = layer.shared + layer.experts * (chosen - count) / chosen
+        waiting = latency_s + count * one_s if count else 0.0
+        late = layer.experts / chosen if count else 0.0
+        total += chance * (layer.before + max(hidden, waiting) + late)
+    return total
+
+
+def _prefill(facts: ModelFacts, plan: Plan, machine: Machine, roof: float) -> Bounds:
+    """Return the tokens of a prompt per second: chunks of it meet each expert once."""
+    shares = PREFILL_SHARE
+    if machine.kernels is not None:
+        share = machine.kernels.prefill
+        shares = Bounds(share * (1 - 2 * MEASURED_SPREAD), share, share * (1 + 2 * MEASURED_SPREAD))
+    config, tokens = facts.config, min(PROMPT_TOKENS, plan.ctx_size)
+    untouched = (1 - config.experts_per_token / config.n_experts) ** tokens
+    touched = (1 - untouched) * facts.all_expert_bytes
+    chunks = ceil(tokens / PROMPT_TOKENS)
+    memory_s = chunks * (touched + facts.dense_bytes) / roof
+    disk_s = 0.0
+    if machine.disk is not None and not plan.fits:
+        disk_s = chunks * touched * (1 - plan.resident_share) / machine.disk.bytes_s
+    rates = []
+    for share in (shares.low, shares.likely, shares.high):
+        compute_s = 2 * facts.multiply_adds * tokens / (machine.peak_int8_ops_s * share)
+        rates.append(tokens / max(compute_s, memory_s, disk_s))
+    return Bounds(*rates)
+
+
+def _bottleneck(memory_s: float, compute_s: float, disk_s: float, machine: Machine) -> Bottleneck:
+    """Return what takes the most time."""
+    if disk_s > max(memory_s, compute_s):
+        return "disk"
+    if compute_s > memory_s:
+        return "compute"
+    alone, cores = machine.read_by_threads.get(1, 0.0), machine.cores
+    still_grows = alone > 0 and (machine.read_bytes_s or 0.0) > 0.85 * cores * alone
+    return "compute" if still_grows and cores > 1 else "memory"

@@ -1,0 +1,144 @@
+"""Measures this machine in seconds, or takes what was measured before."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import psutil
+
+from localv4.errors import DoesNotFitError, LocalV4Error
+from localv4.kernels.isa import ISA
+from localv4.kernels.threads import default_threads
+from localv4.model.config import ModelConfig
+from localv4.paging.probe import measure_disk
+from localv4.planning.kernel_probe import measure_kernels
+from localv4.planning.machine import DiskFacts, KernelShares, Machine
+from localv4.planning.memory import read_memory
+from localv4.planning.plan import READERS
+from localv4.planning.processor import cpu_name
+from localv4.planning.profile import (
+    DiskProfile,
+    KernelProfile,
+    Profile,
+    RoofProfile,
+    disk_key,
+    existing_parent,
+    load_profile,
+    save_profile,
+)
+from localv4.planning.recipes import Recipe
+from localv4.planning.roofs import ROOF_BYTES, RoofProbe
+from localv4.planning.system import graphics_cards, swap_is_compressed
+
+FLASH_RECORD_BYTES = 13_369_344
+"""An expert of V4-Flash: what disks are measured with unless a model says otherwise."""
+
+DISK_SECONDS = 4.0
+ROOF_SHARE = 4
+"""The read roof is measured on a quarter of the available memory at most."""
+
+OnStep = Callable[[str], None]
+"""Told what is being measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What has to be known. `place` names the disk; None: no disk matters.
+
+    `kernels` has a network and a recipe to run layers of; None: constants will do. `anew` measures
+    again what is known.
+    """
+
+    place: Path | None = None
+    record_bytes: int = FLASH_RECORD_BYTES
+    kernels: tuple[ModelConfig, Recipe] | None = None
+    anew: bool = False
+
+
+def known_machine(place: Path | None = None) -> Machine:
+    """Return this machine with what was measured before; measures nothing."""
+    return _machine(load_profile(), place)
+
+
+def measured_machine(wanted: Wanted, on_step: OnStep | None = None) -> Machine:
+    """Return this machine, measuring what is wanted and not known; keeps what it finds.
+
+    Raises LocalV4Error if the disk cannot be measured.
+    """
+    tell = on_step or (lambda _what: None)
+    profile = load_profile()
+    if profile.roofs is None or wanted.anew:
+        tell("memory bandwidth")
+        profile = profile.model_copy(update={"roofs": _measure_roofs()})
+        save_profile(profile)
+    if wanted.place is not None:
+        key = disk_key(wanted.place)
+        if key not in profile.disks or wanted.anew:
+            tell("random reads of the disk")
+            profile = profile.with_disk(key, _measure_disk(wanted.place, wanted.record_bytes))
+            save_profile(profile)
+    if wanted.kernels is not None and (profile.kernels is None or wanted.anew):
+        tell("kernels")
+        with suppress(DoesNotFitError):  # then constants have to do
+            shares = measure_kernels(*wanted.kernels, default_threads())
+            found = KernelProfile(
+                decode=shares.decode, prefill=shares.prefill, measured_on=date.today()
+            )
+            profile = profile.model_copy(update={"kernels": found})
+            save_profile(profile)
+    return _machine(profile, wanted.place)
+
+
+def _measure_roofs() -> RoofProfile:
+    most = default_threads()
+    counts = sorted({1, 2, 4, most} | {most // 2}) if most > 1 else [1]
+    nbytes = min(ROOF_BYTES, read_memory().available // ROOF_SHARE)
+    roofs = {n: RoofProbe(n, nbytes).measure() for n in counts if 0 < n <= most}
+    return RoofProfile(
+        read_by_threads={n: roof.read_bytes_s for n, roof in roofs.items()},
+        int8_ops_s=roofs[most].int8_ops_s,
+        measured_on=date.today(),
+    )
+
+
+def _measure_disk(place: Path, record_bytes: int) -> DiskProfile:
+    existing = existing_parent(place)
+    found = measure_disk(existing, record_bytes, READERS, DISK_SECONDS)
+    if found.bytes_s <= 0:
+        raise LocalV4Error(f"cannot measure the disk of {place}: nothing was read")
+    return DiskProfile(
+        bytes_s=found.bytes_s,
+        core_s_per_gb=found.core_s_per_gb,
+        readers=READERS,
+        record_bytes=record_bytes,
+        io=found.io,
+        measured_on=date.today(),
+    )
+
+
+def _machine(profile: Profile, place: Path | None) -> Machine:
+    roofs, kernels, disk = profile.roofs, profile.kernels, None
+    if place is not None and (known := profile.disks.get(disk_key(place))) is not None:
+        disk = DiskFacts(
+            bytes_s=known.bytes_s,
+            cpu_s_per_gb=known.core_s_per_gb,
+            readers=known.readers,
+        )
+    free = psutil.disk_usage(str(existing_parent(place))).free if place is not None else None
+    return Machine(
+        memory=read_memory(),
+        cores=default_threads(),
+        read_bytes_s=max(roofs.read_by_threads.values()) if roofs else None,
+        int8_ops_s=roofs.int8_ops_s if roofs else None,
+        disk=disk,
+        disk_free=free,
+        kernels=KernelShares(kernels.decode, kernels.prefill) if kernels else None,
+        read_by_threads=roofs.read_by_threads if roofs else {},
+        cpu=cpu_name(),
+        isa=ISA.level,
+        gpus=graphics_cards(),
+        swap_is_compressed=swap_is_compressed(),
+        measured_on=roofs.measured_on.isoformat() if roofs else None,
+    )
