@@ -39,11 +39,11 @@ def open_store(
         return experts.mapped_store()
     load, split = _loader(experts, options, checkpoint)
     start = options.faults.readers if options.faults else Readers
-    sizes = footprints(experts.nbytes)
+    sizes = np.maximum(footprints(experts.nbytes), GRANULE_BYTES)
     readers = start(load, options.readers, split)
-    arena = Arena(_capacity(experts.nbytes, sizes, options.capacity_bytes))
+    arena = Arena(_capacity(experts.nbytes, footprints(experts.nbytes), options.capacity_bytes))
     uses = Uses(*sizes.shape)
-    return PagedStore(sizes, arena, readers, make_policy(options.policy), uses)
+    return PagedStore(sizes, arena, readers, make_policy(options.policy, uses), uses)
 
 
 def footprints(nbytes: NDArray[np.int64]) -> NDArray[np.int64]:

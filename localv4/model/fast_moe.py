@@ -253,7 +253,7 @@ class FastMoe:
         if not self.forms:
             return
         sizes = np.bincount(chosen.ravel(), minlength=self.config.n_experts)
-        store.begin_prompt(self.index, sizes, tokens)
+        store.begin_prompt(self.index, chosen)
         slots = np.argsort(chosen, axis=None, kind="stable")
         starts = np.concatenate([[0], np.cumsum(sizes)])
         parts = list(self._parts(sizes, buffers.slots))

@@ -29,10 +29,6 @@ GUESS_SLOTS = 16
 CLAIM_SLOTS = 16
 """Records of a prompt that are claimed at a time; as many again are read meanwhile."""
 
-MEMORY_TOKENS = 46
-"""Tokens of a prompt that count as much as tokens that were decoded: 32 / ln 2, what the default
-half-life of heat remembers."""
-
 
 class PagedStore:
     """Records in an arena, at most as many as it has room for.
@@ -144,6 +140,7 @@ class PagedStore:
         """Learn what became of guesses: wrong ones are the first to go."""
         clock = int(self.uses.clock[0])
         self.counts.tokens += 1
+        self.policy.observe(self.uses, self.resident)
         for key in [key for key in self._guessed if self.addresses[key] != ON_ITS_WAY]:
             self._guessed.discard(key)
             if self.uses.last[key] == clock:
@@ -151,17 +148,17 @@ class PagedStore:
             else:
                 self._going[key] = clock
 
-    def begin_prompt(self, layer: int, counts: NDArray[np.int64], tokens: int) -> None:
-        """Be told how often (experts,) some tokens of a prompt use each expert of a layer."""
-        used = np.flatnonzero(counts)
-        self._claimed[layer, counts == 0] = False  # what was claimed before they were known
-        # heat is what as many tokens would leave as it remembers, not a sum over thousands
-        self.uses.record(layer, used, counts[used] * min(1.0, MEMORY_TOKENS / tokens))
+    def begin_prompt(self, layer: int, chosen: NDArray[np.int64]) -> None:
+        """Be told which experts (tokens, k) of a layer some tokens of a prompt use."""
+        used = np.zeros(self.addresses.shape[1], np.bool_)
+        used[chosen] = True
+        self._claimed[layer, ~used] = False  # what was claimed before they were known
+        self.uses.record_tokens(layer, chosen)
         here = self.resident[layer]
-        order = np.argsort(-self.uses.scores()[layer], kind="stable")
+        order = np.argsort(-self.uses.scores_of(layer), kind="stable")
         self._stays[layer] = False
         self._stays[layer, order[: max(int(here.sum()), self._share(layer))]] = True
-        for number in np.flatnonzero(here & ~self._stays[layer] & (counts == 0)).tolist():
+        for number in np.flatnonzero(here & ~self._stays[layer] & ~used).tolist():
             self._going[layer, number] = int(self.uses.clock[0])
 
     def end_prompt(self, layer: int) -> None:

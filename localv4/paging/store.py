@@ -45,8 +45,8 @@ class ExpertStore(Protocol):
     def end_token(self) -> None:
         """Learn what became of guesses and misses."""
 
-    def begin_prompt(self, layer: int, counts: NDArray[np.int64], tokens: int) -> None:
-        """Be told how often (experts,) some tokens of a prompt use each expert of a layer."""
+    def begin_prompt(self, layer: int, chosen: NDArray[np.int64]) -> None:
+        """Be told which experts (tokens, k) of a layer some tokens of a prompt use."""
 
     def end_prompt(self, layer: int) -> None:
         """Let everything go that is claimed of a layer."""
@@ -88,7 +88,7 @@ class MappedStore:
     def end_token(self) -> None:
         """Do nothing."""
 
-    def begin_prompt(self, layer: int, counts: NDArray[np.int64], tokens: int) -> None:
+    def begin_prompt(self, layer: int, chosen: NDArray[np.int64]) -> None:
         """Do nothing."""
 
     def end_prompt(self, layer: int) -> None:

@@ -51,7 +51,7 @@ def measure_kernels(
         )
     weights = filled_weights(pair, recipe)
     compile_kernels(families(weights), on_progress)
-    network = FastTransformer(pair, weights, Team(threads), 0)
+    network = FastTransformer(pair, weights, Team(threads))
     decode_s, prefill_s = _decode_s(network), _prefill_s(network)
     roof = RoofProbe(threads, ROOF_BYTES).measure()
     nbytes = facts.weight_bytes_per_token - facts.head_bytes  # no logits are made
