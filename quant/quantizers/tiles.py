@@ -1,0 +1,50 @@
+"""Tiles: columns of sixteen rows as vectors, a lane for each row.
+
+All searches work on tiles, so that every row has its own scales while the importance of a column is
+shared. Line j of a tile holds column j. A tile is filled up with copies of the last row; results of
+those lanes are dropped.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.kernels.arrays import Floats
+from localv4.kernels.device import device
+
+LANES = 16
+
+
+@device
+def load_tile(scratch: Floats, values: Floats, row: int, col: int, cols: int) -> None:
+    """Copy columns col ... col + cols - 1 of sixteen rows from `row` on to the start of scratch."""
+    last = values.shape[0] - 1
+    for lane in range(LANES):
+        source = values[min(row + lane, last)]
+        for j in range(cols):
+            scratch[LANES * j + lane] = source[col + j]
+
+
+@device
+def store_codes(
+    codes: NDArray[np.int8], scratch: Floats, line: int, row: int, col: int, cols: int
+) -> None:
+    """Write whole numbers from a line of scratch on to columns of up to sixteen rows."""
+    for lane in range(min(LANES, codes.shape[0] - row)):
+        target = codes[row + lane]
+        for j in range(cols):
+            target[col + j] = np.int8(np.int32(scratch[LANES * (line + j) + lane]))
+
+
+@device
+def store_numbers(out: Floats, scratch: Floats, line: int, row: int, col: int, cols: int) -> None:
+    """Write floats from a line of scratch on to columns of up to sixteen rows."""
+    for lane in range(min(LANES, out.shape[0] - row)):
+        for j in range(cols):
+            out[row + lane, col + j] = scratch[LANES * (line + j) + lane]
+
+
+@device
+def add_errors(out: NDArray[np.float64], scratch: Floats, line: int, row: int) -> None:
+    """Add one line of errors to those of up to sixteen rows."""
+    for lane in range(min(LANES, out.shape[0] - row)):
+        out[row + lane] += np.float64(scratch[LANES * line + lane])
