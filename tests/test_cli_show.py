@@ -53,7 +53,7 @@ def test_tensors(tmp_path: Path) -> None:
 def test_known_model_that_is_not_here(tmp_path: Path) -> None:
     text = show("v4-flash", home=tmp_path)
     assert "deepseek-ai/DeepSeek-V4-Flash" in text
-    assert "hf download" in text
+    assert "localv4 pull" in text
     found = json.loads(show("v4-flash", "--json", home=tmp_path))
     assert found["installed"] is False
     assert found["repo"] == "deepseek-ai/DeepSeek-V4-Flash"

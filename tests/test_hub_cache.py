@@ -45,10 +45,7 @@ def test_incomplete_download(home: Path) -> None:
     assert list_incomplete()[0].name == "deepseek-v4-flash"
     with pytest.raises(NotFoundError, match="34 of 46 weight files are missing") as error:
         resolve("v4-flash")
-    assert error.value.hint == (
-        f"hf download deepseek-ai/DeepSeek-V4-Flash --revision {FLASH_COMMIT}"
-        ' --include "*.safetensors" --include "*.json"'
-    )
+    assert error.value.hint == "localv4 pull v4-flash"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need a privilege")
@@ -132,11 +129,10 @@ def test_one_repository_of_three_models(home: Path) -> None:
 def test_what_is_not_installed_says_how_to_get_it() -> None:
     with pytest.raises(NotFoundError) as plain:
         resolve("hf://somebody/something")
-    assert plain.value.hint == "hf download somebody/something"
+    assert plain.value.hint == "localv4 pull hf://somebody/something"
     with pytest.raises(NotFoundError) as form:
         resolve("unsloth-pro-0813:UD-Q4_K_XL")
-    assert form.value.hint is not None
-    assert form.value.hint.endswith(' --include "UD-Q4_K_XL/*.gguf"')
+    assert form.value.hint == "localv4 pull unsloth-pro-0813:UD-Q4_K_XL"
     with pytest.raises(NotFoundError) as unchosen:
         resolve("unsloth-pro-0813")
     assert unchosen.value.hint == (

@@ -80,6 +80,16 @@ def test_a_server_that_ignores_ranges(hub: LoopbackHub) -> None:
     assert open_remote(REPO, "model.safetensors").read(2_000_000, 9) == DATA[2_000_000:2_000_009]
 
 
+def test_no_answer_is_asked_for_that_is_too_long(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localv4.library.remote.MAX_REQUEST_BYTES", 1_000_000)
+    file = open_remote(REPO, "model.safetensors")
+    assert b"".join(file.stream(10)) == DATA[10:]
+    ranges = [made.headers["range"] for made in hub.transfers()]
+    assert ranges == ["bytes=10-1000009", "bytes=1000010-2000009", "bytes=2000010-2999999"]
+
+
 def test_a_small_part_is_not_worth_a_whole_file(
     hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEMO_NOTE = (
     "using tiny-v4, the small built-in demo model (a toy); for a real one: "
-    "hf download deepseek-ai/DeepSeek-V4-Flash, then -m v4-flash"
+    "localv4 pull v4-flash, then -m v4-flash"
 )
 
 # Marks in the names of models whose prompts have the texts of the July release.

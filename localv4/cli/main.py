@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from localv4 import __version__
-from localv4.cli import bench, chat, evaluate, models, run, show, terminal
+from localv4.cli import bench, chat, evaluate, models, pull, quantize, run, show, terminal
 from localv4.cli.precedence import Command
 from localv4.cli.signals import Terminated, unwind_on_termination
 from localv4.errors import LocalV4Error
@@ -38,6 +38,8 @@ app = typer.Typer(
 )
 app.command("run", cls=Command)(run.run)
 app.command("chat", cls=Command)(chat.chat)
+app.command("pull", cls=Command)(pull.pull)
+app.command("quantize", cls=Command)(quantize.quantize)
 app.command("list", cls=Command)(models.list_models)
 app.command("ls", hidden=True)(models.list_models)
 app.command("show", cls=Command)(show.show)

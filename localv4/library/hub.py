@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from localv4 import __version__
@@ -22,11 +23,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     from huggingface_hub import constants, errors, get_session
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not declared
+        WeakFileLock,
         build_hf_headers,
         hf_raise_for_status,
     )
 
-__all__ = ["constants", "errors", "get_session", "hf_raise_for_status"]
+__all__ = ["WeakFileLock", "constants", "errors", "get_session", "hf_raise_for_status"]
 
 # httpx or its successor, whichever huggingface_hub was built on: the base of all request errors
 HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__mro__[1]
@@ -39,7 +41,9 @@ LONGEST_RETRY_AFTER_S = 300
 
 _BUSY = (408, 429, 500, 502, 503, 504)
 
+T = TypeVar("T")
 OnWait = Callable[[str], None]
+Sleep = Callable[[float], object]
 
 # No telemetry: without this, the name of the program that started us goes into every request.
 constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -86,11 +90,17 @@ def offline() -> Iterator[None]:
 class Patience:
     """Waits longer after each failed attempt, and gives up with a clear error."""
 
-    def __init__(self, repo: str, what: str, on_wait: OnWait | None = None) -> None:
-        """`what` is fetched from `repo`; `on_wait` is told why a wait begins, and how long."""
+    def __init__(
+        self, repo: str, what: str, on_wait: OnWait | None = None, sleep: Sleep | None = None
+    ) -> None:
+        """`what` is fetched from `repo`; `on_wait` is told why a wait begins, and how long.
+
+        `sleep` waits that many seconds; one that others can end must be given by the caller.
+        """
         self._repo = repo
         self._what = what
         self._on_wait = on_wait
+        self._sleep = sleep or time.sleep
         self._failures = 0
 
     def progressed(self) -> None:
@@ -110,7 +120,7 @@ class Patience:
         seconds = asked if asked is not None else min(doubled, LONGEST_WAIT_S)
         if self._on_wait is not None:
             self._on_wait(f"{plain.message}; trying again in {seconds:.0f} s")
-        time.sleep(seconds)
+        self._sleep(seconds)
 
 
 def is_request_error(error: BaseException) -> bool:
@@ -224,6 +234,21 @@ def _retry_after(error: Exception) -> int | None:
     response = getattr(error, "response", None)
     value = response.headers.get("Retry-After", "") if response is not None else ""
     return int(value) if value.isascii() and value.isdigit() and len(value) < 7 else None
+
+
+def ask(request: Callable[[], T], repo: str, what: str, on_wait: OnWait | None = None) -> T:
+    """Return what a request returns; it is made again while that can help.
+
+    Raises LocalV4Error in place of every error of the network or the hub.
+    """
+    patience = Patience(repo, what, on_wait)
+    while True:
+        try:
+            return request()
+        except Exception as error:
+            if not is_request_error(error):
+                raise
+            patience.wait(error)
 
 
 def ignored_settings() -> str | None:

@@ -27,7 +27,7 @@ class CachedRepo:
 
 def cache_folder() -> Path:
     """Return the cache folder: `HF_HUB_CACHE`, else `HF_HOME`/hub, else the platform's."""
-    from huggingface_hub import constants  # here, so that commands without models start faster
+    from localv4.library.hub import constants  # here: commands without models start faster
 
     return Path(constants.HF_HUB_CACHE)
 

@@ -256,7 +256,7 @@ def _from_hub(reference: str) -> InstalledModel:
         raise UsageError(f'"{_HUB_PREFIX}{reference}" is no repository', hint="write hf://org/repo")
     cached = hub_cache.cached_repo(repo)
     models = list(_models_of_repo(cached, load_registry())) if cached else []
-    return _choose(models, f"{_HUB_PREFIX}{repo}", quant, f"hf download {repo}")
+    return _choose(models, f"{_HUB_PREFIX}{repo}", quant, f"localv4 pull {_HUB_PREFIX}{reference}")
 
 
 def _from_name(reference: str) -> InstalledModel:
@@ -278,11 +278,9 @@ def _download_hint(name: str, quant: str, spec: ModelSpec) -> str:
     published = {label.lower(): label for label in spec.quants}
     if published and quant.lower() not in published:
         return "choose one: " + ", ".join(f"{name}:{label}" for label in spec.quants)
-    command = f"hf download {spec.repo}"
-    if spec.revision:
-        command += f" --revision {spec.revision}"
-    patterns = [spec.quants[published[quant.lower()]].files] if published else spec.allow
-    return command + "".join(f' --include "{pattern}"' for pattern in patterns)
+    return (
+        f"localv4 pull {name}:{published[quant.lower()]}" if published else f"localv4 pull {name}"
+    )
 
 
 def _unknown(reference: str, registry: Registry, installed: list[InstalledModel]) -> NotFoundError:

@@ -187,9 +187,14 @@ def quant_label(stem: str) -> str:
     return labels[-1] if labels else stem
 
 
+def is_companion(name: str) -> bool:
+    """Tell whether a GGUF file is no model: a draft module, a vision encoder, calibration data."""
+    return _COMPANION.search(name) is not None
+
+
 def _gguf_files(folder: Path) -> Iterator[Path]:
     for file in _limited(folder):
-        if file.suffix == ".gguf" and file.is_file() and not _COMPANION.search(file.name):
+        if file.suffix == ".gguf" and file.is_file() and not is_companion(file.name):
             yield file
 
 

@@ -8,7 +8,10 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
 from localv4.errors import BadFileError, LocalV4Error
 from localv4.library import hub
-from localv4.library.hub import OnWait, Patience
+from localv4.library.hub import OnWait, Patience, Sleep
+
+MAX_REQUEST_BYTES = 4 << 30
+"""Storage networks send no answer of more than some tens of gigabytes."""
 
 MAX_SKIPPED_BYTES = 16 << 20
 """A server that sends whole files only is of no use for reading parts that begin later."""
@@ -34,14 +37,19 @@ class RemoteFile:
         size: int,
         etag: str,
         on_wait: OnWait | None = None,
+        sleep: Sleep | None = None,
     ) -> None:
-        """Describe what the hub has said about the file; `open_remote` asks it."""
+        """Describe what the hub has said about the file; `open_remote` asks it.
+
+        `on_wait` and `sleep` are those of hub.Patience.
+        """
         self.repo = repo
         self.revision = revision
         self.name = name
         self.size = size
         self.etag = etag
         self._on_wait = on_wait
+        self._sleep = sleep
         self._url = hf_hub_url(repo, name, revision=revision)
         self._location: str | None = None  # where the hub redirected to, while that works
 
@@ -64,14 +72,15 @@ class RemoteFile:
         `max_skipped` bytes. Raises LocalV4Error.
         """
         end = self.size if end is None else end
-        patience = Patience(self.repo, self.name, self._on_wait)
+        patience = Patience(self.repo, self.name, self._on_wait, self._sleep)
         while offset < end:
+            stage = min(end, offset + MAX_REQUEST_BYTES)
             try:
-                for piece in self._pieces(offset, end, max_skipped):
+                for piece in self._pieces(offset, stage, max_skipped):
                     offset += len(piece)
                     patience.progressed()
                     yield piece
-                if offset < end:
+                if offset < stage:
                     raise ConnectionResetError("the answer ended early")
             except Exception as error:
                 if not hub.is_request_error(error):
@@ -126,15 +135,7 @@ def open_remote(
 ) -> RemoteFile:
     """Ask the hub for a file's size, commit and etag. Raises LocalV4Error, NotFoundError."""
     url = hf_hub_url(repo, name, revision=revision)
-    patience = Patience(repo, name, on_wait)
-    while True:
-        try:
-            found = get_hf_file_metadata(url, headers=hub.headers())
-            break
-        except Exception as error:
-            if not hub.is_request_error(error):
-                raise
-            patience.wait(error)
+    found = hub.ask(lambda: get_hf_file_metadata(url, headers=hub.headers()), repo, name, on_wait)
     if found.commit_hash is None or found.etag is None or found.size is None:
         raise LocalV4Error(
             f"{hub.host()} does not speak the protocol of the hub", hint="check HF_ENDPOINT"
