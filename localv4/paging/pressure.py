@@ -44,10 +44,10 @@ def open_gauge() -> Gauge:
     if sys.platform.startswith("linux"):
         return LinuxGauge()
     if sys.platform == "darwin":
-        return PlainGauge(_MacAlarm())
+        return PlainGauge(MacAlarm())
     if sys.platform == "win32":
-        return PlainGauge(_WindowsAlarm())
-    return PlainGauge(_NoAlarm())
+        return PlainGauge(WindowsAlarm())
+    return PlainGauge(NoAlarm())
 
 
 def available_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
@@ -203,7 +203,7 @@ class PlainGauge:
         return time.monotonic(), int(psutil.swap_memory().sin)
 
 
-class _NoAlarm:
+class NoAlarm:
     """A system that tells nothing."""
 
     def is_on(self) -> bool:
@@ -211,7 +211,7 @@ class _NoAlarm:
         return False
 
 
-class _MacAlarm:
+class MacAlarm:
     """The level that macOS tells all programs: 1 normal, 2 warning, 4 critical."""
 
     _WARNING = 2
@@ -229,7 +229,7 @@ class _MacAlarm:
         return not failed and level.value >= self._WARNING
 
 
-class _WindowsAlarm:
+class WindowsAlarm:
     """The notification of Windows that physical memory runs low."""
 
     _LOW_MEMORY = 0  # LowMemoryResourceNotification
