@@ -109,7 +109,10 @@ class Session:
         shared = common_prefix(self.tokens, token_ids[:-1])
         self.rollback(shared)
         if self.store is not None:
-            found = self.store.load(self._state, token_ids[:-1], shared)
+            try:
+                found = self.store.load(self._state, token_ids[:-1], shared)
+            except MemoryError:
+                raise DoesNotFitError("not enough memory for a stored session") from None
             if found is not None:
                 self.tokens = list(token_ids[: found.position])
                 self.ladder.add(found)

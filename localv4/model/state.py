@@ -229,8 +229,8 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the state holds."""
-        parts = [part for layer in self.layers for part in (*layer.rings, *layer.entries)]
-        return sum(part.values.nbytes for part in parts)
+        rings = sum(ring.values.nbytes for layer in self.layers for ring in layer.rings)
+        return rings + sum(rows.values.nbytes for layer in self.layers for rows in layer.entries)
 
 
 def window_capacity(window: int, slack: int) -> int:

@@ -1,0 +1,211 @@
+"""Pieces of a timeline as files: 128 tokens with their compressed entries, and snapshots.
+
+A piece is named by everything that it follows from: a chain of digests over the model, the way of
+computing, and all token ids up to its end. So equal beginnings of different sessions are the same
+files. Files are safetensors; since the name tells what must be in them, every byte of the header is
+known before one is opened, and a file either has exactly this header and this size or is not used.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.engine.ladder import STEP_TOKENS
+from localv4.errors import BadFileError
+from localv4.model.snapshot import Snapshot, rings_of
+from localv4.model.state import Rows, State
+
+BLOCK_TOKENS = STEP_TOKENS
+"""Tokens of a block, so that every snapshot of a ladder stands at the end of one."""
+
+NAME_BYTES = 20
+"""Of a digest: enough that no two beginnings ever share a name."""
+
+VERSION = 1
+"""Of the files; a part of every name, so that other versions are never found."""
+
+_TYPES = {"float32": "F32", "int32": "I32", "uint16": "U16", "uint8": "U8", "int8": "I8"}
+_CHECKSUM = "crc32"
+_CHECKSUM_BYTES = 4
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The names, types and shapes of the arrays in a file; the checksum of all of them ends it."""
+
+    arrays: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The bytes before the first array."""
+        entries: dict[str, Any] = {"__metadata__": {"localv4-session": str(VERSION)}}
+        checksum = (_CHECKSUM, np.dtype(np.uint8), (_CHECKSUM_BYTES,))
+        end = 0
+        for name, dtype, shape in (*self.arrays, checksum):
+            begin, end = end, end + _nbytes(dtype, shape)
+            kind, offsets = _TYPES[dtype.name], [begin, end]
+            entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": offsets}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        data = sum(_nbytes(dtype, shape) for _, dtype, shape in self.arrays)
+        return len(self.header) + data + _CHECKSUM_BYTES
+
+
+def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def layout_of(state: State) -> str:
+    """Describe how rows are stored: files of one layout are of no use for another."""
+    parts = [ring.values for ring in rings_of(state)] + [rows.values for _, rows in _rows_of(state)]
+    return " ".join(f"{values.dtype.name}:{values.shape[1]}" for values in parts)
+
+
+def chain(root: str, token_ids: Sequence[int]) -> list[str]:
+    """Return the names of the whole blocks of a token sequence, in order.
+
+    `root` tells the model, the way of computing and the layout. The name of the last block of a
+    prefix is the name of its snapshot, too.
+    """
+    link = hashlib.sha256(f"localv4 session {VERSION}\n{root}".encode()).digest()[:NAME_BYTES]
+    ids, names = np.asarray(token_ids, "<i4"), []
+    for end in range(BLOCK_TOKENS, len(ids) + 1, BLOCK_TOKENS):
+        data = link + ids[end - BLOCK_TOKENS : end].tobytes()
+        link = hashlib.sha256(data).digest()[:NAME_BYTES]
+        names.append(link.hex())
+    return names
+
+
+def block_form(state: State, index: int) -> Form:
+    """Return the form of the file of block `index`."""
+    ids = ("ids", np.dtype(np.int32), (BLOCK_TOKENS,))
+    entries = _entries_of(state, index)
+    return Form((ids, *((name, part.dtype, (len(part), part.shape[1])) for name, part in entries)))
+
+
+def block_arrays(state: State, index: int, token_ids: Sequence[int]) -> list[Array]:
+    """Return the arrays of block `index`, as views into the state where they are rows."""
+    ids = np.asarray(token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS], np.int32)
+    return [ids, *(part for _, part in _entries_of(state, index))]
+
+
+def put_block(path: Path, state: State, index: int, token_ids: Sequence[int]) -> int:
+    """Read the file of block `index` into a state that has room; return the bytes read.
+
+    Raises BadFileError when the file is not what it must be, OSError when it cannot be read.
+    """
+    form = block_form(state, index)
+    targets = block_arrays(state, index, token_ids)
+    values = read_file(path, form)
+    if not np.array_equal(values[0], targets[0]):
+        raise BadFileError(path, "holds other tokens than its name says")
+    for target, value in zip(targets[1:], values[1:], strict=True):
+        target[:] = value
+    return form.nbytes
+
+
+def snapshot_form(state: State, position: int) -> Form:
+    """Return the form of the file of a snapshot."""
+    parts = [(ring.values, position - ring.first_needed(position)) for ring in rings_of(state)]
+    return Form(
+        tuple(
+            (f"rings.{index}", values.dtype, (count, values.shape[1]))
+            for index, (values, count) in enumerate(parts)
+        )
+    )
+
+
+def read_snapshot(path: Path, state: State, position: int) -> Snapshot:
+    """Read the file of a snapshot; raises as `put_block` does."""
+    return Snapshot(position, tuple(read_file(path, snapshot_form(state, position))))
+
+
+def _rows_of(state: State) -> Iterator[tuple[int, Rows]]:
+    """Yield the entries of all layers with their rates."""
+    for layer in state.layers:
+        for rows in layer.entries:
+            yield layer.ratio, rows
+
+
+def _entries_of(state: State, index: int) -> Iterator[tuple[str, Array]]:
+    """Yield the names of the entries that the tokens of a block complete, and views of them."""
+    first, end = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
+    for number, (ratio, rows) in enumerate(_rows_of(state)):
+        yield f"entries.{number}", rows.values[first // ratio : end // ratio]
+
+
+def write_file(path: Path, form: Form, arrays: Sequence[Array]) -> None:
+    """Write arrays of a form; the file has its name once all of it is on the disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    checksum = 0
+    try:
+        with partial.open("wb") as file:
+            file.write(form.header)
+            for array in arrays:
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+            file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_file(path: Path, form: Form) -> list[Array]:
+    """Return the arrays of a file of this form.
+
+    The size is looked at before a byte is read. Raises BadFileError when anything differs, OSError
+    when the file cannot be read.
+    """
+    data = _read_exactly(path, form.nbytes)
+    start, end = len(form.header), form.nbytes - _CHECKSUM_BYTES
+    if data[:start].tobytes() != form.header:
+        raise BadFileError(path, "has another header than files of this version")
+    if zlib.crc32(data[start:end].data) != int.from_bytes(data[end:].tobytes(), "little"):
+        raise BadFileError(path, "the checksum is wrong")
+    arrays, offset = [], start
+    for _, dtype, shape in form.arrays:
+        count = int(np.prod(shape, dtype=np.int64))
+        arrays.append(np.frombuffer(data.data, dtype, count, offset).reshape(shape))
+        offset += count * dtype.itemsize
+    return arrays
+
+
+def _read_exactly(path: Path, nbytes: int) -> NDArray[np.uint8]:
+    """Return the bytes of a regular file of just this size."""
+    # without O_NONBLOCK, opening a pipe that somebody put there would wait for a writer
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise BadFileError(path, "is not a regular file")
+        if status.st_size != nbytes:
+            raise BadFileError(path, f"has {status.st_size} bytes, {nbytes} were due")
+        data = np.empty(nbytes, np.uint8)
+        done = 0
+        while done < nbytes:
+            count = file.readinto(data[done:].data)
+            if not count:
+                raise BadFileError(path, "became shorter while it was being read")
+            done += count
+    return data
