@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from terminal import needs_jit, run_here, run_localv4
 
-from localv4.cli import evaluate
+from localv4.cli import evaluate_logits
 from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error
 
 # A prompt, its greedy first answer token, and the beginning of the logits: eval/generations.json.
@@ -49,15 +49,15 @@ def test_bad_token_lists(text: str, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     tokens.write_text(text)
     with pytest.raises(BadFileError, match=r"tokens\.json"):
-        evaluate._read_tokens(tokens)
+        evaluate_logits.read_tokens(tokens)
 
 
 @needs_jit
 @pytest.mark.parametrize(
     ("ids", "more", "code", "said"),
     [
-        ([0, 8192], [], 5, "token id 8192 is outside the vocabulary of 8192"),
-        ([0] * 20, ["-c", "10"], 4, "20 tokens do not fit"),
+        ([0, 8192], [], 2, "token id 8192 is outside the vocabulary of 8192"),
+        ([0] * 4097, [], 4, "4097 tokens do not fit"),
         ([0], ["--chunk", "0"], 2, "--chunk"),
     ],
 )
@@ -75,7 +75,7 @@ def test_refusals(ids: list[int], more: list[str], code: int, said: str, tmp_pat
 def test_npy_is_written_row_by_row(tmp_path: Path) -> None:
     rows = np.random.default_rng(1).random((7, 5), dtype=np.float32)
     out = tmp_path / "a.npy"
-    evaluate.write_npy(out, (rows[start : start + 3] for start in range(0, 7, 3)), (7, 5))
+    evaluate_logits.write_npy(out, (rows[start : start + 3] for start in range(0, 7, 3)), (7, 5))
     np.testing.assert_array_equal(np.load(out, allow_pickle=False), rows)
 
 
@@ -88,19 +88,19 @@ def test_failure_leaves_the_old_file(tmp_path: Path) -> None:
         raise LocalV4Error("stopped")
 
     with pytest.raises(LocalV4Error, match="stopped"):
-        evaluate.write_npy(out, parts(), (2, 5))
+        evaluate_logits.write_npy(out, parts(), (2, 5))
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_disk_too_small(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFitError, match="GiB free"):
-        evaluate.write_npy(tmp_path / "a.npy", [], (2**40, 2**17))
+        evaluate_logits.write_npy(tmp_path / "a.npy", [], (2**40, 2**17))
 
 
 @pytest.mark.parametrize("name", ["missing/a.npy", "."])
 def test_impossible_place(name: str, tmp_path: Path) -> None:
     rows = [np.zeros((1, 5), np.float32)]
     with pytest.raises(LocalV4Error, match="cannot write"):
-        evaluate.write_npy(tmp_path / name, rows, (1, 5))
+        evaluate_logits.write_npy(tmp_path / name, rows, (1, 5))
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,44 @@
+"""Result files that appear all at once: written under another name, synced, then renamed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from localv4.errors import DoesNotFitError, LocalV4Error
+
+
+@contextlib.contextmanager
+def finished_file(path: Path, need_bytes: int, hint: str) -> Iterator[BinaryIO]:
+    """Open a file under another name; it gets its own name when all of it is on disk.
+
+    Raises DoesNotFitError with `hint` if the disk has no room for `need_bytes`, LocalV4Error for
+    what the system refuses.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _check_space(path.parent, need_bytes, hint)
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise LocalV4Error(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _check_space(folder: Path, need_bytes: int, hint: str) -> None:
+    from localv4.cli.generation import format_bytes
+
+    have_bytes = shutil.disk_usage(folder).free
+    if have_bytes < need_bytes:
+        raise DoesNotFitError(
+            f"the result needs {format_bytes(need_bytes)}, "
+            f"{folder} has {format_bytes(have_bytes)} free",
+            hint=hint,
+        )
