@@ -1,5 +1,6 @@
 """Threads that read records: order, parts, errors, faults, and no write after they are closed."""
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -169,6 +170,44 @@ def test_a_split_that_fails_leaves_the_error_to_load() -> None:
     until(lambda: readers._idle == 2)
     readers.submit((0, 0), 0)
     assert str(collect(readers, 1)[0].error) == "no such expert"
+    readers.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_record_ends_once_in_any_course_of_events(seed: int) -> None:
+    """Threads, guesses that are cancelled or come true, and parts, all at random."""
+    choose = random.Random(seed)
+
+    def load(key: Key, address: int) -> int:
+        time.sleep((key[1] % 4) * 1e-4)
+        if key[1] % 7 == 0:
+            raise ReadError(str(key))
+        return 6
+
+    def split(key: Key, address: int, parts: int) -> list[Callable[[], int]]:
+        return [lambda: load(key, address) // 3 for _ in range(3)]
+
+    readers = Readers(load, 6, split)
+    expected: set[Key] = set()
+    found: list[Finished] = []
+    for expert in range(400):
+        key = (choose.randrange(40), expert)
+        readers.submit(key, expert, urgent=choose.random() < 0.5)
+        expected.add(key)
+        if choose.random() < 0.1:
+            readers.make_urgent(choose.sample(sorted(expected), min(3, len(expected))))
+        if choose.random() < 0.05:
+            expected -= set(readers.cancel_guesses())
+        if choose.random() < 0.3:
+            found += readers.wait(0.001) if choose.random() < 0.5 else readers.finished()
+    while new := readers.wait(LONGEST_S):
+        found += new
+    assert sorted(done.key for done in found) == sorted(expected)
+    for done in found:
+        assert done.address == done.key[1]
+        assert (done.error is not None) == (done.key[1] % 7 == 0)
+        assert done.error is not None or done.nbytes == 6
+    assert readers.is_idle and readers.statistics.reads == len(found)
     readers.close()
 
 

@@ -142,6 +142,7 @@ def test_the_end_of_the_file_is_an_error(path: Path, target: int, io: Io) -> Non
     file.close()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="refuses in the way of other systems")
 def test_a_refusal_of_direct_reads_is_told(
     path: Path, data: Bytes, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

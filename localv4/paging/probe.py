@@ -48,7 +48,7 @@ class DiskSpeed:
 def measure_disk(
     place: Path, record_bytes: int, readers: int, seconds: float = 4.0, io: Io = "direct"
 ) -> DiskSpeed:
-    """Measure the disk that a file, or a folder, lies on; takes `seconds` in all, at most.
+    """Measure the disk that a file, or a folder, lies on (or will lie); takes `seconds` in all.
 
     Reads the file, or the largest model file in the folder. Where there is none, half of the time
     goes into a scratch file of at most SCRATCH_BYTES, which is removed. Raises LocalV4Error.

@@ -19,6 +19,8 @@ ALIGNMENT = 4096
 MOST_AT_ONCE = 1 << 30
 """Bytes of one read; systems end one somewhere below 2 GiB."""
 
+_F_RDAHEAD = 45  # sys/fcntl.h of macOS; the module fcntl lacks it
+
 
 class RawFile(Protocol):
     """An open file; `io` and `alignment` (1 where nothing has to be aligned) say how it is read."""
@@ -102,7 +104,7 @@ class PosixFile:
             import fcntl
 
             fcntl.fcntl(self._descriptor, fcntl.F_NOCACHE, 1)
-            fcntl.fcntl(self._descriptor, fcntl.F_RDAHEAD, 0)
+            fcntl.fcntl(self._descriptor, _F_RDAHEAD, 0)
         elif not hasattr(os, "O_DIRECT"):
             raise OSError(errno.EINVAL, "this system has no direct reads")
 

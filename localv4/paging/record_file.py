@@ -47,7 +47,6 @@ class RecordFile:
         self.raw = raw
         self._mark = _mark(raw)
         self.size = self._mark.size
-        self._bounce = threading.local()
 
     @classmethod
     def open(cls, path: Path, io: Io) -> Self:
@@ -113,18 +112,22 @@ class RecordFile:
         """Read whole blocks that hold the bytes to a buffer of this thread; copy what was meant."""
         past = offset % self.alignment
         whole = -(-(past + nbytes) // self.alignment) * self.alignment
-        buffer = self._buffer()
+        buffer = _bounce_buffer()
         done = self.raw.read_some(buffer, offset - past, whole)
         wanted = max(0, min(done - past, nbytes))
         ctypes.memmove(address, buffer + past, wanted)
         return wanted
 
-    def _buffer(self) -> int:
-        """Return the address of _BOUNCE_BYTES that this thread alone uses."""
-        if not hasattr(self._bounce, "memory"):
-            self._bounce.memory = _aligned(_BOUNCE_BYTES)
-        address: int = self._bounce.memory.ctypes.data
-        return address
+
+_bounce = threading.local()
+
+
+def _bounce_buffer() -> int:
+    """Return the address of _BOUNCE_BYTES that this thread alone uses, for all files."""
+    if not hasattr(_bounce, "memory"):
+        _bounce.memory = _aligned(_BOUNCE_BYTES)
+    address: int = _bounce.memory.ctypes.data
+    return address
 
 
 def _tried(raw: RawFile) -> RawFile:
