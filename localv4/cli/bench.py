@@ -142,6 +142,12 @@ def bench(
     threads: options.Threads = None,
     pin: options.Pin = False,
     numerics: options.Numerics = options.Arithmetic.FAST,
+    ram: options.Ram = None,
+    reserve: options.Reserve = None,
+    io: options.Io = options.ReadingExperts.AUTO,
+    cache_policy: options.CachePolicy = options.Caching.DECAY,
+    readers: options.ExpertReaders = None,
+    prefetch: options.Prefetch = True,
     compare: Compare = None,
     peer_python: PeerPython = None,
     peer_ubatch: PeerUbatch = 512,
@@ -169,6 +175,7 @@ def bench(
     from localv4.engine.engine import Engine
     from localv4.engine.peer import PeerSettings
 
+    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch)
     settings = PeerSettings(peer_ubatch, peer_flash_attn.value, peer_repack)
     with ExitStack() as stack:
         rival = None
@@ -181,13 +188,19 @@ def bench(
             threads=threads,
             pin=pin,
             numerics=numerics.value,
+            memory=memory,
             quiet=quiet,
             no_color=no_color,
         )
         cases = plan(*sizes, loaded.engine.ctx_size)
         _tell_skipped(cases, loaded.engine.ctx_size, quiet)
         reload = partial(
-            Engine.load, loaded.model.path, threads=threads, pin=pin, numerics=numerics.value
+            Engine.load,
+            loaded.model.path,
+            threads=threads,
+            pin=pin,
+            numerics=numerics.value,
+            memory=memory,
         )
         progress = stack.enter_context(Progress(quiet=quiet, no_color=no_color))
         make = partial(Benchmark, repeats=repeat, pause_s=pause, on_step=progress)

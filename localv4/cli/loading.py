@@ -15,6 +15,7 @@ from localv4.cli.settings import Settings, recommended
 
 if TYPE_CHECKING:
     from localv4.engine.engine import Engine, NumericsName
+    from localv4.engine.memory import MemoryOptions
     from localv4.library.installed import InstalledModel
     from localv4.text.effort import Release
 
@@ -64,6 +65,7 @@ def load_engine(
     threads: int | None,
     pin: bool,
     numerics: "NumericsName",
+    memory: "MemoryOptions | None" = None,
     quiet: bool,
     no_color: bool,
 ) -> Loaded:
@@ -96,6 +98,7 @@ def load_engine(
             threads=threads,
             pin=pin,
             numerics=numerics,
+            memory=memory,
             on_progress=report,
         )
         end_with_a_line()

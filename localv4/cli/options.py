@@ -2,11 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from localv4.errors import UsageError
+
+if TYPE_CHECKING:
+    from localv4.engine.memory import MemoryOptions
 
 MAX_TOKENS = 2**31 - 1  # also the bound of --top-k; real limits are far below
 
@@ -24,6 +27,23 @@ class Arithmetic(StrEnum):
 
     EXACT = "exact"
     FAST = "fast"
+
+
+class ReadingExperts(StrEnum):
+    """How experts get into memory."""
+
+    AUTO = "auto"
+    MAP = "map"
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+
+
+class Caching(StrEnum):
+    """Which experts stay in memory."""
+
+    DECAY = "decay"
+    LRU = "lru"
+    LFU = "lfu"
 
 
 class Effort(StrEnum):
@@ -92,6 +112,71 @@ Numerics = Annotated[
         "--numerics",
         panel="Model",
         help="fast: packed weights, activations rounded to 8 bits; exact: float32 throughout.",
+    ),
+]
+
+Ram = Annotated[
+    str | None,
+    _option(
+        "--ram",
+        panel="Memory",
+        metavar="SIZE",
+        help="Take at most so much memory, for example 48GiB; experts beyond it are paged.",
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    _option(
+        "--reserve",
+        panel="Memory",
+        metavar="SIZE",
+        help="Leave so much memory to other programs. Default: 8 % of it, at least 4 GiB.",
+    ),
+]
+Io = Annotated[
+    ReadingExperts,
+    _option(
+        "--io",
+        panel="Memory",
+        help="How experts get into memory: map files; read them past the page cache of the "
+        "system (direct) or through it (buffered); auto: map if everything fits, else direct.",
+    ),
+]
+CachePolicy = Annotated[
+    Caching,
+    _option(
+        "--cache-policy",
+        panel="Memory",
+        help="Which experts stay: those used most of late (decay), last (lru) or ever (lfu).",
+    ),
+]
+ExpertReaders = Annotated[
+    int | None,
+    _option(
+        "--readers",
+        panel="Memory",
+        metavar="N",
+        min=1,
+        max=64,
+        help="Threads that read experts. Default: as many as the disk takes.",
+    ),
+]
+Prefetch = Annotated[
+    bool,
+    _option(
+        "--prefetch/--no-prefetch",
+        panel="Memory",
+        help="Read what the next layer may need while that makes tokens faster.",
+    ),
+]
+TraceRoutes = Annotated[
+    Path | None,
+    _option(
+        "--trace-routes",
+        panel="Memory",
+        env=False,
+        metavar="FILE",
+        help="Record which experts tokens choose, for localv4 tune; no text is kept.",
     ),
 ]
 
@@ -230,6 +315,28 @@ NoColor = Annotated[
 def wants_json(output_format: OutputFormat, as_json: bool) -> bool:
     """Say whether `--format json` or its short form was given."""
     return as_json or output_format is OutputFormat.JSON
+
+
+def memory_options(
+    ram: str | None,
+    reserve: str | None,
+    io: ReadingExperts,
+    policy: Caching,
+    readers: int | None,
+    prefetch: bool,
+) -> "MemoryOptions":
+    """Return what was said about memory. Raises UsageError for what is no size."""
+    from localv4.cli.sizes import parse_bytes
+    from localv4.engine.memory import MemoryOptions
+
+    return MemoryOptions(
+        ram=parse_bytes(ram, "--ram") if ram is not None else None,
+        reserve=parse_bytes(reserve, "--reserve") if reserve is not None else None,
+        io=io.value,
+        policy=policy.value,
+        readers=readers,
+        prefetch=prefetch,
+    )
 
 
 def one_of(argument: str | None, option: str | None, name: str) -> str | None:

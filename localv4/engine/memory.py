@@ -55,6 +55,7 @@ def paging_options(checkpoint: Checkpoint, options: MemoryOptions, plan: Plan) -
         readers=readers,
         policy=options.policy,
         prefetch=options.prefetch,
+        floor_bytes=plan.floor,
         faults=options.faults,
     )
 

@@ -18,6 +18,7 @@ from localv4.paging.file_reads import FileReads, Piece
 from localv4.paging.options import PagingOptions
 from localv4.paging.paged_store import PagedStore
 from localv4.paging.policy import make_policy
+from localv4.paging.pressure import open_gauge
 from localv4.paging.raw_file import Io
 from localv4.paging.readers import Key, Load, Readers, Split
 from localv4.paging.record_file import RecordFile
@@ -43,7 +44,14 @@ def open_store(
     readers = start(load, options.readers, split)
     arena = Arena(_capacity(experts.nbytes, footprints(experts.nbytes), options.capacity_bytes))
     uses = Uses(*sizes.shape)
-    return PagedStore(sizes, arena, readers, make_policy(options.policy, uses), uses)
+    store = PagedStore(sizes, arena, readers, make_policy(options.policy, uses), uses)
+    if arena.capacity >= GOVERNED_BYTES:
+        store.govern(options.floor_bytes, open_gauge())
+    return store
+
+
+GOVERNED_BYTES = 1 << 28
+"""From this size on an arena is worth giving back."""
 
 
 def footprints(nbytes: NDArray[np.int64]) -> NDArray[np.int64]:

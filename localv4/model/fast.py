@@ -104,6 +104,10 @@ class FastTransformer:
         """Where the records of the experts are."""
         return self._network.store
 
+    def close(self) -> None:
+        """Stop reading experts."""
+        self.store.close()
+
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for decoder state and mapped files."""
         buffers = self._token.nbytes + self._many.nbytes
@@ -120,10 +124,11 @@ class FastTransformer:
         token_ids (tokens,) must be in the vocabulary and at most `chunk_tokens` many. When anything
         is raised on the way, the state still stands before the tokens.
         """
-        if len(token_ids) == 1:
-            vectors = self._decode(token_ids, state)
-        else:
-            vectors = self._many.run(token_ids, state)
+        with self.store.in_use():
+            if len(token_ids) == 1:
+                vectors = self._decode(token_ids, state)
+            else:
+                vectors = self._many.run(token_ids, state)
         state.advance(len(token_ids))
         return vectors
 

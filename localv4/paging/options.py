@@ -16,7 +16,8 @@ DEFAULT_READERS = 6
 
 @dataclass(frozen=True, slots=True)
 class PagingOptions:
-    """`capacity_bytes` is the size of an arena; `io` how records get there, or "map".
+    """`capacity_bytes` is the size of an arena, which is never made smaller than `floor_bytes`
+    when other programs need memory; `io` how records get there, or "map".
 
     `readers` threads read; `policy` says who makes room; `prefetch`: read what the next layer may
     need while this one is computed. `faults` makes reading go wrong in tests.
@@ -27,6 +28,7 @@ class PagingOptions:
     readers: int = DEFAULT_READERS
     policy: PolicyName = "decay"
     prefetch: bool = True
+    floor_bytes: int = 0
     faults: Faults | None = None
 
 

@@ -9,8 +9,10 @@ a scan would wash out everything. So a layer keeps as many records as it had: th
 uses most. The others pass through a few slots.
 """
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 from localv4.errors import DoesNotFitError
 from localv4.paging.arena import Arena
 from localv4.paging.counts import PagingCounts, Reason
+from localv4.paging.governor import Governor
 from localv4.paging.policy import Policy
+from localv4.paging.pressure import Gauge
 from localv4.paging.readers import Finished, Key, Readers
 from localv4.paging.store import ABSENT, ON_ITS_WAY
 from localv4.paging.uses import Uses
@@ -41,12 +45,15 @@ class PagedStore:
     ) -> None:
         self.nbytes, self.arena, self.readers = nbytes, arena, readers
         self.policy, self.uses = policy, uses
-        self.addresses = np.full(nbytes.shape, ABSENT, np.int64)
+        self.addresses: NDArray[np.int64] = np.full(nbytes.shape, ABSENT, np.int64)
         self.counts = PagingCounts(len(nbytes))
         self._claimed = np.zeros(nbytes.shape, bool)
         self._going: dict[Key, int] = {}  # the first to be given up, in this order; since when
         self._guessed: set[Key] = set()
         self._stays = np.zeros(nbytes.shape, bool)  # what a prompt shall leave in memory
+        self._in_use = threading.Lock()
+        self._change = 0  # bytes by which the arena shall grow or shrink as soon as it may
+        self._governor: Governor | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -57,6 +64,54 @@ class PagedStore:
     def resident(self) -> NDArray[np.bool_]:
         """Which records (layers, experts) are in memory."""
         return self.addresses > 0
+
+    def govern(self, floor_bytes: int, gauge: Gauge) -> None:
+        """Give memory back from now on when other programs need it, down to `floor_bytes`."""
+        budget = self.arena.capacity
+        self._governor = Governor(
+            budget, min(floor_bytes, budget), self._give_memory_back, self._take_memory, gauge
+        )
+        self._governor.start()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the governor's hands off: only at its end, and when nobody uses it, memory goes."""
+        with self._in_use:
+            yield
+            self._follow_governor()
+
+    def _give_memory_back(self, nbytes: int) -> int:
+        return self._note_change(-nbytes)
+
+    def _take_memory(self, nbytes: int) -> int:
+        return self._note_change(nbytes)
+
+    def _note_change(self, nbytes: int) -> int:
+        """Take a wish of the governor, in its thread; return its size."""
+        self._change += nbytes
+        if self._in_use.acquire(blocking=False):
+            try:
+                self._follow_governor()
+            finally:
+                self._in_use.release()
+        return abs(nbytes)
+
+    def _follow_governor(self) -> None:
+        """Do what the governor has asked for."""
+        change, self._change = self._change, 0
+        if change > 0:
+            self.arena.grow(change)
+        elif change < 0:
+            for address in self.arena.shrink(-change):
+                self._vacate(address)
+            self.arena.release_tail()
+
+    def _vacate(self, address: int) -> None:
+        """Give up whatever lies at an address, when it is there if it is being read."""
+        while not (self.addresses == address).any() and self.readers.pending:
+            self._collect(self.readers.wait())
+        for layer, number in np.argwhere(self.addresses == address).tolist():
+            self._give_up((layer, number))
 
     def request(self, layer: int, numbers: Iterable[int]) -> None:
         """Have absent records read; they are needed soon."""
@@ -150,8 +205,7 @@ class PagedStore:
 
     def begin_prompt(self, layer: int, chosen: NDArray[np.int64]) -> None:
         """Be told which experts (tokens, k) of a layer some tokens of a prompt use."""
-        used = np.zeros(self.addresses.shape[1], np.bool_)
-        used[chosen] = True
+        used = np.isin(np.arange(self.addresses.shape[1]), chosen)
         self._claimed[layer, ~used] = False  # what was claimed before they were known
         self.uses.record_tokens(layer, chosen)
         here = self.resident[layer]
@@ -225,4 +279,6 @@ class PagedStore:
 
     def close(self) -> None:
         """Stop reading; records stay where they are."""
+        if self._governor is not None:
+            self._governor.close()
         self.readers.close()

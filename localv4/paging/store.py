@@ -6,6 +6,7 @@ program runs nothing is done here, so no record that it uses can be given up.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -60,6 +61,9 @@ class ExpertStore(Protocol):
     def largest_claim(self, layer: int) -> int:
         """Return how many records of a layer to claim at a time."""
 
+    def in_use(self) -> AbstractContextManager[None]:
+        """Hold records where they are but for what this store itself does, while tokens run."""
+
     def close(self) -> None:
         """Stop reading; records stay where they are."""
 
@@ -103,6 +107,10 @@ class MappedStore:
     def largest_claim(self, layer: int) -> int:
         """Return the number of experts."""
         return int(self.addresses.shape[1])
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
 
     def close(self) -> None:
         """Do nothing."""
