@@ -21,7 +21,7 @@ def chat(
     numerics: options.Numerics = options.Arithmetic.FAST,
     ram: options.Ram = None,
     reserve: options.Reserve = None,
-    io: options.Io = options.ReadingExperts.AUTO,
+    io: options.Io = options.IoWay.AUTO,
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,

@@ -29,15 +29,6 @@ class Arithmetic(StrEnum):
     FAST = "fast"
 
 
-class ReadingExperts(StrEnum):
-    """How experts get into memory."""
-
-    AUTO = "auto"
-    MAP = "map"
-    DIRECT = "direct"
-    BUFFERED = "buffered"
-
-
 class Caching(StrEnum):
     """Which experts stay in memory."""
 
@@ -115,33 +106,6 @@ Numerics = Annotated[
     ),
 ]
 
-Ram = Annotated[
-    str | None,
-    _option(
-        "--ram",
-        panel="Memory",
-        metavar="SIZE",
-        help="Take at most so much memory, for example 48GiB; experts beyond it are paged.",
-    ),
-]
-Reserve = Annotated[
-    str | None,
-    _option(
-        "--reserve",
-        panel="Memory",
-        metavar="SIZE",
-        help="Leave so much memory to other programs. Default: 8 % of it, at least 4 GiB.",
-    ),
-]
-Io = Annotated[
-    ReadingExperts,
-    _option(
-        "--io",
-        panel="Memory",
-        help="How experts get into memory: map files; read them past the page cache of the "
-        "system (direct) or through it (buffered); auto: map if everything fits, else direct.",
-    ),
-]
 CachePolicy = Annotated[
     Caching,
     _option(
@@ -320,7 +284,7 @@ def wants_json(output_format: OutputFormat, as_json: bool) -> bool:
 def memory_options(
     ram: str | None,
     reserve: str | None,
-    io: ReadingExperts,
+    io: IoWay,
     policy: Caching,
     readers: int | None,
     prefetch: bool,

@@ -54,7 +54,7 @@ def run(
     numerics: options.Numerics = options.Arithmetic.FAST,
     ram: options.Ram = None,
     reserve: options.Reserve = None,
-    io: options.Io = options.ReadingExperts.AUTO,
+    io: options.Io = options.IoWay.AUTO,
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
