@@ -26,6 +26,15 @@ class Arithmetic(StrEnum):
     FAST = "fast"
 
 
+class IoWay(StrEnum):
+    """How experts come from the disk."""
+
+    AUTO = "auto"
+    MAP = "map"
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+
+
 class Effort(StrEnum):
     """How long the model may think before it answers."""
 
@@ -92,6 +101,54 @@ Numerics = Annotated[
         "--numerics",
         panel="Model",
         help="fast: packed weights, activations rounded to 8 bits; exact: float32 throughout.",
+    ),
+]
+
+Ram = Annotated[
+    str | None,
+    _option(
+        "--ram",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory to take, as 48GiB. Default: what is available, less the reserve.",
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    _option(
+        "--reserve",
+        panel="Memory",
+        metavar="SIZE",
+        help="Memory to leave to other programs. Default: 8 %, at least 4GiB.",
+    ),
+]
+Io = Annotated[
+    IoWay,
+    _option(
+        "--io",
+        panel="Memory",
+        help="How experts are read. auto: mapped if all fit, else directly from the disk.",
+    ),
+]
+
+
+def _assumed(name: str, what: str) -> Any:
+    return _option(f"--assume-{name}", panel="Another machine", env=False, metavar="X", help=what)
+
+
+AssumeRam = Annotated[str | None, _assumed("ram", "Memory of the machine: 64GiB.")]
+AssumeBandwidth = Annotated[str | None, _assumed("bandwidth", "Of its memory: 90GB/s.")]
+AssumeDisk = Annotated[str | None, _assumed("disk", "Random reads of its disk: 7GB/s.")]
+AssumeCores = Annotated[
+    int | None,
+    _option(
+        "--assume-cores",
+        panel="Another machine",
+        env=False,
+        metavar="N",
+        min=1,
+        max=1024,
+        help="Its physical performance cores.",
     ),
 ]
 
