@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quant.packed_writer import MatrixEntry, WrittenFile, write_file
+from quant.errors_made import Share
+from quant.output_file import WrittenFile, write_file
+from quant.packed_writer import MatrixEntry
+from quant.tensor_class import TensorClass
 
 JOURNAL_NAME = ".packing.json"
 MAX_JOURNAL_BYTES = 64 << 20
@@ -14,45 +17,60 @@ MAX_JOURNAL_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 24
 
 
-class Journal:
-    """The finished shards of a folder, and the manifest's entries of their tensors.
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished file: the manifest's entries of its tensors, and the errors made in it."""
 
-    `recipe` tells what is converted and how. What was written by another recipe does not count.
+    file: WrittenFile
+    matrices: dict[str, MatrixEntry] = field(default_factory=dict)
+    errors: dict[TensorClass, Share] = field(default_factory=dict)
+
+
+class Journal:
+    """The finished files of a conversion.
+
+    `task` tells what is converted and how. What was written for another task does not count.
     """
 
-    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
-        """Read what an earlier run left; a journal that is damaged or of another recipe is none."""
-        self.path = folder / JOURNAL_NAME
-        self._recipe = recipe
+    def __init__(self, path: Path, task: dict[str, Any]) -> None:
+        """Read what an earlier run left; a journal that is damaged or of another task is none."""
+        self.path = path
+        self._task = task
         self._files: dict[str, Any] = {}
         found = _read(self.path)
-        if found is not None and found.get("recipe") == recipe:
+        if found is not None and found.get("task") == task:
             files = found.get("files")
             self._files = files if isinstance(files, dict) else {}
 
-    def finished(self, name: str) -> tuple[WrittenFile, dict[str, MatrixEntry]] | None:
-        """Return what is known about a shard if it is there with its size and digest."""
+    def finished(self, name: str) -> Finished | None:
+        """Return what is known about a file if it is there with its size and digest."""
         try:
-            fields = self._files[name]
-            written = WrittenFile(**fields["file"])
-            entries = {key: MatrixEntry(**entry) for key, entry in fields["matrices"].items()}
-        except (KeyError, TypeError, AttributeError):
+            found = _finished(self._files[name])
+        except (KeyError, TypeError, ValueError, AttributeError):
             return None
         path = self.path.with_name(name)
-        if not path.is_file() or path.stat().st_size != written.bytes:
+        if not path.is_file() or path.stat().st_size != found.file.bytes:
             return None
-        return (written, entries) if _digest(path) == written.sha256 else None
+        return found if _digest(path) == found.file.sha256 else None
 
-    def add(self, name: str, written: WrittenFile, entries: dict[str, MatrixEntry]) -> None:
-        """Note that a shard is finished."""
-        matrices = {key: asdict(entry) for key, entry in entries.items()}
-        self._files[name] = {"file": asdict(written), "matrices": matrices}
-        document = {"recipe": self._recipe, "files": self._files}
+    def add(self, name: str, finished: Finished) -> None:
+        """Note that a file is finished."""
+        self._files[name] = asdict(finished)
+        document = {"task": self._task, "files": self._files}
         write_file(self.path, [json.dumps(document).encode()])
 
     def remove(self) -> None:
-        """Forget everything: the manifest knows it now."""
+        """Forget everything: the conversion is complete."""
         self.path.unlink(missing_ok=True)
+
+
+def _finished(fields: Any) -> Finished:
+    matrices = {
+        name: MatrixEntry(**{**entry, "experts": tuple(entry["experts"])})
+        for name, entry in fields["matrices"].items()
+    }
+    errors = {TensorClass(kind): Share(**share) for kind, share in fields["errors"].items()}
+    return Finished(WrittenFile(**fields["file"]), matrices, errors)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,21 +3,28 @@
 docs/packed_format.md describes the format. Only NumPy and the standard library are needed here.
 """
 
-import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.output_file import Job, OnBytes, Part, WrittenFile, in_order, nbytes_of, write_file
+
+__all__ = ["WrittenFile", "write_file"]
+
 FORMAT = "localv4-packed"
-VERSION = 1
+VERSION = 2
+FIRST_VERSION = 1
+"""Of folders in which all experts of a layer have one form; older readers know it."""
+
 MANIFEST_NAME = "manifest.json"
 PAGE = 4096
 LINE = 64
@@ -32,21 +39,15 @@ ITEM_BYTES = {
 PACKED_BYTES = "I8"
 """The type of packed bytes: the official release stores its FP4 weights under that name."""
 
-_LARGEST_WRITE = 1 << 26
-"""One call to the system writes no more: Linux stops at 2 GiB, and the digest keeps pace."""
-
-Part = bytes | NDArray[Any]
-OnBytes = Callable[[int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class ShardTensor:
-    """A tensor to be written; `parts` yields its bytes in order, when it is its turn."""
+    """A tensor to be written; `parts` yields its bytes in order, or what computes them."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: Callable[[], Iterable[Part]]
+    parts: Callable[[], Iterable[Job]]
 
     @property
     def nbytes(self) -> int:
@@ -55,18 +56,11 @@ class ShardTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenFile:
-    """What the manifest says about a finished file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class MatrixEntry:
     """What the manifest says about a matrix, or about experts in records.
 
-    Of records, rows, cols and format are those of the gate projection.
+    Of records, rows, cols and format are those of the gate projection; `experts` are the numbers of
+    the experts in them where they are not all of the layer.
     """
 
     layout: Literal["packed", "rows", "records"]
@@ -76,12 +70,15 @@ class MatrixEntry:
     down_format: str = ""
     records: int = 0
     record_bytes: int = 0
+    experts: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Return the entry; the fields of records are left out of other layouts."""
+        """Return the entry; fields of records are left out of other layouts."""
         fields = asdict(self)
         if self.layout != "records":
             del fields["down_format"], fields["records"], fields["record_bytes"]
+        if not self.experts:
+            del fields["experts"]
         return fields
 
 
@@ -95,34 +92,43 @@ def stored_array(name: str, dtype: str, values: NDArray[Any]) -> ShardTensor:
     return ShardTensor(name, dtype, values.shape, lambda: (np.ascontiguousarray(values),))
 
 
-def packed_bytes_tensor(name: str, nbytes: int, parts: Callable[[], Iterable[Part]]) -> ShardTensor:
+def packed_bytes_tensor(name: str, nbytes: int, parts: Callable[[], Iterable[Job]]) -> ShardTensor:
     """Return a tensor of `nbytes` packed bytes."""
     return ShardTensor(name, PACKED_BYTES, (nbytes,), parts)
 
 
 def records_tensor(
-    name: str, records: int, record_bytes: int, parts: Callable[[], Iterable[Part]]
+    name: str, records: int, record_bytes: int, parts: Callable[[], Iterable[Job]]
 ) -> ShardTensor:
     """Return a tensor of expert records; `record_bytes` is a multiple of PAGE."""
     return ShardTensor(name, PACKED_BYTES, (records, record_bytes), parts)
 
 
 def write_shard(
-    path: Path, tensors: Sequence[ShardTensor], on_bytes: OnBytes | None = None
+    path: Path,
+    tensors: Sequence[ShardTensor],
+    on_bytes: OnBytes | None = None,
+    pool: Executor | None = None,
+    ahead: int = 0,
 ) -> WrittenFile:
-    """Write a safetensors file; what is a whole number of pages (lines) long starts on one."""
+    """Write a safetensors file; what is a whole number of pages (lines) long starts on one.
+
+    Bytes that have to be computed are computed by `pool`, `ahead` parts before it is their turn.
+    Raises ValueError for a tensor that has not the bytes that its shape says.
+    """
+    header, placed = _layout(tensors)
+    return write_file(path, chain([header], _parts(placed, pool, ahead)), on_bytes)
+
+
+def shard_bytes(tensors: Sequence[ShardTensor]) -> int:
+    """Return the size of the file that `write_shard` writes."""
+    header, placed = _layout(tensors)
+    return len(header) + sum(tensor.nbytes for tensor in placed)
+
+
+def _layout(tensors: Sequence[ShardTensor]) -> tuple[bytes, Sequence[ShardTensor]]:
+    """Return the header of a shard, and its tensors in their order."""
     placed = sorted(tensors, key=_place)
-    return write_file(path, _shard_parts(placed), on_bytes)
-
-
-def _place(tensor: ShardTensor) -> tuple[int, int, str]:
-    """Whole pages come first, then whole lines, then the rest by falling size of its numbers."""
-    nbytes = tensor.nbytes
-    kind = 0 if nbytes % PAGE == 0 else 1 if nbytes % LINE == 0 else 2
-    return kind, -ITEM_BYTES[tensor.dtype], tensor.name
-
-
-def _shard_parts(placed: Sequence[ShardTensor]) -> Iterator[Part]:
     entries: dict[str, Any] = {}
     end = 0
     for tensor in placed:
@@ -134,58 +140,26 @@ def _shard_parts(placed: Sequence[ShardTensor]) -> Iterator[Part]:
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     length = rounded_up(len(text) + 8, PAGE) - 8
-    yield struct.pack("<Q", length) + text.ljust(length)
-    for tensor in placed:
-        given = 0
-        for part in tensor.parts():
-            given += _view(part).nbytes
+    return struct.pack("<Q", length) + text.ljust(length), placed
+
+
+def _place(tensor: ShardTensor) -> tuple[int, int, str]:
+    """Whole pages come first, then whole lines, then the rest by falling size of its numbers."""
+    nbytes = tensor.nbytes
+    kind = 0 if nbytes % PAGE == 0 else 1 if nbytes % LINE == 0 else 2
+    return kind, -ITEM_BYTES[tensor.dtype], tensor.name
+
+
+def _parts(placed: Sequence[ShardTensor], pool: Executor | None, ahead: int) -> Iterator[Part]:
+    jobs = ((number, job) for number, tensor in enumerate(placed) for job in tensor.parts())
+    given = [0] * len(placed)
+    for number, parts in groupby(in_order(jobs, pool, ahead), key=lambda item: item[0]):
+        for _, part in parts:
+            given[number] += nbytes_of(part)
             yield part
-        if given != tensor.nbytes:
-            raise ValueError(f"{tensor.name} has {given} bytes, not {tensor.nbytes}")
-
-
-def write_file(path: Path, parts: Iterable[Part], on_bytes: OnBytes | None = None) -> WrittenFile:
-    """Write a file under another name and give it its own when every byte is on the disk.
-
-    `on_bytes` is told the number of bytes after every piece.
-    """
-    digest, total = hashlib.sha256(), 0
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb", buffering=0) as file:
-        for part in parts:
-            raw = _view(part)
-            for start in range(0, len(raw), _LARGEST_WRITE):
-                piece = raw[start : start + _LARGEST_WRITE]
-                digest.update(piece)
-                _write_all(file.fileno(), piece)
-                if on_bytes is not None:
-                    on_bytes(len(piece))
-            total += len(raw)
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-    return WrittenFile(total, digest.hexdigest())
-
-
-def _view(part: Part) -> memoryview:
-    array = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _write_all(descriptor: int, piece: memoryview) -> None:
-    while piece:
-        piece = piece[os.write(descriptor, piece) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; systems that cannot open a folder keep their own order."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        tensor = placed[number]
+        if given[number] != tensor.nbytes:
+            raise ValueError(f"{tensor.name} has {given[number]} bytes, not {tensor.nbytes}")
 
 
 def write_manifest(
@@ -195,8 +169,9 @@ def write_manifest(
     matrices: Mapping[str, MatrixEntry],
 ) -> None:
     """Write the manifest, which makes the folder a model; all `files` must be finished."""
+    mixed = any(entry.experts for entry in matrices.values())
     manifest = {
-        "container": {"format": FORMAT, "version": VERSION},
+        "container": {"format": FORMAT, "version": VERSION if mixed else FIRST_VERSION},
         "source": source,
         "files": {name: asdict(files[name]) for name in sorted(files)},
         "matrices": {name: matrices[name].as_json() for name in sorted(matrices)},

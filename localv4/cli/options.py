@@ -29,6 +29,15 @@ class Arithmetic(StrEnum):
     FAST = "fast"
 
 
+class IoWay(StrEnum):
+    """How experts come from the disk."""
+
+    AUTO = "auto"
+    MAP = "map"
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+
+
 class Caching(StrEnum):
     """Which experts stay in memory."""
 
@@ -141,6 +150,51 @@ TraceRoutes = Annotated[
         env=False,
         metavar="FILE",
         help="Record which experts tokens choose, for localv4 tune; no text is kept.",
+Ram = Annotated[
+    str | None,
+    _option(
+        "--ram",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory to take, as 48GiB. Default: what is available, less the reserve.",
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    _option(
+        "--reserve",
+        panel="Memory",
+        metavar="SIZE",
+        help="Memory to leave to other programs. Default: 8 %, at least 4GiB.",
+    ),
+]
+Io = Annotated[
+    IoWay,
+    _option(
+        "--io",
+        panel="Memory",
+        help="How experts are read. auto: mapped if all fit, else directly from the disk.",
+    ),
+]
+
+
+def _assumed(name: str, what: str) -> Any:
+    return _option(f"--assume-{name}", panel="Another machine", env=False, metavar="X", help=what)
+
+
+AssumeRam = Annotated[str | None, _assumed("ram", "Memory of the machine: 64GiB.")]
+AssumeBandwidth = Annotated[str | None, _assumed("bandwidth", "Of its memory: 90GB/s.")]
+AssumeDisk = Annotated[str | None, _assumed("disk", "Random reads of its disk: 7GB/s.")]
+AssumeCores = Annotated[
+    int | None,
+    _option(
+        "--assume-cores",
+        panel="Another machine",
+        env=False,
+        metavar="N",
+        min=1,
+        max=1024,
+        help="Its physical performance cores.",
     ),
 ]
 

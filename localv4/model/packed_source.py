@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _FLOATS = (B16, F32R)
 
 _FORMATS = {fmt.name: fmt for fmt in (*FORMATS, *KQUANTS, *_FLOATS)}
 _SHARED = ".ffn.shared_experts"
+_ROUTED = re.compile(r"(layers\.\d+\.ffn\.experts)(\..+)?")
 _EXPERT_PART = re.compile(
     r"(layers\.\d+\.ffn\.experts)\.(\d+)\.w[123]\.weight"
     r"|(layers\.\d+\.ffn\.shared_experts)\.w[123]\.weight"
@@ -56,8 +57,8 @@ def packed_names(folder: PackedFolder) -> dict[str, Slice]:
             table[name] = Slice(tensor, tensor.shape)
             continue
         narrow, wide = (entry.rows, entry.cols), (entry.cols, entry.rows)
-        shared = name.endswith(_SHARED)
-        for prefix in [name] if shared else [f"{name}.{n}" for n in range(entry.records)]:
+        shared, layer = name.endswith(_SHARED), _layer_of_records(name)
+        for prefix in [name] if shared else [f"{layer}.{n}" for n in entry.numbers]:
             for part, shape in (("w1", narrow), ("w2", wide), ("w3", narrow)):
                 table[f"{prefix}.{part}.weight"] = Slice(tensor, shape)
     return table
@@ -90,17 +91,34 @@ def load_packed_weights(
     )
 
 
+@dataclass(slots=True)
+class _Records:
+    """Form and record of the experts of a layer; `tensor` is the first that holds some of them."""
+
+    tensor: str
+    by_number: dict[int, tuple[ExpertForm, Packed]] = field(default_factory=dict)
+
+
+def _layer_of_records(name: str) -> str:
+    """Return what the records of a tensor are part of: all experts of a layer.
+
+    Where the experts of a layer have several forms, each form has a tensor of its own, whose name
+    goes on behind that of the whole.
+    """
+    routed = _ROUTED.fullmatch(name)
+    return routed[1] if routed else name
+
+
 class PackedReader(tree.WeightReader):
     """Takes tensors out of a packed folder by official name; every shape is checked."""
 
     def __init__(self, folder: PackedFolder) -> None:
         super().__init__(folder, packed_names(folder))
         self._entries = folder.manifest.matrices
-        self._records: dict[str, tuple[ExpertForm, Packed]] = {}
+        self._records: dict[str, _Records] = {}
         for name, entry in self._entries.items():
             if entry.layout == "records":
-                data = folder.bytes(name).reshape(entry.records, entry.record_bytes)
-                self._records[name] = (self._record_form(name, entry), data)
+                self._add_records(name, entry)
 
     def matrix(self, name: str, rows: int, cols: int) -> Matrix:
         """Return a matrix, packed or as it is stored; raise BadFileError where it is wrong."""
@@ -132,32 +150,45 @@ class PackedReader(tree.WeightReader):
             experts=self._recorded(routed, layer.experts),
         )
 
+    def _add_records(self, name: str, entry: MatrixEntry) -> None:
+        """Take note of where the experts of a tensor of records lie."""
+        form = self._record_form(name, entry)
+        data = self.checkpoint.bytes(name).reshape(entry.records, entry.record_bytes)
+        found = self._records.setdefault(_layer_of_records(name), _Records(name))
+        for number, record in zip(entry.numbers, data, strict=True):
+            if number in found.by_number:
+                raise self._wrong(name, f"holds expert {number}, as {found.tensor!r} does")
+            found.by_number[number] = form, record[: form.nbytes]
+
     def _recorded(self, name: str, experts: tuple[Expert, ...]) -> tuple[Expert, ...]:
         if name not in self._records:
             return experts
-        form, data = self._records[name]
-        if len(data) != len(experts):
-            raise self._wrong(name, f"holds {len(data)} experts, expected {len(experts)}")
+        found = self._records[name]
+        if found.by_number.keys() != set(range(len(experts))):
+            count = len(found.by_number)
+            raise self._wrong(found.tensor, f"holds {count} experts, expected {len(experts)}")
         return tuple(
-            PackedExpert(expert.w1, expert.w2, expert.w3, form, record[: form.nbytes])
-            for expert, record in zip(experts, data, strict=True)
+            PackedExpert(expert.w1, expert.w2, expert.w3, *found.by_number[number])
+            for number, expert in enumerate(experts)
         )
 
     def _part_of_record(
         self, records: str, number: int, name: str, rows: int, cols: int
     ) -> PackedMatrix:
         """Return a projection of an expert; gate and up are every other group of its record."""
-        form, data = self._records[records]
+        found = self._records[records]
+        if number not in found.by_number:
+            count = len(found.by_number)
+            raise self._wrong(found.tensor, f"holds {count} experts, expert {number} is not there")
+        form, record = found.by_number[number]
         is_down = name.endswith("w2.weight")
         shape = (form.hidden, form.inner) if is_down else (form.inner, form.hidden)
         if shape != (rows, cols):
-            raise self._wrong(records, f"holds experts of {shape}, expected {(rows, cols)}")
-        if number >= len(data):
-            raise self._wrong(records, f"holds {len(data)} experts, expected more than {number}")
+            raise self._wrong(found.tensor, f"holds experts of {shape}, expected {(rows, cols)}")
         if is_down:
-            own, packed = form.down, data[number, form.offset : form.nbytes]
+            own, packed = form.down, record[form.offset :]
         else:
-            groups = data[number, : form.offset].reshape(-1, 2, group_bytes(form.gate_up, cols))
+            groups = record[: form.offset].reshape(-1, 2, group_bytes(form.gate_up, cols))
             own, packed = form.gate_up, groups[:, int(name.endswith("w3.weight"))]
         return PackedMatrix(ONLY_PACKED, rows, cols, _NO_ROWS, _NO_ROWS, own, packed, None)
 

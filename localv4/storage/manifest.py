@@ -4,9 +4,10 @@ docs/packed_format.md describes it. A manifest may come from a stranger: every f
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,12 +18,14 @@ from localv4.storage.strict_json import StrictJson
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "localv4-packed"
-VERSION = 1
+VERSION = 2
+"""Version 1 has no layers whose experts are in records of several forms."""
 
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 1024
 MAX_MATRICES = 1 << 18
-MAX_ENTRY_BYTES = 1024
+MAX_ENTRY_BYTES = 8192
+MAX_EXPERTS = 1 << 16
 MAX_NUMBER = 1 << 48
 """Sizes and counts are smaller; products of two of them still are exact."""
 
@@ -49,8 +52,9 @@ class MatrixEntry:
 
     Layouts: "packed" is a matrix in the packed format of that name; "rows" are its rows in blocks
     of a ggml type; "records" are experts of a layer, rows and cols those of the gate projection,
-    whose down projection has a format of its own. Whether formats are known, and whether sizes
-    agree, the model judges.
+    whose down projection has a format of its own. `experts` are the numbers of the experts that the
+    records hold, ascending; () means all of the layer, in order. Whether formats are known, and
+    whether sizes agree, the model judges.
     """
 
     layout: Layout
@@ -60,6 +64,12 @@ class MatrixEntry:
     down_format: str = ""
     records: int = 0
     record_bytes: int = 0
+    experts: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The numbers of the experts in the records, in their order."""
+        return self.experts or range(self.records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +159,7 @@ def _matrices(path: Path, text: StrictJson) -> dict[str, MatrixEntry]:
         if layout not in _LAYOUTS:
             raise BadFileError(path, f"{what}: layout is not one of {', '.join(_LAYOUTS)}")
         expected = _RECORD_FIELDS if layout == "records" else _MATRIX_FIELDS
-        _check_fields(path, what, fields, expected)
+        _check_fields(path, what, fields, expected | (fields.keys() & _optional(layout)))
         entry = MatrixEntry(
             layout,
             _format(path, what, fields, "format"),
@@ -162,9 +172,31 @@ def _matrices(path: Path, text: StrictJson) -> dict[str, MatrixEntry]:
                 down_format=_format(path, what, fields, "down_format"),
                 records=_number(path, what, fields, "records"),
                 record_bytes=_number(path, what, fields, "record_bytes"),
+                experts=_experts(path, what, fields),
             )
         matrices[name] = entry
     return matrices
+
+
+def _optional(layout: Layout) -> set[str]:
+    return {"experts"} if layout == "records" else set()
+
+
+def _experts(path: Path, what: str, fields: dict[str, Any]) -> tuple[int, ...]:
+    """Return the numbers of the experts of records: as many as records, in ascending order."""
+    if "experts" not in fields:
+        return ()
+    numbers = fields["experts"]
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) != fields["records"]
+        or any(type(number) is not int or not 0 <= number < MAX_EXPERTS for number in numbers)
+        or any(later <= earlier for earlier, later in pairwise(numbers))
+    ):
+        raise BadFileError(
+            path, f"{what}: experts is not a list of its records' numbers, ascending"
+        )
+    return tuple(numbers)
 
 
 def _check_fields(path: Path, what: str, fields: dict[str, Any], expected: set[str]) -> None:

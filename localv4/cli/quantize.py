@@ -1,0 +1,184 @@
+"""`localv4 quantize`: a model into one that takes fewer bytes, by a recipe."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from localv4.cli import options, terminal
+from localv4.errors import UsageError
+
+if TYPE_CHECKING:
+    from quant.gguf_conversion import GgufConversion
+
+    from quant.packer import Packer
+    from quant.source import Source
+    from quant.task import Task
+
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,3})?) ?([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class OutputForm(StrEnum):
+    """What is written."""
+
+    PACKED = "packed"
+    GGUF = "gguf"
+
+
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SRC", help="Name of an installed model, or a path.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="Folder (or .gguf file) to write. Default: in the folder of models, as NAME:RECIPE.",
+    ),
+]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="lossless, q8, q4, q3, q2, mixed, or a TOML file of your own.",
+    ),
+]
+Form = Annotated[
+    OutputForm,
+    typer.Option("--format", help="packed: a folder for localv4; gguf: a file for llama.cpp, too."),
+]
+ImatrixFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix",
+        metavar="FILE",
+        help="Importance matrix, by localv4 eval imatrix or llama.cpp.",
+    ),
+]
+SplitSize = Annotated[
+    str,
+    typer.Option(
+        "--split-size", metavar="SIZE", help="Largest part of a GGUF model, as 40G; 0: one file."
+    ),
+]
+SourceStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--source-streaming",
+        metavar="",
+        help="SRC is on the hub: pull each file when it is needed, and remove it after that.",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", metavar="", help="Only show what would be written.")
+]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", min=1, metavar="N", help="CPU threads. All.")
+]
+
+
+def quantize(
+    source: SourceArgument,
+    output: Output = None,
+    recipe: RecipeName = "q4",
+    form: Form = OutputForm.PACKED,
+    imatrix: ImatrixFile = None,
+    split_size: SplitSize = "40G",
+    source_streaming: SourceStreaming = False,
+    dry_run: DryRun = False,
+    threads: Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    no_color: options.NoColor = False,
+) -> None:
+    """Convert a model to a smaller one, or to one that opens at once.
+
+    A conversion that was stopped goes on where it was when the same command is given again.
+    """
+    import hashlib
+
+    from localv4.cli.quantize_progress import QuantizeProgress
+    from localv4.cli.quantize_report import plan_document, print_plan
+    from localv4.kernels.threads import usable_processors
+    from quant.recipe import load_recipe
+    from quant.task import Task
+
+    split_bytes = parse_size(split_size)
+    chosen = load_recipe(recipe)
+    statistics, mark = None, ""
+    if imatrix is not None:
+        from localv4.storage.imatrix_file import read_imatrix
+
+        statistics = read_imatrix(imatrix)
+        mark = hashlib.sha256(imatrix.read_bytes()).hexdigest()
+    with _opened(source, source_streaming) as (opened, base_name):
+        task = Task(opened, chosen, threads or usable_processors(), statistics, mark)
+        is_gguf = form is OutputForm.GGUF
+        work, target = _work(task, output, base_name, is_gguf, split_bytes)
+        plan = work.plan()
+        document = plan_document(plan, chosen, base_name, target)
+        if not as_json and not (quiet and not dry_run):
+            print_plan(plan, document, is_result=dry_run, no_color=no_color)
+        if not dry_run:
+            with QuantizeProgress(quiet=quiet, no_color=no_color) as progress:
+                work.run(target, progress)
+            document["error"] = work.converter.errors.relative()
+            if not quiet:
+                sys.stderr.write(terminal.sanitize_line(f"wrote {target}") + "\n")
+    if as_json:
+        print(terminal.escape_json(json.dumps(document, ensure_ascii=False, indent=2)))
+
+
+def _work(
+    task: "Task", output: Path | None, base_name: str, is_gguf: bool, split_bytes: int
+) -> "tuple[Packer | GgufConversion, Path]":
+    """Return the conversion, and where its result goes."""
+    from localv4 import paths
+
+    name = task.recipe.name
+    folder = paths.models_dir() / base_name
+    if not is_gguf:
+        from quant.packer import Packer
+
+        return Packer(task), output or folder / name
+    from quant.gguf_conversion import GgufConversion
+
+    return GgufConversion(
+        task, split_bytes, base_name
+    ), output or folder / f"{base_name}-{name}.gguf"
+
+
+@contextmanager
+def _opened(reference: str, is_streamed: bool) -> "Iterator[tuple[Source, str]]":
+    """Open what is converted; give it with the name that its forms have in the folder of models."""
+    from quant.source import open_source
+
+    if is_streamed:
+        from localv4.cli.quantize_streaming import opened_on_hub
+
+        with opened_on_hub(reference) as found:
+            yield found
+        return
+    from localv4.library.installed import resolve
+    from localv4.storage import open_checkpoint
+
+    model = resolve(reference)
+    with open_checkpoint(model.path) as checkpoint:
+        yield open_source(checkpoint), model.base_name.rpartition("/")[2]
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 40G, 512MiB or 0; raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f'"{text}" is not a size', hint="write it as 40G, 512MiB or 1000000")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])

@@ -1,0 +1,106 @@
+"""Progress of a conversion on stderr: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from localv4.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from quant.task import Progress
+
+LINE_EVERY_S = 10.0
+DRAW_EVERY_S = 0.1
+LEAST_S = 2.0
+"""Before that a speed says nothing."""
+
+
+class QuantizeProgress:
+    """Reports bytes, files, speed, the time that is left, and the error so far."""
+
+    def __init__(self, *, quiet: bool, no_color: bool = False) -> None:
+        self._quiet = quiet
+        self._no_color = no_color
+        self._shows_bar = terminal.can_move_cursor(sys.stderr)
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._start = time.monotonic()
+        self._done_at_start: int | None = None
+        self._next_at = self._start + (DRAW_EVERY_S if self._shows_bar else LINE_EVERY_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, progress: "Progress") -> None:
+        """Show how far the conversion is, if it is time to."""
+        if self._done_at_start is None:
+            self._done_at_start = progress.bytes_done
+        now = time.monotonic()
+        if self._quiet or now < self._next_at:
+            return
+        self._next_at = now + (DRAW_EVERY_S if self._shows_bar else LINE_EVERY_S)
+        text = self._text(progress, now - self._start)
+        if self._shows_bar:
+            self._draw(text, progress)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def _text(self, progress: "Progress", seconds: float) -> str:
+        from localv4.cli.generation import format_bytes
+
+        parts = [
+            f"{format_bytes(progress.bytes_done)} of {format_bytes(progress.bytes_total)}",
+            f"{progress.files_done} of {progress.files_total} files",
+        ]
+        done = progress.bytes_done - (self._done_at_start or 0)
+        if seconds > LEAST_S and done > 0:
+            left = (progress.bytes_total - progress.bytes_done) * seconds / done
+            parts.append(f"{format_bytes(int(done / seconds))}/s")
+            parts.append(f"{format_duration(left)} left")
+        error = progress.errors.relative()
+        if error > 0:
+            parts.append(f"error {100 * error:.2f} %")
+        return ", ".join(parts)
+
+    def _draw(self, text: str, progress: "Progress") -> None:
+        if self._bar is None or self._task is None:
+            self._bar = self._make_bar()
+            self._task = self._bar.add_task(text, total=progress.bytes_total)
+            self._bar.start()
+        self._bar.update(self._task, description=text, completed=progress.bytes_done)
+
+    def _make_bar(self) -> "Bar":
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        return Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+            console=terminal.make_console(sys.stderr, no_color=self._no_color),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+
+def format_duration(seconds: float) -> str:
+    """Write a time roughly: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

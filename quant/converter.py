@@ -1,0 +1,95 @@
+"""Weights of a source into weights of the formats that a recipe chooses, strip by strip."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from localv4.errors import BadFileError
+from localv4.kernels import blocks
+from localv4.model.matrix import Floats, Matrix, decode
+from quant.choice import Choice
+from quant.errors_made import ErrorTotals
+from quant.formats import GGML_TARGETS, PACKED_TARGETS, Target
+from quant.importance import Importance
+from quant.strips import is_finite, strip, strips_of
+from quant.tensor_class import class_of
+
+_NO_SCALE = np.zeros((1, 1), np.uint8)
+_NO_SCALE.setflags(write=False)
+
+
+@dataclass(slots=True)
+class Converter:
+    """Rounds strips of matrices; may be used from any thread.
+
+    `path` is the source, for messages; `importance` None: all columns of a matrix matter the same.
+    """
+
+    path: Path
+    importance: Importance | None = None
+    errors: ErrorTotals = field(default_factory=ErrorTotals)
+
+    def spans(self, name: str, matrix: Matrix) -> Iterator[tuple[int, int]]:
+        """Yield first and end row of the strips of a matrix; none has rows of two groups."""
+        groups = self.importance.groups(name) if self.importance is not None else 1
+        rows = matrix.rows // groups
+        for group in range(groups):
+            for first, end in strips_of(rows, matrix.cols):
+                yield group * rows + first, group * rows + end
+
+    def kept(self, name: str, matrix: Matrix, first: int, end: int) -> Matrix:
+        """Return rows as they are stored; raise BadFileError where one is not finite."""
+        part = strip(matrix, first, end)
+        if not is_finite(part):
+            raise BadFileError(self.path, f"tensor {name!r} holds a NaN or an infinity")
+        return part
+
+    def rounded(
+        self, name: str, matrix: Matrix, first: int, end: int, target: Target, method: str
+    ) -> Matrix:
+        """Return rows `first` to `end` in blocks of a ggml type: that of `target` or its kin.
+
+        What a packed format holds is the same numbers in another order. Raises BadFileError where a
+        value is not finite.
+        """
+        from quant.quantizers import quantize_rows
+
+        part = strip(matrix, first, end)
+        values = decode(part)
+        if not np.isfinite(values).all():
+            raise BadFileError(self.path, f"tensor {name!r} holds a NaN or an infinity")
+        importance = None
+        if self.importance is not None:
+            importance = self.importance.of(name, first, matrix.rows)
+        kind = ggml_name(target)
+        found = quantize_rows(values, kind, importance, method=method)
+        self.errors.add(class_of(name), found.squared_error, _signal(values, importance))
+        return ggml_matrix(kind, matrix.cols, found.blocks)
+
+    def convert(self, name: str, matrix: Matrix, choice: Choice) -> Matrix:
+        """Return a whole matrix in blocks of the chosen ggml type, or as it is stored."""
+        if choice.target is None:
+            return self.kept(name, matrix, 0, matrix.rows)
+        parts = []
+        for first, end in self.spans(name, matrix):
+            part = self.rounded(name, matrix, first, end, choice.target, choice.method)
+            parts.append(part.data)
+        return ggml_matrix(ggml_name(choice.target), matrix.cols, np.concatenate(parts))
+
+
+def ggml_name(target: Target) -> str:
+    """Return the ggml type that has the numbers of a format."""
+    return target.name if target.name in GGML_TARGETS else PACKED_TARGETS[target.name].kin
+
+
+def ggml_matrix(kind: str, cols: int, data: np.ndarray) -> Matrix:  # type: ignore[type-arg]
+    """Return rows of blocks as a matrix."""
+    return Matrix(blocks.FORMATS.index(kind), len(data), cols, data, _NO_SCALE)
+
+
+def _signal(values: Floats, importance: Floats | None) -> float:
+    if importance is None:
+        return float(np.vdot(values, values))
+    return float((np.square(values) @ importance).sum(dtype=np.float64))

@@ -1,0 +1,168 @@
+"""Recipes: which class of tensors gets which format. A recipe is a TOML file, also of a user.
+
+    summary = "what it is for"
+
+    [[rules]]
+    tensors = ["gate_up"]        # classes, see quant.tensor_class
+    layers = "first 2, last 2"   # or "all" (the default), or numbers such as "0-3, 7"
+    formats = ["Q3", "Q4"]       # the first one that the shape allows; then wider ones
+    gguf = ["IQ4_XS"]            # the same for GGUF files; without it, the kin of `formats`
+    method = "search"            # how to find codes and scales
+    hottest = 0.25               # only the quarter of the experts that most tokens choose
+
+The last rule that names a tensor decides. What no rule names keeps its values.
+"""
+
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from localv4.errors import BadFileError, UsageError
+from localv4.small_file import read_small_file
+from quant.formats import GGML_TARGETS, KEEP, PACKED_TARGETS
+from quant.tensor_class import TensorClass
+
+BUILT_IN = ("lossless", "q8", "q4", "q3", "q2", "mixed")
+MAX_RECIPE_BYTES = 1 << 20
+
+Method = Literal["round", "search", "feedback"]
+
+_SPAN = re.compile(r"all|(?:first|last) (\d+)|(\d+)(?:-(\d+))?")
+_ROUTED = {TensorClass.GATE_UP, TensorClass.DOWN}
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+
+
+class Rule(BaseModel):
+    """What becomes of some classes of tensors in some layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tensors: Annotated[list[TensorClass], Field(min_length=1)]
+    layers: str = "all"
+    formats: Annotated[list[str], Field(min_length=1)]
+    gguf: list[str] = []
+    method: Method = "search"
+    hottest: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, text: str) -> str:
+        for span in text.split(","):
+            if not _SPAN.fullmatch(span.strip()):
+                raise ValueError(f'"{span.strip()}" is not all, first N, last N, N or N-M')
+        return text
+
+    @field_validator("formats")
+    @classmethod
+    def _check_formats(cls, names: list[str]) -> list[str]:
+        return _known(names, PACKED_TARGETS)
+
+    @field_validator("gguf")
+    @classmethod
+    def _check_gguf(cls, names: list[str]) -> list[str]:
+        return _known(names, GGML_TARGETS)
+
+    @model_validator(mode="after")
+    def _check_hottest(self) -> Self:
+        if self.hottest is not None and not set(self.tensors) <= _ROUTED:
+            raise ValueError("hottest is about routed experts: gate_up and down")
+        return self
+
+    def covers(self, kind: TensorClass, layer: int | None, layers: int) -> bool:
+        """Tell whether the rule is about a class in a layer (None: in none) of `layers`."""
+        if kind not in self.tensors:
+            return False
+        spans = (_SPAN.fullmatch(span.strip()) for span in self.layers.split(","))
+        return any(match is not None and _inside(match, layer, layers) for match in spans)
+
+
+class Recipe(BaseModel):
+    """Formats for all tensors of a model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = ""
+    summary: str
+    rules: list[Rule] = []
+
+    @property
+    def needs_routing(self) -> bool:
+        """Whether the experts that most tokens choose are treated apart."""
+        return any(rule.hottest is not None for rule in self.rules)
+
+    def rule_for(
+        self, kind: TensorClass, layer: int | None, layers: int, heat: float | None = None
+    ) -> Rule | None:
+        """Return the rule that decides, None where none does.
+
+        `heat` is the share of experts of the layer that at least as many tokens choose.
+        """
+        for rule in reversed(self.rules):
+            if rule.covers(kind, layer, layers) and (
+                rule.hottest is None or (heat is not None and heat <= rule.hottest)
+            ):
+                return rule
+        return None
+
+
+def load_recipe(reference: str) -> Recipe:
+    """Return a built-in recipe by name, or that of a TOML file by its path.
+
+    Raises UsageError for an unknown name, NotFoundError or BadFileError for a file.
+    """
+    if reference in BUILT_IN:
+        text = resources.files("quant.recipes").joinpath(f"{reference}.toml").read_bytes()
+        return _parse(text, Path(f"{reference}.toml"), reference)
+    path = Path(reference)
+    if path.suffix != ".toml":
+        raise UsageError(
+            f'there is no recipe "{reference}"',
+            hint=f"choose {', '.join(BUILT_IN)}, or a file that ends in .toml",
+        )
+    return _parse(read_small_file(path, MAX_RECIPE_BYTES), path, path.stem.lower())
+
+
+def _parse(data: bytes, path: Path, name: str) -> Recipe:
+    if not _NAME.fullmatch(name):
+        raise BadFileError(path, "the name of a recipe is made of a-z, 0-9, dots, _ and -")
+    try:
+        values = tomllib.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadFileError(path, f"not valid TOML: {error}") from error
+    if "name" in values:
+        raise BadFileError(path, "name: a recipe has the name of its file")
+    try:
+        return Recipe(name=name, **values)
+    except (ValidationError, TypeError) as error:
+        raise BadFileError(path, _first_problem(error)) from error
+
+
+def _first_problem(error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def _known(names: list[str], targets: object) -> list[str]:
+    allowed = [KEEP, *targets]  # type: ignore[misc]
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f'"{name}" is not one of {", ".join(allowed)}')
+    return names
+
+
+def _inside(match: re.Match[str], layer: int | None, layers: int) -> bool:
+    if match[0] == "all":
+        return True
+    if layer is None:
+        return False
+    if match[1] is not None:
+        count = int(match[1])
+        return layer < count if match[0].startswith("first") else layer >= layers - count
+    return int(match[2]) <= layer <= int(match[3] or match[2])

@@ -1,0 +1,52 @@
+"""What is to be converted and how, whatever the format of the result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from quant.errors_made import ErrorTotals
+from quant.importance import Statistics
+from quant.recipe import Recipe
+from quant.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A source, a recipe and what is known about the use of weights.
+
+    `statistics_mark` tells one file of statistics from another; it is "" without any.
+    """
+
+    source: Source
+    recipe: Recipe
+    threads: int
+    statistics: Statistics | None = None
+    statistics_mark: str = ""
+
+    @property
+    def ahead(self) -> int:
+        """Parts that are computed before it is their turn: enough for all threads to have work."""
+        return self.threads + 1
+
+    def identity(self, form: str) -> dict[str, Any]:
+        """Return all that the bytes of the result depend on."""
+        return {
+            "form": form,
+            "source": self.source.identity(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "statistics": self.statistics_mark,
+        }
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a conversion is; the same object is given to the callback again and again."""
+
+    bytes_done: int
+    bytes_total: int
+    files_done: int
+    files_total: int
+    errors: ErrorTotals
+
+
+OnProgress = Callable[[Progress], None]
