@@ -115,6 +115,32 @@ Numerics = Annotated[
     ),
 ]
 
+Ram = Annotated[
+    str | None,
+    _option(
+        "--ram",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory to take, as 48GiB. Default: what is available, less the reserve.",
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    _option(
+        "--reserve",
+        panel="Memory",
+        metavar="SIZE",
+        help="Memory to leave to other programs. Default: 8 %, at least 4GiB.",
+    ),
+]
+Io = Annotated[
+    IoWay,
+    _option(
+        "--io",
+        panel="Memory",
+        help="How experts are read. auto: mapped if all fit, else directly from the disk.",
+    ),
+]
 CachePolicy = Annotated[
     Caching,
     _option(
@@ -150,30 +176,6 @@ TraceRoutes = Annotated[
         env=False,
         metavar="FILE",
         help="Record which experts tokens choose, for localv4 tune; no text is kept.",
-Ram = Annotated[
-    str | None,
-    _option(
-        "--ram",
-        panel="Memory",
-        metavar="SIZE",
-        help="The most memory to take, as 48GiB. Default: what is available, less the reserve.",
-    ),
-]
-Reserve = Annotated[
-    str | None,
-    _option(
-        "--reserve",
-        panel="Memory",
-        metavar="SIZE",
-        help="Memory to leave to other programs. Default: 8 %, at least 4GiB.",
-    ),
-]
-Io = Annotated[
-    IoWay,
-    _option(
-        "--io",
-        panel="Memory",
-        help="How experts are read. auto: mapped if all fit, else directly from the disk.",
     ),
 ]
 
