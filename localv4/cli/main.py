@@ -9,7 +9,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from localv4 import __version__
-from localv4.cli import bench, chat, evaluate, models, pull, quantize, run, show, terminal
+from localv4.cli import (
+    bench,
+    chat,
+    doctor,
+    evaluate,
+    fit,
+    models,
+    pull,
+    quantize,
+    remove,
+    run,
+    show,
+    terminal,
+)
 from localv4.cli.precedence import Command
 from localv4.cli.signals import Terminated, unwind_on_termination
 from localv4.errors import LocalV4Error
@@ -42,7 +55,11 @@ app.command("pull", cls=Command)(pull.pull)
 app.command("quantize", cls=Command)(quantize.quantize)
 app.command("list", cls=Command)(models.list_models)
 app.command("ls", hidden=True)(models.list_models)
+app.command("rm", cls=Command)(remove.remove)
+app.command("prune", cls=Command)(remove.prune)
 app.command("show", cls=Command)(show.show)
+app.command("fit", cls=Command)(fit.fit)
+app.command("doctor", cls=Command)(doctor.doctor)
 app.command("bench", cls=Command)(bench.bench)
 app.add_typer(evaluate.app, name="eval")
 

@@ -97,20 +97,24 @@ class Transfer:
         return f"{line}, {format_seconds(left)} left" if left else line
 
     def _make_bar(self) -> "Bar":
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.text import Text
+
+        class Speed(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                return Text(f"{format_bytes(int(task.speed or 0))}/s")
+
+        class Done(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                done, total = int(task.completed), int(task.total or 0)
+                return Text(f"{format_bytes(done)} of {format_bytes(total)}")
 
         return Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            Done(),
+            Speed(),
             TextColumn("left", markup=False),
             TimeRemainingColumn(compact=True),
             console=terminal.make_console(sys.stderr, no_color=self._no_color),

@@ -23,7 +23,6 @@ from localv4.storage.mapped_file import MappedFile
 from localv4.storage.safetensors_header import read_tensors
 
 BLOCK_BYTES = 4 << 20
-RECORD_FOLDER = ".localv4"
 MAX_RECORD_BYTES = 64 << 20  # 900 GB are 215,000 blocks, 8 characters each
 
 _READ_BYTES = 1 << 20

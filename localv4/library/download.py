@@ -20,10 +20,11 @@ from filelock import Timeout
 from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error
 from localv4.library import hub
 from localv4.library.digests import Digester, digest_file
+from localv4.library.hub_cache import PART_SUFFIX
 from localv4.library.model_files import model_type
 from localv4.library.published import HubFile, Listing, Wanted, list_files, select
 from localv4.library.remote import RemoteFile, open_remote
-from localv4.library.stores import PART_SUFFIX, CacheStore, FolderStore, Store, size_of
+from localv4.library.stores import CacheStore, FolderStore, Store, size_of
 
 DEFAULT_JOBS = 4
 LOCK_POLL_S = 0.1

@@ -1,6 +1,7 @@
 """DeepSeek-V4 models in the Hugging Face cache, whoever downloaded them. Opens no socket."""
 
 import re
+import warnings
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,11 @@ from pathlib import Path
 from localv4.errors import LocalV4Error
 from localv4.library.model_files import is_packed, model_type
 from localv4.small_file import read_small_file
+
+PART_SUFFIX = ".incomplete"
+"""Ends the name of a file that is not complete; huggingface_hub's own unfinished files, too."""
+RECORD_FOLDER = ".localv4"
+"""Holds, in the folder of a repository, what `pull` knows of its files."""
 
 MAX_REF_BYTES = 256  # a commit has 40
 
@@ -27,7 +33,10 @@ class CachedRepo:
 
 def cache_folder() -> Path:
     """Return the cache folder: `HF_HUB_CACHE`, else `HF_HOME`/hub, else the platform's."""
-    from localv4.library.hub import constants  # here: commands without models start faster
+    with warnings.catch_warnings():
+        # about variables for downloads, which `pull` speaks of
+        warnings.simplefilter("ignore", FutureWarning)
+        from huggingface_hub import constants  # here: commands without models start faster
 
     return Path(constants.HF_HUB_CACHE)
 

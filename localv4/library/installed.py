@@ -73,6 +73,38 @@ def resolve(reference: str | None) -> InstalledModel:
     return _from_name(reference)
 
 
+def matching(reference: str) -> list[InstalledModel]:
+    """Return all models, complete or not, that a reference may mean; a path means none but ours.
+
+    Without a quantization all forms of a model match.
+    """
+    if reference.lower() == EMBEDDED_NAME:
+        return [_embedded()]
+    registry = load_registry()
+    everything = list(_scan(registry))
+    if reference.startswith(_HUB_PREFIX):
+        repo, _, quant = reference.removeprefix(_HUB_PREFIX).partition(":")
+        cached = hub_cache.cached_repo(repo) if repo.count("/") == 1 and ".." not in repo else None
+        models = list(_models_of_repo(cached, registry)) if cached else []
+    elif _looks_like_path(reference):
+        place = Path(os.path.expanduser(reference)).absolute()  # noqa: PTH111 - that of Path raises
+        models, quant = [model for model in everything if model.path == place], ""
+    else:
+        base, _, quant = reference.partition(":")
+        models = _named(base, registry, everything)
+    exact = [model for model in models if model.quant.lower() == quant.lower()]
+    return exact if quant or exact else models
+
+
+def _named(base: str, registry: Registry, models: list[InstalledModel]) -> list[InstalledModel]:
+    """Return the models of this name, else those of the published model that it is a name of."""
+    exact = [model for model in models if model.base_name.lower() == base.lower()]
+    name = registry.find(base)
+    if exact or name is None:
+        return exact
+    return [model for model in models if registry.find(model.base_name) == name]
+
+
 def _embedded() -> InstalledModel:
     path = embedded_model_path()
     sets = _weight_sets(path)
@@ -264,9 +296,7 @@ def _from_name(reference: str) -> InstalledModel:
     registry = load_registry()
     installed = list(_scan(registry))
     name = registry.find(base)
-    models = [model for model in installed if model.base_name.lower() == base.lower()]
-    if not models and name is not None:
-        models = [model for model in installed if registry.find(model.base_name) == name]
+    models = _named(base, registry, installed)
     if not models and name is None:
         raise _unknown(reference, registry, installed)
     hint = _download_hint(base, quant, registry.models[name]) if name else None

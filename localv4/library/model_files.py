@@ -72,17 +72,21 @@ def find_weight_sets(folder: Path) -> list[WeightSet]:
 
 def gguf_set_of(file: Path) -> WeightSet:
     """Return the set that a GGUF file belongs to: the file alone, or all parts of a split."""
+    return _gguf_sets(files_of_gguf(file))[0]
+
+
+def files_of_gguf(file: Path) -> list[Path]:
+    """Return the file, or all parts of the split that it belongs to."""
     split = GGUF_PART.match(file.name)
     if split is None:
-        return _gguf_sets([file])[0]
-    parts = [
+        return [file]
+    return [
         other
         for other in _limited(file.parent)
         if (match := GGUF_PART.match(other.name))
         and match["stem"] == split["stem"]
         and match["count"] == split["count"]
     ]
-    return _gguf_sets(parts)[0]
 
 
 def model_type(folder: Path) -> str | None:

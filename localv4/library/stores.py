@@ -11,10 +11,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from localv4.library import hub
-from localv4.library.digests import RECORD_FOLDER, Digester, Record, digest_file
+from localv4.library.digests import Digester, Record, digest_file
+from localv4.library.hub_cache import PART_SUFFIX, RECORD_FOLDER
 from localv4.library.published import HubFile
-
-PART_SUFFIX = ".incomplete"
 
 
 class Store(ABC):
