@@ -11,6 +11,7 @@ uses most. The others pass through a few slots.
 
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -53,7 +54,8 @@ class PagedStore:
         self._stays = np.zeros(nbytes.shape, bool)  # what a prompt shall leave in memory
         self._in_use = threading.Lock()
         self._change = 0  # bytes by which the arena shall grow or shrink as soon as it may
-        self._governor: Governor | None = None
+        self.close = weakref.finalize(self, readers.close)
+        """Stop reading; records stay where they are. Nobody has to call this."""
 
     @property
     def held_bytes(self) -> int:
@@ -67,11 +69,15 @@ class PagedStore:
 
     def govern(self, floor_bytes: int, gauge: Gauge) -> None:
         """Give memory back from now on when other programs need it, down to `floor_bytes`."""
-        budget = self.arena.capacity
-        self._governor = Governor(
-            budget, min(floor_bytes, budget), self._give_memory_back, self._take_memory, gauge
-        )
-        self._governor.start()
+        budget, change = self.arena.capacity, weakref.WeakMethod(self.change_memory)
+
+        def ask(nbytes: int) -> int:
+            method = change()  # the thread must not keep the store alive
+            return method(nbytes) if method is not None else 0
+
+        governor = Governor(budget, min(floor_bytes, budget), lambda n: ask(-n), ask, gauge)
+        weakref.finalize(self, governor.close)
+        governor.start()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -80,14 +86,11 @@ class PagedStore:
             yield
             self._follow_governor()
 
-    def _give_memory_back(self, nbytes: int) -> int:
-        return self._note_change(-nbytes)
+    def change_memory(self, nbytes: int) -> int:
+        """Grow or shrink, now or when the running tokens end; return by how many bytes.
 
-    def _take_memory(self, nbytes: int) -> int:
-        return self._note_change(nbytes)
-
-    def _note_change(self, nbytes: int) -> int:
-        """Take a wish of the governor, in its thread; return its size."""
+        Any thread may call this.
+        """
         self._change += nbytes
         if self._in_use.acquire(blocking=False):
             try:
@@ -276,9 +279,3 @@ class PagedStore:
         self.addresses[key] = ABSENT
         self._going.pop(key, None)
         self.counts.evictions += 1
-
-    def close(self) -> None:
-        """Stop reading; records stay where they are."""
-        if self._governor is not None:
-            self._governor.close()
-        self.readers.close()

@@ -5,7 +5,7 @@ Whoever runs tokens asks here. Compiled code finds a record by `addresses` and n
 program runs nothing is done here, so no record that it uses can be given up.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -64,7 +64,8 @@ class ExpertStore(Protocol):
     def in_use(self) -> AbstractContextManager[None]:
         """Hold records where they are but for what this store itself does, while tokens run."""
 
-    def close(self) -> None:
+    @property
+    def close(self) -> Callable[[], object]:
         """Stop reading; records stay where they are."""
 
 
