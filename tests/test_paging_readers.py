@@ -28,8 +28,9 @@ class Gate:
         self.open = threading.Event()
 
     def __call__(self, key: Key, address: int) -> int:
+        opening = self.open
         self.called.append(key)
-        assert self.open.wait(LONGEST_S)
+        assert opening.wait(LONGEST_S)
         return address
 
 
@@ -88,6 +89,29 @@ def test_guesses_can_be_cancelled_until_they_begin(gate: Gate) -> None:
     gate.open.set()
     assert {done.key for done in collect(readers, 2)} == {(0, 0), (0, 2)}
     assert gate.called == [(0, 0), (0, 2)]
+    readers.close()
+
+
+def test_guesses_wait_until_nothing_urgent_is_read_and_leave_threads_free(gate: Gate) -> None:
+    readers = Readers(gate, 4)
+    readers.submit((0, 0), 1)
+    until(lambda: gate.called == [(0, 0)])
+    for expert in range(1, 5):
+        readers.submit((1, expert), expert, urgent=False)
+    until(lambda: readers._idle == 3)
+    assert gate.called == [(0, 0)]
+    readers.make_urgent([(1, 3)])
+    until(lambda: gate.called == [(0, 0), (1, 3)])
+    first, gate.open = gate.open, threading.Event()  # later calls wait for another opening
+    first.set()
+    until(lambda: len(gate.called) == 4)
+    until(lambda: readers._idle == 2)
+    assert sorted(gate.called[2:]) == [(1, 1), (1, 2)]
+    readers.submit((0, 5), 5)
+    until(lambda: len(gate.called) == 5)
+    assert gate.called[4] == (0, 5)
+    gate.open.set()
+    assert len(collect(readers, 6)) == 6
     readers.close()
 
 

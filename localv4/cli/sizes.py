@@ -13,6 +13,7 @@ _UNITS = {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 MOST_BYTES = 1 << 60
+BITS = 8  # of a byte
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -31,5 +32,11 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def parse_rate(text: str, option: str) -> float:
-    """Return bytes per second: 90GB/s; the `/s` may be left out. Raises UsageError."""
-    return float(parse_bytes(text.strip().removesuffix("/s"), option))
+    """Return bytes per second: 90GB/s, of networks 100Mbit/s; the `/s` may be left out.
+
+    Raises UsageError naming the option.
+    """
+    amount = text.strip().removesuffix("/s")
+    if amount.lower().endswith("bit"):
+        return parse_bytes(f"{amount[:-3]}B", option) / BITS
+    return float(parse_bytes(amount, option))

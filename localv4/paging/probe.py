@@ -56,10 +56,11 @@ def measure_disk(
     end_s = time.monotonic() + seconds
     with _something_to_read(place, record_bytes, seconds * WRITING_SHARE) as path:
         table = random_records(path, record_bytes)
-        forget(path)
-        left_s = max(0.1, end_s - time.monotonic())
         reads = FileReads(table, io)
         try:
+            if reads.io == "buffered":
+                forget(path)
+            left_s = max(0.1, end_s - time.monotonic())
             done = read_for(reads.load, reads.split, list(table), record_bytes, readers, left_s)
         finally:
             reads.close()

@@ -41,6 +41,7 @@ class _Job:
 
     key: Key
     address: int
+    is_urgent: bool
     begun: float = 0.0
     parts_left: int = 1
     nbytes: int = 0
@@ -50,9 +51,10 @@ class _Job:
 class Readers:
     """`count` threads that call `load` for one record after the other.
 
-    With `split`, a record that few others wait behind is read by the idle threads together: a
-    single read does not keep a disk busy. Results are collected by one thread, with `finished` or
-    `wait`. A key may be under way once.
+    With `split`, an urgent record that few others wait behind is read by the idle threads together.
+    Guesses have the disk only while nothing urgent is being read, and half of the threads at most:
+    what is urgent next finds the others free. Results are collected by one thread, with `finished`
+    or `wait`. A key may be under way once.
     """
 
     def __init__(self, load: Load, count: int, split: Split | None = None) -> None:
@@ -65,7 +67,8 @@ class Readers:
         self._work = threading.Condition(self._lock)
         self._news = threading.Condition(self._lock)
         self._idle = 0
-        self._under_way = 0  # begun and not yet collected jobs are not in any queue
+        self._under_way = {True: 0, False: 0}  # urgent records and guesses that are being read
+        self._most_guesses = max(1, count // 2)
         self._closing = False
         self._meter = ReadMeter()
         self._threads = [
@@ -80,7 +83,7 @@ class Readers:
         with self._lock:
             self._check_open()
             queue = self._urgent if urgent else self._guesses
-            queue[key] = _Job(key, address)
+            queue[key] = _Job(key, address, urgent)
             self._work.notify()
 
     def make_urgent(self, keys: Iterable[Key]) -> None:
@@ -89,7 +92,9 @@ class Readers:
             for key in keys:
                 job = self._guesses.pop(key, None)
                 if job is not None:
+                    job.is_urgent = True
                     self._urgent[key] = job
+                    self._work.notify()
 
     def cancel_guesses(self) -> list[Key]:
         """Drop the guesses that nobody has begun to read; their places are free again."""
@@ -148,7 +153,7 @@ class Readers:
             raise interrupt
 
     def _wanted(self) -> int:
-        return len(self._urgent) + len(self._guesses) + self._under_way
+        return len(self._urgent) + len(self._guesses) + sum(self._under_way.values())
 
     def _check_open(self) -> None:
         if self._closing:
@@ -180,8 +185,9 @@ class Readers:
         while True:
             if self._parts:
                 return self._parts.popleft()
-            if self._urgent or self._guesses:
-                self._begin((self._urgent or self._guesses).popitem(last=False)[1])
+            queue = self._urgent or (self._guesses if self._may_guess() else None)
+            if queue:
+                self._begin(queue.popitem(last=False)[1])
                 continue
             if self._closing:
                 return None
@@ -192,15 +198,18 @@ class Readers:
     def _begin(self, job: _Job) -> None:
         """Put a record's parts in line: one, or more if there are idle threads for them."""
         job.begun = time.perf_counter()
-        self._under_way += 1
+        self._under_way[job.is_urgent] += 1
         self._meter.begin(job.begun)
         parts = self._cut(job, (self._idle + 1) // (len(self._urgent) + 1))
         job.parts_left = len(parts)
         self._parts.extend((job, part) for part in parts)
         self._work.notify(len(parts) - 1)
 
+    def _may_guess(self) -> bool:
+        return not self._under_way[True] and self._under_way[False] < self._most_guesses
+
     def _cut(self, job: _Job, threads: int) -> Sequence[Callable[[], int]]:
-        if self._split is not None and threads > 1:
+        if self._split is not None and threads > 1 and job.is_urgent:
             with suppress(Exception):  # `load` then meets what is wrong, and its error is kept
                 return self._split(job.key, job.address, threads)
         return (lambda: self._load(job.key, job.address),)
@@ -214,7 +223,9 @@ class Readers:
         if job.parts_left:
             return
         now = time.perf_counter()
-        self._under_way -= 1
+        self._under_way[job.is_urgent] -= 1
+        if self._may_guess():
+            self._work.notify(min(len(self._guesses), self._most_guesses))
         self._meter.end(job.begun, now, job.nbytes)
         done = Finished(job.key, job.address, job.nbytes, now - job.begun, job.error)
         self._finished.append(done)

@@ -101,7 +101,7 @@ def choose(values: Floats, grid: Grid, weights: Floats) -> Chosen:
 def _choose_single(values: Floats, grid: SingleGrid, weights: Floats) -> Chosen:
     rows, cols = values.shape
     codes, factors, errors = _codes(rows, cols), _floats(rows, cols // BLOCK), np.zeros(rows)
-    scratch = _scratch(single_scale.SCRATCH_LINES)
+    scratch = scratch_lines(single_scale.SCRATCH_LINES)
     single_scale.search_single(
         codes,
         factors,
@@ -129,7 +129,7 @@ def _choose_signed(values: Floats, grid: SignedGrid, weights: Floats) -> Chosen:
         errors,
         values,
         weights,
-        _scratch(signed_scales.SCRATCH_LINES),
+        scratch_lines(signed_scales.SCRATCH_LINES),
         grid.fractions,
         grid.ranges,
         grid.n,
@@ -157,7 +157,7 @@ def _choose_affine(values: Floats, grid: AffineGrid, weights: Floats) -> Chosen:
         errors,
         values,
         weights,
-        _scratch(affine_scales.SCRATCH_LINES),
+        scratch_lines(affine_scales.SCRATCH_LINES),
         grid.spans,
         grid.ranges,
         grid.n,
@@ -171,7 +171,7 @@ def _choose_affine(values: Floats, grid: AffineGrid, weights: Floats) -> Chosen:
 def _choose_powers(values: Floats, grid: PowerGrid, weights: Floats) -> Chosen:
     rows, cols = values.shape
     codes, factors, errors = _codes(rows, cols), _floats(rows, cols // BLOCK), np.zeros(rows)
-    scratch = _scratch(power_scales.SCRATCH_LINES)
+    scratch = scratch_lines(power_scales.SCRATCH_LINES)
     power_scales.search_powers(codes, factors, errors, values, weights, scratch, grid.reach)
     return Chosen(errors, codes, factors)
 
@@ -184,7 +184,7 @@ def _floats(rows: int, cols: int) -> Floats:
     return np.empty((rows, cols), np.float32)
 
 
-def _scratch(lines: int) -> Floats:
+def scratch_lines(lines: int) -> Floats:
     """Return memory of some vectors that starts on a cache line."""
     memory = np.empty(LANES * (lines + 1), np.float32)
     start = -memory.ctypes.data % 64 // 4

@@ -103,7 +103,8 @@ class PowerGrid:
         return float(np.finfo(np.float32).max)
 
 
-Grid = SingleGrid | SignedGrid | AffineGrid | PowerGrid
+UniformGrid = SingleGrid | SignedGrid | AffineGrid
+Grid = UniformGrid | PowerGrid
 
 
 def _points(*values: float) -> Floats:

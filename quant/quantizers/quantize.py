@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from localv4.kernels.arrays import Bytes, Floats
 from quant.quantizers.choice import GRIDS, Chosen, blocks_of, choose
-from quant.quantizers.grids import Grid, plain
+from quant.quantizers.error_feedback import Feedback, choose_with_feedback
+from quant.quantizers.grids import Grid, PowerGrid, UniformGrid, plain
+from quant.quantizers.tiles import LANES
 
 Method = Literal["round", "search", "feedback"]
 
@@ -48,17 +50,25 @@ class Quantized:
 
 
 def quantize_rows(
-    values: Floats, target: str, importance: Floats | None = None, *, method: Method = "search"
+    values: Floats,
+    target: str,
+    importance: Floats | None = None,
+    *,
+    method: Method = "search",
+    hessian: Feedback | None = None,
 ) -> Quantized:
     """Round finite values (rows, cols) to a ggml type or to the values of a packed format.
 
     importance (cols,): how much a squared error in a column counts, as the mean square of its
     activations; None: all the same. Methods: "round" takes the scales that the largest values ask
-    for; "search" looks for those of the least error. Every row is rounded on its own: rows may be
-    shared among threads in any way, the compiled searches release Python's lock.
+    for; "search" looks for those of the least error; "feedback" lets the columns that come later
+    make good the error of each column, for activations with the second moments `hessian`
+    (`prepare_feedback`), and takes `importance` only where there are none and for MXFP4. Every row
+    is rounded on its own: rows may be shared among threads in any way, the compiled searches
+    release Python's lock.
 
-    Raises ValueError for an unknown target, a number of columns that is not whole blocks of it, and
-    importance that is negative or not finite.
+    Raises ValueError for an unknown target, a number of columns that is not whole blocks of it,
+    importance that is negative or not finite, and a hessian of another number of columns.
     """
     ggml = PACKED_KIN.get(target, target)
     if ggml not in GRIDS:
@@ -68,8 +78,12 @@ def quantize_rows(
     if cols % grid.columns:
         raise ValueError(f"{cols} columns are not a multiple of {grid.columns} ({target})")
     weights, mean = prepared_weights(importance, cols)
+    if method == "feedback" and hessian is not None and not isinstance(grid, PowerGrid):
+        if hessian.weights.size != cols:
+            raise ValueError(f"second moments of {hessian.weights.size} columns, not {cols}")
+        return _with_feedback(values, ggml, grid, hessian)
     search = grid if method != "round" else plain(grid)
-    height = max(1, _CHUNK_VALUES // cols // 16) * 16
+    height = max(1, _CHUNK_VALUES // cols // LANES) * LANES
     parts, errors = [], []
     for first in range(0, rows, height):
         part = np.ascontiguousarray(values[first : first + height])
@@ -109,3 +123,12 @@ def _choose_within_range(values: Floats, grid: Grid, weights: Floats) -> Chosen:
     chosen = choose(np.clip(values, -largest, largest), grid, weights)
     rest = values.astype(np.float64) - chosen.values()
     return replace(chosen, errors=(rest * rest) @ weights.astype(np.float64))
+
+
+def _with_feedback(values: Floats, ggml: str, grid: UniformGrid, feedback: Feedback) -> Quantized:
+    """Round all rows together: each pass reads the whole factor."""
+    largest = np.float32(grid.largest)
+    limited = np.clip(values, -largest, largest)
+    chosen = choose_with_feedback(limited, grid, feedback)
+    lost = (values.astype(np.float64) - limited) ** 2 @ feedback.weights
+    return Quantized(ggml, blocks_of(chosen, ggml), feedback.unit * (chosen.errors + lost))

@@ -1,0 +1,268 @@
+"""`localv4 fit`: will a model run here, how fast, and what would change that; before a download."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localv4.cli import options, terminal, worker
+from localv4.cli.sizes import parse_bytes, parse_rate
+from localv4.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from localv4.planning.assessment import Assessment, Request
+    from localv4.planning.machine import Machine
+    from localv4.planning.subject import Subject
+
+TYPICAL_RATE = "100Mbit/s"
+
+FitModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A known or installed model, name:quant, a path, or hf://org/repo (asks the hub).",
+    ),
+]
+AllQuants = Annotated[
+    bool, typer.Option("--all-quants", metavar="", help="Compare all forms of the model.")
+]
+DownloadRate = Annotated[
+    str, typer.Option("--rate", metavar="RATE", help="Of the download: 100Mbit/s, 20MB/s.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """A machine that somebody describes; None is measured here."""
+
+    ram: int | None
+    bandwidth: float | None
+    disk: float | None
+    cores: int | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of this machine matters."""
+        return None not in (self.ram, self.bandwidth, self.disk)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The form that was asked for or is recommended, and all of them."""
+
+    subject: "Subject"
+    machine: "Machine"
+    request: "Request"
+    chosen: "Assessment"
+    found: "Sequence[Assessment]"
+    rate: float
+
+
+def fit(
+    model_argument: FitModel = None,
+    model: options.Model = None,
+    ram: options.Ram = None,
+    reserve: options.Reserve = None,
+    ctx_size: options.ContextSize = None,
+    io: options.Io = options.IoWay.AUTO,
+    assume_ram: options.AssumeRam = None,
+    assume_bandwidth: options.AssumeBandwidth = None,
+    assume_disk: options.AssumeDisk = None,
+    assume_cores: options.AssumeCores = None,
+    all_quants: AllQuants = False,
+    rate: DownloadRate = TYPICAL_RATE,
+    output_format: options.Format = options.OutputFormat.AUTO,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    no_color: options.NoColor = False,
+) -> None:
+    """Tell whether a model fits, pages or does not fit, and how fast it will be.
+
+    Nothing is downloaded. Exit code 4 if it does not fit.
+    """
+    from localv4.planning.assessment import Request
+    from localv4.planning.plan import DEFAULT_CTX
+
+    reference = options.one_of(model_argument, model, "--model")
+    request = Request(
+        ram=parse_bytes(ram, "--ram") if ram else None,
+        reserve=parse_bytes(reserve, "--reserve") if reserve else None,
+        ctx=DEFAULT_CTX if ctx_size is None else ctx_size,
+        io=io.value,
+    )
+    assumed = assumptions(assume_ram, assume_bandwidth, assume_disk, assume_cores)
+    bytes_s = parse_rate(rate, "--rate")
+    answer = worker.call(lambda: _answer(reference, request, assumed, bytes_s, quiet))
+    if options.wants_json(output_format, as_json):
+        from localv4.cli.show import print_json
+
+        print_json(_document(answer))
+    else:
+        console = terminal.make_console(sys.stdout, no_color=no_color)
+        if all_quants:
+            _print_forms(console, answer)
+        else:
+            _print_answer(console, answer)
+    if answer.chosen.refusal is not None:
+        sys.stdout.flush()
+        raise answer.chosen.refusal
+
+
+def assumptions(
+    ram: str | None, bandwidth: str | None, disk: str | None, cores: int | None
+) -> Assumed:
+    """Read the options that describe another machine. Raises UsageError."""
+    return Assumed(
+        parse_bytes(ram, "--assume-ram") if ram else None,
+        parse_rate(bandwidth, "--assume-bandwidth") if bandwidth else None,
+        parse_rate(disk, "--assume-disk") if disk else None,
+        cores,
+    )
+
+
+def describe_machine(assumed: Assumed, place: Any, record_bytes: int, quiet: bool) -> "Machine":
+    """Return this machine, measured where it has to be, with what is assumed in its place."""
+    from localv4.cli.loading import note
+    from localv4.planning.measuring import Wanted, known_machine, measured_machine
+
+    def tell(what: str) -> None:
+        if not quiet:
+            note(f"measuring {what}")
+
+    if assumed.is_whole:
+        machine = known_machine(None)
+    else:
+        needs_disk = assumed.disk is None
+        wanted = Wanted(place if needs_disk else None, record_bytes)
+        machine = measured_machine(wanted, tell)
+    return machine.with_assumptions(
+        ram=assumed.ram, bandwidth=assumed.bandwidth, disk=assumed.disk, cores=assumed.cores
+    )
+
+
+def _answer(
+    reference: str | None, request: "Request", assumed: Assumed, rate: float, quiet: bool
+) -> Answer:
+    from localv4 import paths
+    from localv4.planning.assessment import assess, choose
+    from localv4.planning.history import correction, past_runs
+    from localv4.planning.recipes import load_recipes
+
+    subject = _subject(reference, quiet)
+    if not subject.forms:
+        raise UsageError(f"no form of {subject.name} has a known size")
+    place = subject.path or paths.models_dir()
+    record = max(facts.largest_expert_bytes for facts in subject.forms)
+    machine = describe_machine(assumed, place, record, quiet)
+    runs = [] if machine.assumed else past_runs(subject.name)
+    found = []
+    for facts in subject.forms:
+        one = assess(facts, machine, request)
+        if runs and one.plan is not None:
+            one = assess(facts, machine, request, correction=correction(runs, one.plan))
+        found.append(one)
+    is_free = subject.chosen is None
+    chosen = choose(found, load_recipes().default.name) if is_free else found[subject.chosen or 0]
+    return Answer(subject, machine, request, chosen, found, rate)
+
+
+def _subject(reference: str | None, quiet: bool) -> "Subject":
+    from localv4.planning import subject as subjects
+
+    if reference is None or not subjects.is_hub_reference(reference):
+        return subjects.find_subject(reference)
+    if subjects.is_here(reference):
+        return subjects.find_subject(reference)
+
+    from localv4.cli.loading import note
+    from localv4.library.published import find_published
+    from localv4.library.remote_headers import check_online, remote_headers
+
+    check_online()
+    if not quiet:
+        note("reading the headers of the model's files on the hub")
+    with remote_headers(find_published(reference)) as model:
+        facts = subjects.facts_of_opened(reference, model.path, model.weight_bytes)
+    return subjects.Subject(reference, "hub", (facts,), 0)
+
+
+def _print_answer(console: "Console", answer: Answer) -> None:
+    """Print everything about the chosen form."""
+    from rich.text import Text
+
+    from localv4.cli import plan_report as report
+    from localv4.cli.tables import print_section
+    from localv4.planning.assessment import what_would_change
+    from localv4.planning.history import past_runs
+
+    one, machine = answer.chosen, answer.machine
+    name = terminal.sanitize_line(one.facts.name)
+    console.print(Text.assemble((name, "bold"), f"  {report.headline(one)}"))
+    if not one.facts.is_exact:
+        console.print(Text("estimated from the size of its files", style="dim"))
+    console.print()
+    print_section(console, "Machine", report.machine_rows(machine))
+    if one.plan is not None:
+        print_section(console, "Speed", report.speed_rows(one))
+        print_section(console, "Memory", report.memory_rows(one.plan))
+    free = None if "disk" in machine.assumed else machine.disk_free
+    print_section(console, "Disk", report.disk_rows(one, answer.rate, free))
+    forms = [other.facts for other in answer.found]
+    changes = what_would_change(one, machine, answer.request, forms)
+    if changes:
+        print_section(console, "Faster with", report.change_rows(changes))
+    runs = [] if machine.assumed else past_runs(answer.subject.name)
+    if runs:
+        print_section(console, "Last runs", report.run_rows(runs))
+
+
+def _print_forms(console: "Console", answer: Answer) -> None:
+    """Print a row for every form."""
+    from localv4.cli import plan_report as report
+    from localv4.cli.generation import format_bytes
+    from localv4.cli.tables import print_section, print_table
+
+    print_section(console, "Machine", report.machine_rows(answer.machine))
+    rows = []
+    for one in answer.found:
+        plan, forecast = one.plan, one.forecast
+        rows.append(
+            (
+                one.facts.quant or "as it is",
+                one.verdict,
+                format_bytes(one.facts.file_bytes),
+                format_bytes(plan.total) if plan else "",
+                f"{100 * plan.resident_share:.0f} %" if plan else "",
+                report.range_text(forecast.decode) if forecast else "",
+                report.range_text(forecast.prefill) if forecast else "",
+                forecast.bottleneck if forecast else "",
+                "<- chosen" if one is answer.chosen else "",
+            )
+        )
+    header = ("QUANT", "", "ON DISK", "MEMORY", "EXPERTS", "TOK/S", "PROMPT TOK/S", "LIMIT", "")
+    print_table(console, rows, header=header, numbers=frozenset({2, 3, 4, 5, 6}))
+
+
+def _document(answer: Answer) -> dict[str, Any]:
+    from localv4.cli import plan_report as report
+    from localv4.planning.assessment import what_would_change
+
+    forms = [other.facts for other in answer.found]
+    changes = what_would_change(answer.chosen, answer.machine, answer.request, forms)
+    return {
+        "schema": 1,
+        "model": answer.subject.name,
+        "source": answer.subject.source,
+        "machine": report.machine_document(answer.machine),
+        "chosen": report.assessment_document(answer.chosen),
+        "forms": [report.assessment_document(one) for one in answer.found],
+        "download_s": (answer.chosen.facts.download_bytes or 0) / answer.rate,
+        "changes": [
+            {"what": change.what, "decode_tok_s": change.tok_s, "fits": change.fits}
+            for change in changes
+        ],
+    }

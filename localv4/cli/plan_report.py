@@ -1,0 +1,301 @@
+"""Plans and forecasts for people and for programs: rows of text, and JSON values."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from localv4.cli.generation import format_bytes
+from localv4.planning.assessment import Assessment, Change
+from localv4.planning.forecast import PROMPT_TOKENS, Forecast
+from localv4.planning.history import Run
+from localv4.planning.hit_rate import Bounds
+from localv4.planning.machine import Machine
+from localv4.planning.plan import Plan
+from localv4.planning.recipes import load_recipes
+
+Rows = list[tuple[str, str]]
+
+SHOWN_RUNS = 3
+HOUR_S, MINUTE_S = 3600, 60
+
+COMPONENT_NAMES = {
+    "dense weights": "dense weights",
+    "head": "output matrix",
+    "decoder state": "context",
+    "workspace": "workspace",
+    "program": "program",
+    "experts": "experts",
+}
+
+BOTTLENECKS = {
+    "memory": "memory bandwidth",
+    "compute": "the processor's cores",
+    "disk": "the disk",
+}
+
+
+def headline(one: Assessment) -> str:
+    """Say in a line whether a model fits."""
+    if one.plan is None:
+        return "does not fit"
+    if one.plan.fits:
+        return f"fits: everything stays in memory ({format_bytes(one.plan.total)})"
+    return f"pages {format_bytes(one.plan.paged_bytes)} of its experts from the disk"
+
+
+def speed_rows(one: Assessment) -> Rows:
+    """Return the predicted speed, with its formula and what bounds it."""
+    forecast, plan = one.forecast, one.plan
+    if forecast is None or plan is None:
+        return [("decode", "unknown: the machine was not measured")]
+    rows = [
+        ("decode", f"{bounds_text(forecast.decode)} tokens/s"),
+        ("", formula(forecast)),
+        ("prompt", f"{bounds_text(forecast.prefill)} tokens/s, for {PROMPT_TOKENS:,} tokens"),
+    ]
+    if not plan.fits:
+        missed = format_bytes(int(forecast.missed_bytes))
+        hits = f"{100 * forecast.hit_rate.low:.0f} to {100 * forecast.hit_rate.high:.0f} %"
+        rows.append(("experts in memory", f"{hits} of those chosen ({forecast.routing})"))
+        rows.append(("read from disk", f"{missed} for each token"))
+    rows.append(("limited by", BOTTLENECKS[forecast.bottleneck]))
+    if forecast.correction != 1.0:
+        rows.append(("corrected", f"by {forecast.correction:.2f}, from earlier runs"))
+    return rows
+
+
+def formula(forecast: Forecast) -> str:
+    """Write the terms of a likely token."""
+    read = f"{forecast.token_bytes / 1e9:.2f} GB read"
+    text = f"{read} in {1e3 * max(forecast.memory_s, forecast.compute_s):.0f} ms"
+    text += f" ({forecast.roofline:.1f} tokens/s at full bandwidth x {forecast.decode_share:.2f})"
+    if forecast.disk_s > 0:
+        text += (
+            f", {forecast.missed_bytes / 1e9:.2f} GB from disk in {1e3 * forecast.disk_s:.0f} ms"
+        )
+        text += ", partly at the same time"
+    return text
+
+
+def memory_rows(plan: Plan) -> Rows:
+    """Return the memory by component."""
+    rows = []
+    for name, nbytes in plan.components().items():
+        text = format_bytes(nbytes)
+        if name == "decoder state":
+            text += f"  for {plan.ctx_size:,} tokens; up to {plan.most_ctx:,} would fit"
+        if name == "experts" and not plan.fits:
+            text += f"  {100 * plan.resident_share:.0f} % of {format_bytes(plan.all_experts)}"
+        rows.append((COMPONENT_NAMES[name], text))
+    left = f"{format_bytes(plan.reserve)} are left to other programs"
+    rows.append(
+        ("together", f"{format_bytes(plan.total)}  of {format_bytes(plan.usable)} usable; {left}")
+    )
+    return rows
+
+
+def disk_rows(one: Assessment, rate: float, free: int | None) -> Rows:
+    """Return what the model takes on disk and how long it takes to get; `rate` in bytes/s."""
+    facts = one.facts
+    is_made = facts.quant in load_recipes().by_name and facts.download_bytes is not None
+    text = format_bytes(facts.file_bytes)
+    rows = []
+    if is_made and facts.download_bytes is not None:
+        both = format_bytes(facts.file_bytes + facts.download_bytes)
+        text += f"; {both} if the download is kept until it is converted"
+    rows.append(("needed", text))
+    if free is not None:
+        rows.append(("free", format_bytes(free)))
+    if facts.download_bytes is not None:
+        seconds = facts.download_bytes / rate
+        rows.append(
+            (
+                "download",
+                f"{format_bytes(facts.download_bytes)}, {duration(seconds)} at "
+                f"{rate * 8 / 1e6:,.0f} Mbit/s",
+            )
+        )
+    return rows
+
+
+def change_rows(changes: Sequence[Change]) -> Rows:
+    """Return what would make decoding faster."""
+    return [
+        (change.what, f"{change.tok_s:.1f} tokens/s" + (", everything in memory" * change.fits))
+        for change in changes
+    ]
+
+
+def run_rows(runs: Sequence[Run]) -> Rows:
+    """Return the last runs: predicted against achieved."""
+    return [
+        (
+            run.at.date().isoformat(),
+            f"predicted {run.predicted:.2f}, achieved {run.achieved:.2f} tokens/s "
+            f"({100 * run.error:+.0f} %)",
+        )
+        for run in runs[-SHOWN_RUNS:]
+    ]
+
+
+def machine_rows(machine: Machine) -> Rows:
+    """Return the machine; what was assumed is marked."""
+    memory = machine.memory
+    total = f"{format_bytes(memory.total)}, {format_bytes(memory.available)} available"
+    if memory.limit is not None:
+        total += f", limited to {format_bytes(memory.limit)}"
+    rows = []
+    if machine.cpu and "cores" not in machine.assumed:
+        rows.append(("processor", f"{machine.cpu} ({machine.isa})"))
+    rows.append(("cores", _marked(str(machine.cores), "cores", machine)))
+    rows.append(("memory", _marked(total, "ram", machine)))
+    if machine.read_bytes_s is not None:
+        text = f"{machine.read_bytes_s / 1e9:.1f} GB/s"
+        by_threads = ", ".join(
+            f"{n}: {rate / 1e9:.1f}" for n, rate in sorted(machine.read_by_threads.items())
+        )
+        text += f" (by threads: {by_threads})" if by_threads else ""
+        rows.append(("memory bandwidth", _marked(text, "bandwidth", machine)))
+    if machine.int8_ops_s is not None:
+        rows.append(("int8 peak", f"{machine.int8_ops_s / 1e12:.2f} Tops/s"))
+    if machine.kernels is not None:
+        shares = machine.kernels
+        rows.append(
+            (
+                "kernels",
+                f"{100 * shares.decode:.0f} % of the bandwidth, "
+                f"{100 * shares.prefill:.0f} % of the int8 peak",
+            )
+        )
+    if machine.disk is not None:
+        text = f"{machine.disk.bytes_s / 1e9:.2f} GB/s at random"
+        rows.append(("disk", _marked(text, "disk", machine)))
+    if machine.disk_free is not None:
+        rows.append(("disk free", format_bytes(machine.disk_free)))
+    if memory.swap_total:
+        kind = ", compressed memory" if machine.swap_is_compressed else ""
+        used = f"{format_bytes(memory.swap_used)} of {format_bytes(memory.swap_total)} used"
+        rows.append(("swap", used + kind))
+    for card in machine.gpus:
+        rows.append(("graphics", f"{card} (not used)"))
+    if machine.measured_on is not None and "bandwidth" not in machine.assumed:
+        rows.append(("measured", machine.measured_on))
+    return rows
+
+
+def _marked(text: str, name: str, machine: Machine) -> str:
+    return f"{text} (assumed)" if name in machine.assumed else text
+
+
+def bounds_text(bounds: Bounds) -> str:
+    """Write a range: `4.4 to 6.6, likely 5.0`; one number where all are the same."""
+    low, likely, high = (rate_text(value) for value in (bounds.low, bounds.likely, bounds.high))
+    return likely if low == high else f"{low} to {high}, likely {likely}"
+
+
+def range_text(bounds: Bounds) -> str:
+    """Write the ends of a range: `4.4-6.6`."""
+    low, high = rate_text(bounds.low), rate_text(bounds.high)
+    return low if low == high else f"{low}-{high}"
+
+
+def rate_text(value: float) -> str:
+    """Write tokens per second with two or three digits."""
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time in the unit that suits it."""
+    if seconds < 2 * MINUTE_S:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * HOUR_S:
+        return f"{seconds / MINUTE_S:.0f} min"
+    return f"{seconds / HOUR_S:.1f} h"
+
+
+def assessment_document(one: Assessment) -> dict[str, Any]:
+    """Return an assessment as JSON values: bytes, seconds, tokens per second, shares of 1."""
+    facts, plan, forecast = one.facts, one.plan, one.forecast
+    return {
+        "name": facts.name,
+        "quant": facts.quant,
+        "verdict": one.verdict,
+        "sizes_are_exact": facts.is_exact,
+        "file_bytes": facts.file_bytes,
+        "download_bytes": facts.download_bytes,
+        "bytes_per_token": facts.weight_bytes_per_token,
+        "context_bytes_per_token": facts.state_bytes_per_token,
+        "plan": None if plan is None else _plan_document(plan),
+        "forecast": None if forecast is None else _forecast_document(forecast),
+        "refusal": None
+        if one.refusal is None
+        else {"message": one.refusal.message, "hint": one.refusal.hint},
+    }
+
+
+def _plan_document(plan: Plan) -> dict[str, Any]:
+    return {
+        "mode": plan.mode,
+        "io": plan.io,
+        "ctx_size": plan.ctx_size,
+        "most_ctx_size": plan.most_ctx,
+        "usable_bytes": plan.usable,
+        "reserve_bytes": plan.reserve,
+        "total_bytes": plan.total,
+        "paged_bytes": plan.paged_bytes,
+        "floor_bytes": plan.floor,
+        "expert_budget_bytes": plan.expert_budget,
+        "resident_share": plan.resident_share,
+        "readers": plan.readers,
+        "bytes": plan.components(),
+    }
+
+
+def _forecast_document(forecast: Forecast) -> dict[str, Any]:
+    return {
+        "decode_tok_s": _bounds_document(forecast.decode),
+        "prefill_tok_s": _bounds_document(forecast.prefill),
+        "hit_rate": _bounds_document(forecast.hit_rate),
+        "bottleneck": forecast.bottleneck,
+        "roofline_tok_s": forecast.roofline,
+        "read_bytes": forecast.token_bytes,
+        "missed_bytes": forecast.missed_bytes,
+        "memory_s": forecast.memory_s,
+        "compute_s": forecast.compute_s,
+        "disk_s": forecast.disk_s,
+        "decode_share": forecast.decode_share,
+        "routing": forecast.routing,
+        "correction": forecast.correction,
+    }
+
+
+def _bounds_document(bounds: Bounds) -> dict[str, float]:
+    return {"low": bounds.low, "likely": bounds.likely, "high": bounds.high}
+
+
+def machine_document(machine: Machine) -> dict[str, Any]:
+    """Return a machine as JSON values; no names of host, user or folders."""
+    memory, disk, kernels = machine.memory, machine.disk, machine.kernels
+    return {
+        "cpu": machine.cpu,
+        "isa": machine.isa,
+        "cores": machine.cores,
+        "ram_bytes": memory.total,
+        "available_bytes": memory.available,
+        "limit_bytes": memory.limit,
+        "swap_bytes": memory.swap_total,
+        "swap_used_bytes": memory.swap_used,
+        "swap_is_compressed": machine.swap_is_compressed,
+        "read_bytes_s": machine.read_bytes_s,
+        "read_bytes_s_by_threads": {str(n): rate for n, rate in machine.read_by_threads.items()},
+        "int8_ops_s": machine.int8_ops_s,
+        "kernel_shares": None
+        if kernels is None
+        else {"decode": kernels.decode, "prefill": kernels.prefill},
+        "disk": None
+        if disk is None
+        else {"random_read_bytes_s": disk.bytes_s, "cpu_s_per_gb": disk.cpu_s_per_gb},
+        "disk_free_bytes": machine.disk_free,
+        "gpus": list(machine.gpus),
+        "measured_on": machine.measured_on,
+        "assumed": sorted(machine.assumed),
+    }

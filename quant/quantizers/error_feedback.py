@@ -1,0 +1,103 @@
+"""Rounding with feedback: quantize a matrix for the activations that it will meet."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.kernels.arrays import Floats
+from quant.quantizers.choice import Chosen, choose, scratch_lines
+from quant.quantizers.diffusion import SCRATCH_LINES, diffuse, spread
+from quant.quantizers.grids import AffineGrid, UniformGrid
+
+DAMPING = 0.01
+"""What is added to the diagonal of the second moments, as a share of its mean."""
+
+_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """How the error of each column is made good by the columns after it.
+
+    factor (cols, cols) f32, upper triangular: column j deviating by e changes column k by
+    -e factor[j, k]. weights (cols,) f32, with the mean 1: how much a squared error counts when it
+    is made good so; `unit` times their sum over such errors is the squared error of the output.
+    """
+
+    factor: Floats
+    weights: Floats
+    unit: float
+
+
+def prepare_feedback(second_moments: NDArray[np.float32] | NDArray[np.float64]) -> Feedback:
+    """Return what `quantize_rows` needs of the mean of x x^T over activations x (cols, cols).
+
+    Raises ValueError unless it is square, finite, and positive semidefinite up to rounding.
+    """
+    moments = np.array(second_moments, np.float64)
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or not np.isfinite(moments).all():
+        raise ValueError("second moments must be a square matrix of finite numbers")
+    mean = float(np.trace(moments)) / len(moments)
+    if mean <= 0:
+        none = np.eye(len(moments), dtype=np.float32)
+        return Feedback(none, np.ones(len(moments), np.float32), 0.0)
+    moments[np.diag_indices(len(moments))] += DAMPING * mean
+    # H = R R^T with R upper triangular is Cholesky's factor read backwards; then U = R^-1
+    try:
+        backwards = np.linalg.cholesky(moments[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        raise ValueError("second moments are not positive semidefinite") from None
+    upper = np.triu(np.linalg.inv(backwards[::-1, ::-1]))
+    diagonal = np.diag(upper)
+    weights = 1 / (diagonal * diagonal)
+    return Feedback(
+        (upper / diagonal[:, None]).astype(np.float32),
+        (weights / weights.mean()).astype(np.float32),
+        float(weights.mean()),
+    )
+
+
+def choose_with_feedback(values: Floats, grid: UniformGrid, feedback: Feedback) -> Chosen:
+    """Choose codes and scales of values (rows, cols); scales by search, unit by unit.
+
+    The errors of the result are those of the output, as multiples of the feedback's unit: with
+    errors made good as they are, d H d^T is the weighted sum of their squares.
+    """
+    rows, cols = values.shape
+    work = np.zeros((-(-rows // _ROWS) * _ROWS, cols), np.float32)
+    work[:rows] = values
+    low = 0 if isinstance(grid, AffineGrid) else grid.low
+    curved = not isinstance(grid, AffineGrid) and grid.curved
+    scratch = scratch_lines(SCRATCH_LINES)
+    parts, squares = [], np.zeros(rows)
+    for first in range(0, cols, grid.columns):
+        own = slice(first, first + grid.columns)
+        chosen = choose(np.ascontiguousarray(work[:, own]), grid, feedback.weights[own])
+        errors = np.empty(chosen.codes.shape, np.float32)
+        steps = chosen.steps()
+        offsets = chosen.offsets() if chosen.minima.size else np.zeros_like(steps)
+        diffuse(
+            chosen.codes,
+            errors,
+            work,
+            steps,
+            offsets,
+            feedback.factor,
+            scratch,
+            first,
+            low,
+            grid.high,
+            curved,
+        )
+        spread(work, errors, feedback.factor, first)
+        parts.append(chosen)
+        squares += np.square(errors[:rows], dtype=np.float64) @ feedback.weights[own]
+    return _joined(parts, squares)
+
+
+def _joined(parts: list[Chosen], errors: NDArray[np.float64]) -> Chosen:
+    """Put the columns of parts side by side; rows that filled up the last four are left out."""
+    rows, names = len(errors), [field.name for field in fields(Chosen) if field.name != "errors"]
+    columns = {name: np.concatenate([getattr(p, name) for p in parts], 1)[:rows] for name in names}
+    return Chosen(errors=errors, **columns)
