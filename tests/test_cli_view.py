@@ -15,7 +15,10 @@ from test_cli_terminal import ATTACKS, Screen, is_harmless
 from localv4.cli import generation, terminal
 from localv4.cli.progress import Progress
 from localv4.cli.view import HeldView, JsonView, PlainView, TerminalView, View
+from localv4.engine.paging_stats import PagingStats
 from localv4.engine.reply import ReplyStats
+from localv4.paging.counts import PagingCounts
+from localv4.paging.read_statistics import ReadStatistics
 from localv4.text.completion import Completion, Delta, ToolCall
 
 CALL = ToolCall(name="search", arguments='{"q": "\x1b]x"}', id="1")
@@ -34,9 +37,22 @@ def fake_reply(
     )
 
 
-def fake_generation(tokens: int = 3, done: int = 5) -> Any:
+def fake_paging() -> PagingStats:
+    counts = PagingCounts(2)
+    counts.tokens, counts.wait_s, counts.guesses, counts.guesses_used = 10, 0.5, 8, 2
+    counts.misses[:] = 30, 6
+    counts.add_read("demand", 2_000_000_000)
+    reads = ReadStatistics(2_000_000_000, 36, 1.0, 3.0, 0.1, 0.02, 0.05)
+    return PagingStats(counts, reads, 6, 1 << 30, 2 << 30)
+
+
+def fake_generation(tokens: int = 3, done: int = 5, paging: PagingStats | None = None) -> Any:
     return SimpleNamespace(
-        is_reading=tokens == 0, prefill=(done, 10), tokens=tokens, tokens_per_s=7.5
+        is_reading=tokens == 0,
+        prefill=(done, 10),
+        tokens=tokens,
+        tokens_per_s=7.5,
+        live_paging=lambda: paging,
     )
 
 
@@ -228,6 +244,28 @@ def test_stats_line() -> None:
     assert line.startswith(
         "prompt 6 tok, 12.0 tok/s (+4 reused) | gen 5 tok, 16.0 tok/s | peak RSS "
     )
+
+
+def test_paging_lines() -> None:
+    reply = fake_reply([])
+    assert generation.paging_lines(reply) == []
+    reply.stats = SimpleNamespace(paging=fake_paging(), decode_s=1.0)
+    assert generation.paging_lines(reply) == [
+        "experts 1.0 GiB of 2.0 GiB | hits 70.0% (layer 0: 50% ... layer 1: 90%) | "
+        "3.6 misses per token",
+        "read 0.200 GB per token, 0.000 GB guessed | waited 50 ms per token | bound by disk | "
+        "25% of guesses used",
+        "disk 2.00 GB/s, 3.0 reads at a time, 20.0 ms each (p99 50.0), 0.05 core-s per GB",
+    ]
+
+
+def test_paging_while_an_answer_is_written() -> None:
+    screen = Screen()
+    console = terminal.make_console(screen)
+    console.size = (120, 12)
+    with TerminalView(console, hide_thinking=False) as view:
+        view.tick(fake_generation(paging=fake_paging()))
+    assert "hits 70% | 4 misses, 50 ms wait per tok" in screen.getvalue()
 
 
 @pytest.mark.parametrize(

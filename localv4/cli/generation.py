@@ -11,6 +11,7 @@ from localv4.cli.signals import interrupt_sets
 
 if TYPE_CHECKING:
     from localv4.engine.engine import Engine
+    from localv4.engine.paging_stats import PagingStats
     from localv4.engine.reply import Reply, ReplyOptions
     from localv4.engine.session import Session
     from localv4.text.completion import Delta
@@ -25,7 +26,10 @@ class Generation:
         session: "Session",
         prompt_ids: Sequence[int],
         options: "ReplyOptions",
+        *,
+        shows_paging: bool = False,
     ) -> None:
+        self.shows_paging = shows_paging
         self._engine = engine
         self._session = session
         self._prompt_ids = prompt_ids
@@ -55,6 +59,12 @@ class Generation:
         if self._first_token_at is None or self.tokens < 2:
             return 0.0
         return (self.tokens - 1) / max(time.monotonic() - self._first_token_at, 1e-9)
+
+    def live_paging(self) -> "PagingStats | None":
+        """Return what paging costs so far, if that is to be shown."""
+        if not self.shows_paging or self.reply is None:
+            return None
+        return self.reply.stats.paging
 
     def finished(self) -> "Reply":
         """Return the reply after `deltas` has ended."""
@@ -89,6 +99,37 @@ def stats_line(reply: "Reply") -> str:
         prompt += f" (+{stats.reused_tokens} reused)"
     answer = f"gen {stats.generated_tokens} tok, {stats.decode_tok_s:.1f} tok/s"
     return f"{prompt} | {answer} | peak RSS {format_bytes(peak_memory_bytes())}"
+
+
+def paging_lines(reply: "Reply") -> list[str]:
+    """Return what paging cost a finished reply; nothing where experts are not paged."""
+    from localv4.engine.paging_stats import bound_of, spread
+
+    paging = reply.stats.paging
+    if paging is None or not paging.counts.tokens:
+        return []
+    counts, reads, rates = paging.counts, paging.reads, paging.layer_hit_rates
+    low, high = spread(rates)
+    demand, guess = (paging.per_token(counts.bytes[reason]) / 1e9 for reason in ("demand", "guess"))
+    wait_s = paging.per_token(counts.wait_s)
+    bound = bound_of(reply.stats.decode_s, counts.wait_s, None)
+    room = f"{format_bytes(paging.resident_bytes)} of {format_bytes(paging.capacity_bytes)}"
+    lines = [
+        f"experts {room} | hits {paging.hit_rate:.1%} "
+        f"(layer {low}: {rates[low]:.0%} ... layer {high}: {rates[high]:.0%}) | "
+        f"{paging.per_token(float(counts.misses.sum())):.1f} misses per token",
+        f"read {demand:.3f} GB per token, {guess:.3f} GB guessed | waited {1e3 * wait_s:.0f} ms "
+        f"per token | bound by {bound}",
+    ]
+    if counts.guesses:
+        lines[1] += f" | {counts.guesses_used / counts.guesses:.0%} of guesses used"
+    if reads.reads:
+        lines.append(
+            f"disk {reads.bytes_s / 1e9:.2f} GB/s, {reads.mean_depth:.1f} reads at a time, "
+            f"{1e3 * reads.p50_s:.1f} ms each (p99 {1e3 * reads.p99_s:.1f}), "
+            f"{reads.core_s_per_gb:.2f} core-s per GB"
+        )
+    return lines
 
 
 def peak_memory_bytes() -> int:

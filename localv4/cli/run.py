@@ -126,7 +126,7 @@ def run(
 
 def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Output) -> None:
     """Generate and show the answer. Raises typer.Exit(130) when it was interrupted."""
-    from localv4.cli.generation import Generation, stats_line
+    from localv4.cli.generation import Generation, paging_lines, stats_line
     from localv4.cli.loading import warn
     from localv4.engine.reply import ReplyOptions
 
@@ -140,12 +140,16 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
         warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
     engine = loaded.engine
     generation = Generation(
-        engine, engine.new_session(), _prompt_ids(loaded, request), reply_options
+        engine,
+        engine.new_session(),
+        _prompt_ids(loaded, request),
+        reply_options,
+        shows_paging=output.stats,
     )
     reply = _watch(generation, _view(request, output, loaded.model.name), output)
     if output.stats and not output.quiet:
         sys.stdout.flush()
-        sys.stderr.write(stats_line(reply) + "\n")
+        sys.stderr.write("\n".join([stats_line(reply), *paging_lines(reply)]) + "\n")
     if reply.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
 

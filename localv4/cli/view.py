@@ -114,6 +114,7 @@ class JsonView(_QuietView):
                 "decode_s": stats.decode_s,
                 "prefill_tok_s": stats.prefill_tok_s,
                 "decode_tok_s": stats.decode_tok_s,
+                "paging": stats.paging.document() if stats.paging is not None else None,
             },
         }
 
@@ -347,5 +348,15 @@ def _progress(console: "Console", generation: Generation, shown: str | None) -> 
         return table
     doing = "thinking" if shown == "reasoning" else "writing"
     speed = [f"{generation.tokens_per_s:.1f} tok/s"] if generation.tokens_per_s else []
-    parts = [doing, f"{generation.tokens} tok", *speed, "Ctrl-C stops"]
+    parts = [doing, f"{generation.tokens} tok", *speed, *_paging(generation), "Ctrl-C stops"]
     return Text(" | ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def _paging(generation: Generation) -> list[str]:
+    """Return what paging does at the moment, if statistics are wanted and experts are paged."""
+    paging = generation.live_paging()
+    if paging is None or not paging.counts.tokens:
+        return []
+    misses = paging.per_token(float(paging.counts.misses.sum()))
+    wait_ms = 1e3 * paging.per_token(paging.counts.wait_s)
+    return [f"hits {paging.hit_rate:.0%}", f"{misses:.0f} misses, {wait_ms:.0f} ms wait per tok"]

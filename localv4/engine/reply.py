@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from localv4.engine.paging_stats import PagingMeter, PagingStats
 from localv4.engine.sampler import Sampler, Sampling
 from localv4.engine.session import Progress, Session
 from localv4.errors import Cancelled, DoesNotFitError, UsageError
@@ -31,13 +32,22 @@ class ReplyOptions:
 
 @dataclass(slots=True)
 class ReplyStats:
-    """Counts and wall-clock seconds of one answer; `reused_tokens` of the prompt cost nothing."""
+    """Counts and wall-clock seconds of one answer; `reused_tokens` of the prompt cost nothing.
+
+    `meter` counts what is paged in the meantime.
+    """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
     prefill_s: float = 0.0
     generated_tokens: int = 0
     decode_s: float = 0.0
+    meter: PagingMeter | None = None
+
+    @property
+    def paging(self) -> PagingStats | None:
+        """What decoding has paged, None where everything is in memory."""
+        return self.meter.stats() if self.meter is not None else None
 
     @property
     def prefill_tok_s(self) -> float:
@@ -125,6 +135,13 @@ class Reply:
 
     def _decode(self, logits: Floats) -> Iterator[Delta]:
         start = time.perf_counter()
+        self.stats.meter = meter = PagingMeter(self._session.network)
+        try:
+            yield from self._pick_tokens(logits, start)
+        finally:
+            meter.stop()
+
+    def _pick_tokens(self, logits: Floats, start: float) -> Iterator[Delta]:
         while True:
             self._check_files()  # of changed weights no token may come
             token = self._sampler.pick(logits, self._session.tokens[-REPEAT_WINDOW:])
