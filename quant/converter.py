@@ -8,7 +8,7 @@ import numpy as np
 
 from localv4.errors import BadFileError
 from localv4.kernels import blocks
-from localv4.model.matrix import Floats, Matrix, decode
+from localv4.model.matrix import Floats, Matrix, Packed, decode
 from quant.choice import Choice
 from quant.errors_made import ErrorTotals
 from quant.formats import GGML_TARGETS, PACKED_TARGETS, Target
@@ -16,6 +16,7 @@ from quant.importance import Importance
 from quant.strips import is_finite, strip, strips_of
 from quant.tensor_class import class_of
 
+_FLOAT_TYPES = ("BF16", "F32")
 _NO_SCALE = np.zeros((1, 1), np.uint8)
 _NO_SCALE.setflags(write=False)
 
@@ -64,9 +65,13 @@ class Converter:
         if self.importance is not None:
             importance = self.importance.of(name, first, matrix.rows)
         kind = ggml_name(target)
-        found = quantize_rows(values, kind, importance, method=method)
-        self.errors.add(class_of(name), found.squared_error, _signal(values, importance))
-        return ggml_matrix(kind, matrix.cols, found.blocks)
+        if kind in _FLOAT_TYPES:
+            data, error = _as_floats(values, kind), 0.0
+        else:
+            found = quantize_rows(values, kind, importance, method=method)
+            data, error = found.blocks, found.squared_error
+        self.errors.add(class_of(name), error, _signal(values, importance))
+        return ggml_matrix(kind, matrix.cols, data)
 
     def convert(self, name: str, matrix: Matrix, choice: Choice) -> Matrix:
         """Return a whole matrix in blocks of the chosen ggml type, or as it is stored."""
@@ -84,9 +89,19 @@ def ggml_name(target: Target) -> str:
     return target.name if target.name in GGML_TARGETS else PACKED_TARGETS[target.name].kin
 
 
-def ggml_matrix(kind: str, cols: int, data: np.ndarray) -> Matrix:  # type: ignore[type-arg]
+def ggml_matrix(kind: str, cols: int, data: Packed) -> Matrix:
     """Return rows of blocks as a matrix."""
     return Matrix(blocks.FORMATS.index(kind), len(data), cols, data, _NO_SCALE)
+
+
+def _as_floats(values: Floats, kind: str) -> Packed:
+    """Return rows as float32, or rounded to bfloat16, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    if kind == "F32":
+        return bits.view(np.uint8)
+    odd = (bits >> 16) & np.uint32(1)
+    halves = ((bits + np.uint32(0x7FFF) + odd) >> 16).astype("<u2")
+    return halves.view(np.uint8)
 
 
 def _signal(values: Floats, importance: Floats | None) -> float:

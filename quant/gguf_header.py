@@ -12,10 +12,17 @@ SPLIT_PREFIX = "split."
 
 
 def header_without_tensors(path: Path) -> bytes:
-    """Return a GGUF file with the metadata of `path` and no tensors.
+    """Return a GGUF file with the metadata of `path` and no tensors; raises BadFileError."""
+    version, kept = keys_of(path)
+    return MAGIC + struct.pack("<IQQ", version, 0, len(kept)) + b"".join(kept)
 
-    What says that `path` is one file of several is left out. Raises BadFileError; `path` has been
-    opened as a model before, so magic and version are known to be good.
+
+def keys_of(path: Path, dropped: tuple[str, ...] = ()) -> tuple[int, list[bytes]]:
+    """Return the version of a GGUF file and its keys, each with its value, byte for byte.
+
+    What says that `path` is one file of several is left out, and what is `dropped`. Raises
+    BadFileError; `path` has been opened as a model before, so magic and version are known to be
+    good.
     """
     with closing(MappedFile(path)) as file:
         values = GgufValues(file)
@@ -26,10 +33,10 @@ def header_without_tensors(path: Path) -> bytes:
     with path.open("rb") as raw:
         kept = []
         for key, begin, end in spans:
-            if not key.startswith(SPLIT_PREFIX):
+            if not key.startswith(SPLIT_PREFIX) and key not in dropped:
                 raw.seek(begin)
                 kept.append(raw.read(end - begin))
-    return MAGIC + struct.pack("<IQQ", version, 0, len(kept)) + b"".join(kept)
+    return version, kept
 
 
 def _span(values: GgufValues) -> tuple[str, int, int]:

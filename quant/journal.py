@@ -53,6 +53,10 @@ class Journal:
             return None
         return found if _digest(path) == found.file.sha256 else None
 
+    def knows(self, name: str) -> bool:
+        """Tell whether a file was finished once, whatever has become of it."""
+        return name in self._files
+
     def add(self, name: str, finished: Finished) -> None:
         """Note that a file is finished."""
         self._files[name] = asdict(finished)

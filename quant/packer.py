@@ -73,8 +73,11 @@ class Packer:
         layers = task.source.config.n_layers
         self._chooser = Chooser(task.recipe, layers, task.statistics)
 
-    def plan(self) -> Plan:
-        """Return what will be done. Weights are not read; raises BadFileError for a bad source."""
+    def plan(self, target: Path | None = None) -> Plan:
+        """Return what will be done. Weights are not read; no name depends on `target`.
+
+        Raises BadFileError for a bad source.
+        """
         shards = []
         for number in range(self.task.source.shards):
             with self.task.source.outline(number) as found:

@@ -59,6 +59,11 @@ class Source:
         return self.checkpoint.path
 
     @property
+    def folder(self) -> Path:
+        """Where the small files of the model are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors that the network calls for."""
         found = {part.tensor.name: part.tensor.nbytes for part in self.table.values()}

@@ -129,7 +129,6 @@ def test_read(chat: Chat, tmp_path: Path) -> None:
 def test_help_names_every_command(chat: Chat) -> None:
     text = command(chat, "/help")
     assert all(f"/{name}" in text for name in commands.COMMANDS)
-    assert "/save" not in text
 
 
 def test_stats(chat: Chat) -> None:
@@ -143,7 +142,6 @@ def test_stats(chat: Chat) -> None:
     ("line", "said"),
     [
         ("/foo", "no command /foo"),
-        ("/save x", "no command /save"),
         ("/", "no command /"),
         ("/\x1b[2J", "no command"),
         ("/think hard", "no such effort"),

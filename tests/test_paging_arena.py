@@ -1,7 +1,9 @@
 """Memory for records: bounded, without dead ends for mixed sizes, given back from the tail."""
 
+import ctypes
 import random
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,6 +118,14 @@ def test_what_to_evict_finds_the_cheapest_run() -> None:
     assert arena.what_to_evict(G, costs) == []
     assert arena.what_to_evict(3 * G, costs) == [places[5], places[7]]
     assert arena.what_to_evict(9 * G, costs) is None
+    arena.close()
+
+
+def test_what_is_left_over_of_a_place_counts() -> None:
+    """Of two records that cost the same, the one that fits goes."""
+    arena = Arena(9 * G)
+    _, two, _ = (taken(arena, n * G) for n in (3, 2, 4))
+    assert arena.what_to_evict(2 * G, equal_costs) == [two]
     arena.close()
 
 
@@ -287,6 +297,79 @@ def test_fresh_pages_take_the_place_of_old_ones(monkeypatch: pytest.MonkeyPatch)
     state = bytes(memory(space.base, 4 * HUGE_BYTES)[::HUGE_BYTES])
     assert state == b"\4\0\0\4"
     space.close()
+
+
+class FakeKernel32:
+    """VirtualAlloc and VirtualFree, which note what they are asked for."""
+
+    class Call:
+        restype: object = None
+        argtypes: object = None
+
+        def __init__(self, answer: Callable[..., int]) -> None:
+            self.answer = answer
+
+        def __call__(self, *arguments: int) -> int:
+            return self.answer(*arguments)
+
+    def __init__(self, most: int) -> None:
+        self.committed: dict[int, int] = {}
+        self.most = most
+        self.VirtualAlloc = self.Call(self._allocate)
+        self.VirtualFree = self.Call(self._free)
+
+    def _allocate(self, address: int | None, nbytes: int, kind: int, protection: int) -> int:
+        if kind == 0x2000:  # MEM_RESERVE
+            assert address is None
+            return 5 << 16
+        assert kind == 0x1000 and protection == 4 and address is not None
+        if sum(self.committed.values()) + nbytes > self.most:
+            return 0
+        self.committed[address] = nbytes
+        return address
+
+    def _free(self, address: int, nbytes: int, kind: int) -> int:
+        assert (kind, nbytes > 0) in ((0x4000, True), (0x8000, False))
+        for start, size in list(self.committed.items()):
+            if kind == 0x8000 or start >= address:
+                del self.committed[start]
+            elif start + size > address:
+                assert address + nbytes >= start + size
+                self.committed[start] = address - start
+        return 1
+
+    def end(self) -> int:
+        """Where committed memory ends; it has no gaps."""
+        at = HUGE_BYTES  # the first large page behind 5 << 16
+        for start, nbytes in sorted(self.committed.items()):
+            assert start == at
+            at += nbytes
+        return at - HUGE_BYTES
+
+
+def test_windows_commits_what_is_used_and_what_kernels_read_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    system = FakeKernel32(most=300 << 20)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "WinDLL", lambda name, use_last_error: system, raising=False)
+    arena = Arena(400 << 20)
+    assert system.end() == 0
+    places = [taken(arena, 64 << 20) for _ in range(3)]
+    assert places[0] == HUGE_BYTES
+    assert (192 << 20) + SLACK_BYTES <= system.end() <= 256 << 20
+    taken(arena, 60 << 20)
+    with pytest.raises(MemoryError, match="more bytes of memory"):
+        arena.take(64 << 20)
+    used = arena.used
+    assert arena.shrink(200 << 20) == arena.shrink(0) != []
+    for place in arena.shrink(0):
+        arena.give_back(place)
+    assert arena.used < used
+    assert arena.release_tail() > 0
+    assert arena.committed + SLACK_BYTES <= system.end() < 270 << 20
+    arena.close()
+    assert system.committed == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells of large pages")

@@ -98,6 +98,32 @@ def test_each_record_is_read_once_in_groups(tmp_path: Path) -> None:
     reads.close()
 
 
+def test_reading_ends_in_time() -> None:
+    def load(key: Key, address: int) -> int:
+        time.sleep(0.01)
+        return 1
+
+    done = read_for(load, None, [(0, i) for i in range(5000)], RECORD, 2, 0.1)
+    assert 2 <= done.reads <= 60
+
+
+def test_writing_takes_its_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "SCRATCH_BYTES", 10 * RECORD)
+    monkeypatch.setattr(probe, "write_random", lambda path, *_: model_file(path, 10, ""))
+    given: list[float] = []
+
+    def note(*arguments: object) -> object:
+        assert isinstance(arguments[-1], float)
+        given.append(arguments[-1])
+        return read_for(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(probe, "read_for", note)
+    measure_disk(tmp_path, RECORD, readers=2, seconds=0.5)
+    assert 0 < given[0] < 0.5
+
+
 def test_the_comparison_of_ways(tmp_path: Path) -> None:
     path = model_file(tmp_path, 20)
     options = ["--record", "0.1", "--readers", "1,2", "--seconds", "0.1", "--rounds", "1"]

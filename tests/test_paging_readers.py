@@ -15,6 +15,7 @@ from localv4.paging.faults import Faults
 from localv4.paging.file_reads import PART_BYTES, FileReads, Piece
 from localv4.paging.raw_file import ALIGNMENT, Io, memory
 from localv4.paging.readers import Finished, Key, ReadError, Readers
+from localv4.paging.record_file import RecordFile
 
 RECORD = 3 * PART_BYTES
 LONGEST_S = 10.0
@@ -162,6 +163,23 @@ def test_a_lone_record_is_read_by_all_threads() -> None:
     readers.submit((0, 0), 0)
     (done,) = collect(readers, 1)
     assert asked == [4] and done.nbytes == 20
+    readers.close()
+
+
+def test_a_guess_is_not_split() -> None:
+    split_calls: list[Key] = []
+
+    def noted(key: Key, address: int, parts: int) -> list[Callable[[], int]]:
+        split_calls.append(key)
+        return [lambda: 1] * 2
+
+    readers = Readers(lambda key, address: 7, 4, noted)
+    until(lambda: readers._idle == 4)
+    readers.submit((0, 0), 0, urgent=False)
+    assert collect(readers, 1)[0].nbytes == 7 and split_calls == []
+    until(lambda: readers._idle == 4)
+    readers.submit((0, 1), 0)
+    assert collect(readers, 1)[0].nbytes == 2 and split_calls == [(0, 1)]
     readers.close()
 
 
@@ -364,6 +382,26 @@ def test_an_error_that_stays_names_everything(tmp_path: Path) -> None:
         f"expert 1 of layer 2 cannot be read ({path} at offset {RECORD}: Input/output error)"
     )
     assert faults.counts["eio"] == 4  # once, and three times again
+    reads.close()
+    arena.close()
+
+
+def test_what_cannot_be_read_past_the_page_cache_is_read_through_it(tmp_path: Path) -> None:
+    path, data = write_records(tmp_path, 1)
+    faults = Faults(seed=1, broken=(("records", 100),))
+    opened: list[Io] = []
+
+    def open_file(path: Path, io: Io) -> RecordFile:
+        opened.append(io)
+        return faults.open_file(path, io) if io == "direct" else RecordFile.open(path, io)
+
+    reads = FileReads(table_of(path, 1), "direct", open_file)
+    arena = Arena(RECORD)
+    address = arena.take(RECORD) or 0
+    for _ in range(2):
+        assert reads.load((2, 0), address) == RECORD
+        assert bytes(memory(address, RECORD)) == data[0].tobytes()
+    assert opened == ["direct", "buffered"]
     reads.close()
     arena.close()
 

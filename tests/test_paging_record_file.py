@@ -162,7 +162,9 @@ def test_a_refusal_of_direct_reads_is_told(
 
 def test_an_error_of_the_disk_is_no_refusal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path, io: Io) -> RawFile:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if io == "direct":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return PosixFile(path, io)
 
     monkeypatch.setattr(record_file, "open_raw", broken)
     with pytest.raises(LocalV4Error, match=f"cannot read {path}: Input/output error"):

@@ -28,11 +28,10 @@ from localv4.engine.session_folder import (
     LIMIT_VARIABLE,
     SessionFolder,
     open_folder,
-    parse_limit,
     sessions_dir,
 )
 from localv4.engine.session_store import SessionStore
-from localv4.errors import DoesNotFitError, UsageError
+from localv4.errors import DoesNotFitError
 from localv4.model.snapshot import restore
 from localv4.storage import open_checkpoint
 
@@ -431,31 +430,14 @@ def test_running_out_of_memory_is_told(
         session.reuse(IDS)
 
 
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("0", 0), ("123", 123), ("8GiB", 8 << 30), ("1.5G", 3 << 29), ("512 MiB", 1 << 29)],
-)
-def test_limits_are_sizes(text: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse_limit(text) == nbytes
-    monkeypatch.setenv(LIMIT_VARIABLE, text)
-    assert open_folder().limit == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "-1", "8 GiBs", "nan", "1e9", "8PiB"])
-def test_other_limits_are_refused(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_limit(text)
-
-
 def test_the_default_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(LIMIT_VARIABLE, raising=False)
     monkeypatch.setenv("LOCALV4_HOME", str(tmp_path / "not" / "there"))
     assert sessions_dir() == tmp_path / "not" / "there" / "sessions"
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=10 << 30))
     assert open_folder().limit == 1 << 30
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=10 << 40))
-    assert open_folder().limit == 8 << 30
+    assert open_folder().limit == 8 << 30 and open_folder(5).limit == 5
 
 
 def test_a_state_that_was_restored_is_saved_as_before(tiny: Network, disk: Disk) -> None:

@@ -26,6 +26,8 @@ def chat(
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
     system: options.System = None,
+    session: options.SessionName = None,
+    resume: options.Continue = False,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
     top_p: options.TopP = None,
@@ -42,19 +44,23 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal.
 
-    Commands begin with a slash: /help lists them. Ctrl-C stops an answer, Ctrl-D leaves.
+    Commands begin with a slash: /help lists them. Ctrl-C stops an answer, Ctrl-D leaves. What is
+    said is kept for --continue and /load, unless LOCALV4_NOHISTORY=1 is set.
     """
     if not (terminal.is_terminal(sys.stdin) and terminal.is_terminal(sys.stdout)):
         raise UsageError(
             "chat needs a terminal for both input and output",
             hint='in scripts and pipes: localv4 run "PROMPT"',
         )
+    if session is not None and resume:
+        raise UsageError("--session contradicts --continue")
     thinking, effort = options.thinking_mode(think, think_effort)
     values = options.sampling_values(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
 
-    from localv4.cli import loading
+    from localv4.cli import loading, session_commands
+    from localv4.cli.archive import open_archive
     from localv4.cli.repl import Chat
 
     loaded = loading.load_engine(
@@ -67,18 +73,23 @@ def chat(
         quiet=quiet,
         no_color=no_color,
     )
-    talk(
-        Chat(
-            loaded,
-            terminal.make_console(sys.stdout, no_color=no_color),
-            loaded.settings(values),
-            system=system,
-            thinking=thinking,
-            effort=effort,
-            hide_thinking=hide_thinking,
-        ),
-        no_color=no_color,
+    talking = Chat(
+        loaded,
+        terminal.make_console(sys.stdout, no_color=no_color),
+        loaded.settings(values),
+        system=system,
+        thinking=thinking,
+        effort=effort,
+        hide_thinking=hide_thinking,
+        archive=open_archive(loaded),
     )
+    if resume:
+        session_commands.resume(talking)
+    elif session is not None:
+        session_commands.enter(talking, session)
+    if system is not None:
+        talking.conversation.system = system
+    talk(talking, no_color=no_color)
 
 
 def talk(chat: "Chat", *, no_color: bool) -> None:
@@ -87,7 +98,7 @@ def talk(chat: "Chat", *, no_color: bool) -> None:
     from localv4.cli.line_editor import LineEditor
 
     editor = LineEditor(
-        [*commands.COMMANDS, *commands.ALIASES],
+        commands.Completions(chat),
         chat.status,
         no_color=not terminal.wants_color(sys.stdout, no_color=no_color),
         warn=loading.warn,

@@ -1,12 +1,12 @@
 """The slash commands of the chat."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from localv4.cli import generation, inputs, terminal
+from localv4.cli import generation, inputs, session_commands, terminal
 from localv4.cli.options import Effort
 from localv4.cli.repl import Chat
 from localv4.cli.tables import print_table
@@ -122,7 +122,7 @@ def _stats(chat: Chat, argument: str) -> None:
 
 
 def _retry(chat: Chat, argument: str) -> str:
-    question = chat.conversation.take_back()
+    question = chat.take_back()
     if question is None:
         raise UsageError("there is nothing to answer anew")
     if chat.settings.temp == 0 or chat.settings.seed is not None:
@@ -131,7 +131,7 @@ def _retry(chat: Chat, argument: str) -> str:
 
 
 def _undo(chat: Chat, argument: str) -> None:
-    question = chat.conversation.take_back()
+    question = chat.take_back()
     if question is None:
         raise UsageError("there is nothing to take back")
     chat.say(f"(taken back: {terminal.sanitize_line(question)[:60]})")
@@ -152,6 +152,12 @@ COMMANDS = {
     "clear": Command(_clear, "/clear", "forget the conversation"),
     "retry": Command(_retry, "/retry", "answer the last question anew"),
     "undo": Command(_undo, "/undo", "take back the last question and answer"),
+    "save": Command(session_commands.save, "/save [NAME]", "keep the conversation, by this name"),
+    "load": Command(session_commands.load, "/load NAME", "go on with a saved conversation"),
+    "branch": Command(
+        session_commands.branch, "/branch [NAME]", "keep the conversation, go on with a copy"
+    ),
+    "sessions": Command(session_commands.list_saved, "/sessions", "list saved conversations"),
     "read": Command(_read, "/read FILE [QUESTION]", "send the text of a file"),
     "system": Command(_system, "/system [TEXT]", "set the system prompt (none: no prompt)"),
     "think": Command(_think, "/think [EFFORT]", "think first: low, medium, high or max"),
@@ -161,3 +167,16 @@ COMMANDS = {
     "stats": Command(_stats, "/stats", "show speed and memory of the last answer"),
 }
 ALIASES = {"bye": "exit", "quit": "exit"}
+
+
+class Completions:
+    """What the tab key offers: commands, and those with an argument that is known."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield it as it is now, without the slash."""
+        yield from (*COMMANDS, *ALIASES)
+        yield from session_commands.names_to_load(self._chat)
+        yield from (f"think {effort.value}" for effort in Effort)

@@ -8,6 +8,8 @@ from localv4.cli import inputs
 from localv4.errors import BadFileError, LocalV4Error
 
 if TYPE_CHECKING:
+    from localv4.engine.reply import Reply
+    from localv4.engine.saved_sessions import SavedSession
     from localv4.text.completion import Completion
     from localv4.text.effort import Release
     from localv4.text.prompt import Prompt
@@ -44,6 +46,18 @@ class Conversation:
             ]
         self.messages.append(message)
 
+    def settle(self, reply: "Reply") -> bool:
+        """Add the answer of a reply; take the question back when it was stopped before one.
+
+        Returns whether there is an answer.
+        """
+        has_answer = reply.finish_reason != "cancelled" or bool(reply.token_ids)
+        if has_answer:
+            self.answer(reply.completion)
+        else:
+            self.take_back()
+        return has_answer
+
     def take_back(self) -> str | None:
         """Remove the last question and its answer; return the question, None if there is none."""
         while self.messages:
@@ -51,6 +65,24 @@ class Conversation:
             if message["role"] == "user":
                 return str(message["content"])
         return None
+
+    @classmethod
+    def of_saved(cls, saved: "SavedSession") -> "Conversation":
+        """Return the conversation that a file holds."""
+        messages = [message.model_dump(exclude_none=True) for message in saved.messages]
+        return cls(saved.system, list(saved.tools), messages)
+
+    def to_save(self) -> dict[str, Any]:
+        """Return the fields of a `SavedSession` that are the conversation's."""
+        from localv4.engine.saved_sessions import SavedMessage
+        from localv4.text.unicode import well_formed
+
+        messages = []
+        for message in self.messages:
+            texts = {key: well_formed(v) for key, v in message.items() if isinstance(v, str)}
+            messages.append(SavedMessage.model_validate({**message, **texts}))
+        system = None if self.system is None else well_formed(self.system)
+        return {"system": system, "tools": self.tools, "messages": messages}
 
     def prompt(self, *, thinking: bool, effort: str | None, release: "Release") -> "Prompt":
         """Render everything said so far, up to where the model goes on."""

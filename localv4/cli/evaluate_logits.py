@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localv4.cli import evaluation, options
-from localv4.cli.finished_file import finished_file
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
+from localv4.finished_file import finished_file
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -17,9 +16,6 @@ from localv4 import paths
 from localv4.cli.signals import Terminated, termination_calls
 from localv4.errors import LocalV4Error
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 QUOTES = '"""'
 PROMPT = "> "
 
@@ -32,7 +28,7 @@ class LineEditor:
 
     def __init__(
         self,
-        commands: "Sequence[str]",
+        commands: Iterable[str],
         status: Callable[[], str],
         *,
         no_color: bool,
@@ -139,9 +135,9 @@ def _key_bindings() -> KeyBindings:
 
 
 class _CommandCompleter(Completer):
-    """Completes the names of slash commands."""
+    """Completes slash commands; those with an argument once their name is there."""
 
-    def __init__(self, commands: "Sequence[str]") -> None:
+    def __init__(self, commands: Iterable[str]) -> None:
         self._commands = commands
 
     def get_completions(
@@ -150,5 +146,6 @@ class _CommandCompleter(Completer):
         """Yield the commands that begin with what stands before the cursor."""
         typed = document.text_before_cursor
         for command in self._commands:
-            if typed.startswith("/") and f"/{command}".startswith(typed):
+            is_due = " " in typed or " " not in command
+            if is_due and typed.startswith("/") and f"/{command}".startswith(typed):
                 yield Completion(f"/{command}", start_position=-len(typed))

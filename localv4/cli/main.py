@@ -20,8 +20,10 @@ from localv4.cli import (
     quantize,
     remove,
     run,
+    sessions,
     show,
     terminal,
+    verify,
 )
 from localv4.cli.precedence import Command
 from localv4.cli.signals import Terminated, unwind_on_termination
@@ -55,6 +57,7 @@ app.command("pull", cls=Command)(pull.pull)
 app.command("quantize", cls=Command)(quantize.quantize)
 app.command("list", cls=Command)(models.list_models)
 app.command("ls", hidden=True)(models.list_models)
+app.command("verify", cls=Command)(verify.verify)
 app.command("rm", cls=Command)(remove.remove)
 app.command("prune", cls=Command)(remove.prune)
 app.command("show", cls=Command)(show.show)
@@ -62,6 +65,7 @@ app.command("fit", cls=Command)(fit.fit)
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("bench", cls=Command)(bench.bench)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(sessions.app, name="sessions")
 
 # typer has moved this class between releases; every one of them derives BadParameter from it
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -38,6 +38,7 @@ def list_models(
         print(terminal.escape_json(json.dumps(rows, ensure_ascii=False, indent=2)))
         return
     _print(models, missing, no_color)
+    _mention_leftovers()
 
 
 def _print(models: "list[InstalledModel]", missing: "dict[str, ModelSpec]", no_color: bool) -> None:
@@ -53,6 +54,18 @@ def _print(models: "list[InstalledModel]", missing: "dict[str, ModelSpec]", no_c
     ]
     console = terminal.make_console(sys.stdout, no_color=no_color)
     print_table(console, rows, header=("NAME", "FORMAT", "SIZE", "WHERE"), numbers=frozenset({2}))
+
+
+def _mention_leftovers() -> None:
+    """Tell on stderr what interrupted downloads have left."""
+    from localv4.cli.generation import format_bytes
+    from localv4.library.removal import find_leftovers
+
+    nbytes = sum(item.nbytes for item in find_leftovers())
+    if nbytes:
+        sys.stderr.write(
+            f"unfinished downloads: {format_bytes(nbytes)}; pull goes on, prune removes them\n"
+        )
 
 
 def _place(model: "InstalledModel") -> str:

@@ -228,6 +228,25 @@ Raw = Annotated[
 System = Annotated[
     str | None, _option("-s", "--system", panel="Prompt", metavar="TEXT", help="System prompt.")
 ]
+SessionName = Annotated[
+    str | None,
+    _option(
+        "--session",
+        panel="Prompt",
+        metavar="NAME",
+        env=False,
+        help="Go on with the saved conversation of this name, or begin it.",
+    ),
+]
+Continue = Annotated[
+    bool,
+    _flag(
+        "--continue",
+        panel="Prompt",
+        env=False,
+        help="Go on with the last conversation that was held with this model.",
+    ),
+]
 
 MaxTokens = Annotated[
     int | None,

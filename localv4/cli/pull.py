@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localv4.cli import options, terminal, worker
+from localv4.cli.signals import Terminated
 from localv4.errors import LocalV4Error, UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def pull(
         if dry_run:
             return
         folder = _carry_out(task, jobs, quiet, no_color)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         _say(f"stopped; to go on: localv4 pull {model}")
         raise
     if wants_json:

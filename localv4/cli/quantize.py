@@ -1,7 +1,6 @@
 """`localv4 quantize`: a model into one that takes fewer bytes, by a recipe."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localv4.cli import options, terminal
-from localv4.errors import UsageError
 
 if TYPE_CHECKING:
     from quant.gguf_conversion import GgufConversion
-
     from quant.packer import Packer
     from quant.source import Source
     from quant.task import Task
-
-_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,3})?) ?([kmgt]?)(?:i?b)?", re.IGNORECASE)
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class OutputForm(StrEnum):
@@ -108,11 +102,12 @@ def quantize(
 
     from localv4.cli.quantize_progress import QuantizeProgress
     from localv4.cli.quantize_report import plan_document, print_plan
+    from localv4.cli.sizes import parse_bytes
     from localv4.kernels.threads import usable_processors
     from quant.recipe import load_recipe
     from quant.task import Task
 
-    split_bytes = parse_size(split_size)
+    split_bytes = 0 if split_size == "0" else parse_bytes(split_size, "--split-size")
     chosen = load_recipe(recipe)
     statistics, mark = None, ""
     if imatrix is not None:
@@ -124,7 +119,7 @@ def quantize(
         task = Task(opened, chosen, threads or usable_processors(), statistics, mark)
         is_gguf = form is OutputForm.GGUF
         work, target = _work(task, output, base_name, is_gguf, split_bytes)
-        plan = work.plan()
+        plan = work.plan(target)
         document = plan_document(plan, chosen, base_name, target)
         if not as_json and not (quiet and not dry_run):
             print_plan(plan, document, is_result=dry_run, no_color=no_color)
@@ -174,11 +169,3 @@ def _opened(reference: str, is_streamed: bool) -> "Iterator[tuple[Source, str]]"
     model = resolve(reference)
     with open_checkpoint(model.path) as checkpoint:
         yield open_source(checkpoint), model.base_name.rpartition("/")[2]
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as 40G, 512MiB or 0; raises UsageError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f'"{text}" is not a size', hint="write it as 40G, 512MiB or 1000000")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])

@@ -12,8 +12,10 @@ from localv4.cli.view import PlainView, TerminalView, View
 from localv4.errors import LocalV4Error
 
 if TYPE_CHECKING:
+    from localv4.cli.archive import Archive
     from localv4.cli.loading import Loaded
     from localv4.engine.reply import Reply
+    from localv4.engine.session import Session
 
 
 class Chat:
@@ -29,7 +31,9 @@ class Chat:
         thinking: bool,
         effort: str | None,
         hide_thinking: bool,
+        archive: "Archive | None" = None,
     ) -> None:
+        """Without an archive nothing is saved."""
         self.loaded = loaded
         self.console = console
         self.settings = settings
@@ -37,7 +41,10 @@ class Chat:
         self.effort = effort
         self.hide_thinking = hide_thinking
         self.conversation = Conversation(system=system)
+        self.archive = archive
         self.session = loaded.engine.new_session()
+        if archive is not None:
+            self.session.store = archive.store
         self.last: Reply | None = None
 
     def ask(self, question: str) -> None:
@@ -48,9 +55,27 @@ class Chat:
         except LocalV4Error as error:
             self.conversation.take_back()
             self.show_error(error)
+        else:
+            self.keep(self.session)
+
+    def take_back(self) -> str | None:
+        """Forget the last question and its answer; return the question, None if there is none."""
+        question = self.conversation.take_back()
+        if question is not None:
+            self.keep()
+        return question
+
+    def keep(self, session: "Session | None" = None) -> None:
+        """Save the conversation if it is to be saved, and what `session` knows of its tokens."""
+        if self.archive is not None:
+            self.archive.keep(self.conversation, session)
+            for warning in self.archive.take_warnings():
+                self.say(f"warning: {warning}")
 
     def clear(self) -> None:
-        """Forget everything that was said."""
+        """Begin a new conversation; what was saved of this one stays."""
+        if self.archive is not None:
+            self.archive.release()
         self.conversation.messages.clear()
         self.session.reset()
 
@@ -109,12 +134,9 @@ class Chat:
     def _keep(self, reply: "Reply") -> None:
         """Add the answer to the conversation and say why it ended, unless it just did."""
         self.last = reply
-        completion = reply.completion
-        if reply.finish_reason == "cancelled" and not reply.token_ids:
-            self.conversation.take_back()
+        if not self.conversation.settle(reply):
             self.say("(stopped before the answer began; the question is not kept)")
             return
-        self.conversation.answer(completion)
         if reply.finish_reason == "cancelled":
             self.say("(stopped; /retry answers anew, /undo takes the question back)")
         elif reply.finish_reason == "length":

@@ -10,6 +10,7 @@ from localv4.cli import options, terminal
 from localv4.errors import UsageError
 
 if TYPE_CHECKING:
+    from localv4.cli.conversation import Conversation
     from localv4.cli.generation import Generation
     from localv4.cli.loading import Loaded
     from localv4.cli.settings import Settings
@@ -30,6 +31,7 @@ class Request:
     thinking: bool
     effort: str | None
     stop: tuple[str, ...]
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def run(
     system: options.System = None,
     tools: options.Tools = None,
     raw: options.Raw = False,
+    session: options.SessionName = None,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
     top_p: options.TopP = None,
@@ -94,8 +97,8 @@ def run(
 
     given = options.one_of(prompt, prompt_option, "--prompt")
     thinking, effort = options.thinking_mode(think, think_effort)
-    if raw and (thinking or system is not None or tools is not None):
-        raise UsageError("--raw has no chat format: no system prompt, no tools, no thinking")
+    if raw and (thinking or system is not None or tools is not None or session is not None):
+        raise UsageError("--raw has no chat format: no system prompt, tools, thinking or session")
     values = options.sampling_values(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
@@ -111,7 +114,7 @@ def run(
         quiet=quiet,
         no_color=no_color,
     )
-    request = Request(text, system, known_tools, raw, thinking, effort, tuple(stop or ()))
+    request = Request(text, system, known_tools, raw, thinking, effort, tuple(stop or ()), session)
     output = Output(
         as_json=options.wants_json(output_format, as_json),
         as_terminal=output_format is options.OutputFormat.HUMAN,
@@ -126,6 +129,8 @@ def run(
 
 def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Output) -> None:
     """Generate and show the answer. Raises typer.Exit(130) when it was interrupted."""
+    from localv4.cli.archive import open_archive
+    from localv4.cli.conversation import Conversation
     from localv4.cli.generation import Generation, paging_lines, stats_line
     from localv4.cli.loading import warn
     from localv4.engine.reply import ReplyOptions
@@ -138,15 +143,22 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
     )
     if not request.raw and not loaded.knows_chat:
         warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
-    engine = loaded.engine
-    generation = Generation(
-        engine,
-        engine.new_session(),
-        _prompt_ids(loaded, request),
-        reply_options,
-        shows_paging=output.stats,
-    )
+    engine, session = loaded.engine, loaded.engine.new_session()
+    archive = None if request.session is None else open_archive(loaded)
+    conversation = Conversation(system=request.system, tools=list(request.tools))
+    if archive is not None and request.session is not None:
+        session.store = archive.store
+        conversation = _continued(conversation, archive.enter(request.session, warn))
+    conversation.ask(request.prompt)
+    prompt_ids = _prompt_ids(loaded, request, conversation)
+    generation = Generation(engine, session, prompt_ids, reply_options, shows_paging=output.stats)
     reply = _watch(generation, _view(request, output, loaded.model.name), output)
+    if archive is not None:
+        conversation.settle(reply)
+        archive.keep(conversation, session)
+        archive.release()
+        for warning in archive.take_warnings():
+            warn(warning)
     if output.stats and not output.quiet:
         sys.stdout.flush()
         sys.stderr.write("\n".join([stats_line(reply), *paging_lines(reply)]) + "\n")
@@ -154,15 +166,18 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
         raise typer.Exit(INTERRUPTED)
 
 
-def _prompt_ids(loaded: "Loaded", request: Request) -> list[int]:
-    """Return the token ids of the prompt, in the chat format or plain."""
-    from localv4.cli.conversation import Conversation
+def _continued(given: "Conversation", saved: "Conversation") -> "Conversation":
+    """Return a saved conversation with the system prompt and the tools that were given now."""
+    saved.system = saved.system if given.system is None else given.system
+    saved.tools = given.tools or saved.tools
+    return saved
 
+
+def _prompt_ids(loaded: "Loaded", request: Request, conversation: "Conversation") -> list[int]:
+    """Return the token ids of the prompt, in the chat format or plain."""
     tokenizer = loaded.engine.tokenizer
     if request.raw:
         return [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
-    conversation = Conversation(system=request.system, tools=list(request.tools))
-    conversation.ask(request.prompt)
     prompt = conversation.prompt(
         thinking=request.thinking, effort=request.effort, release=loaded.release
     )

@@ -1,7 +1,5 @@
 """The folder of saved sessions: where its files lie, how large it may become, what goes first."""
 
-import os
-import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -10,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localv4 import paths
-from localv4.errors import UsageError
 
 LIMIT_VARIABLE = "LOCALV4_SESSIONS_MAX"
+"""Where the user sets the limit."""
+
 DEFAULT_LIMIT = 8 << 30
 DISK_SHARE = 0.1
 """The default limit is no larger a part of the disk."""
@@ -25,8 +24,6 @@ ABANDONED_S = 3600.0
 
 _BLOCKS, _SNAPSHOTS = "blocks", "snapshots"
 _SUFFIX = ".safetensors"
-_SIZE = re.compile(r"(?P<number>\d{1,15}(\.\d{1,3})?) ?(?P<unit>[kmgtKMGT]?)(i?B)?")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +78,10 @@ class SessionFolder:
             freed += remove_file(self.block(name)) + remove_file(self.snapshot(name))
         return freed
 
+    def remove_all(self) -> int:
+        """Remove all blocks and snapshots; return the bytes that came free."""
+        return sum(remove_file(file.path) for file in self.files())
+
     def make_room(self, nbytes: int) -> int:
         """Remove what was not used for longest, until so many bytes more are within the limit.
 
@@ -112,19 +113,10 @@ def sessions_dir() -> Path:
     return paths.home_dir() / "sessions"
 
 
-def open_folder() -> SessionFolder:
-    """Return the folder of this user with the limit that is set; raises UsageError for that."""
+def open_folder(limit: int | None = None) -> SessionFolder:
+    """Return the folder of this user; `limit` in bytes defaults to a share of the disk."""
     folder = sessions_dir()
-    text = os.environ.get(LIMIT_VARIABLE, "").strip()
-    return SessionFolder(folder, parse_limit(text) if text else _default_limit(folder))
-
-
-def parse_limit(text: str) -> int:
-    """Return the bytes that `8GiB`, `8G`, `512MiB` or a plain number stand for."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{LIMIT_VARIABLE} is {text}, expected a size such as 8GiB, or 0")
-    return int(float(match["number"]) * _UNITS[match["unit"].upper()])
+    return SessionFolder(folder, _default_limit(folder) if limit is None else limit)
 
 
 def _default_limit(folder: Path) -> int:

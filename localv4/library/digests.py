@@ -93,7 +93,9 @@ def digest_file(path: Path, digester: Digester, on_bytes: OnBytes | None = None)
                 on_bytes(len(piece))
 
 
-class _Document(BaseModel):
+class RecordDocument(BaseModel):
+    """What a record holds: the files of one commit of a repository, by name."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Literal[1] = 1
@@ -111,7 +113,9 @@ class Record:
         found = read_record(path)
         fits = found is not None and (found.repo, found.commit) == (repo, commit)
         self._document = (
-            found if found is not None and fits else _Document(repo=repo, commit=commit, files={})
+            found
+            if found is not None and fits
+            else RecordDocument(repo=repo, commit=commit, files={})
         )
         self._lock = threading.Lock()
 
@@ -132,10 +136,10 @@ class Record:
             partial.replace(self.path)
 
 
-def read_record(path: Path) -> _Document | None:
+def read_record(path: Path) -> RecordDocument | None:
     """Return the record in a file; None when there is none that can be read."""
     try:
-        return _Document.model_validate_json(read_small_file(path, MAX_RECORD_BYTES))
+        return RecordDocument.model_validate_json(read_small_file(path, MAX_RECORD_BYTES))
     except (LocalV4Error, ValidationError, ValueError):
         return None
 
@@ -162,11 +166,12 @@ def tensors_in(path: Path, ranges: list[tuple[int, int]]) -> list[str]:
     try:
         if path.suffix == ".gguf":
             with closing(open_gguf(path)) as checkpoint:
-                tensors = [item for item in checkpoint.tensors.values() if item.file == 0]
+                index = [file.name for file in checkpoint.files].index(path.name)
+                tensors = [item for item in checkpoint.tensors.values() if item.file == index]
         else:
             with closing(MappedFile(path)) as file:
                 tensors = read_tensors(file, 0)
-    except (LocalV4Error, OSError):
+    except (LocalV4Error, OSError, ValueError):
         return []
     return [
         tensor.name

@@ -11,7 +11,7 @@ from localv4.errors import DoesNotFitError, LocalV4Error
 
 
 @contextlib.contextmanager
-def finished_file(path: Path, need_bytes: int, hint: str) -> Iterator[BinaryIO]:
+def finished_file(path: Path, need_bytes: int = 0, hint: str | None = None) -> Iterator[BinaryIO]:
     """Open a file under another name; it gets its own name when all of it is on disk.
 
     Raises DoesNotFitError with `hint` if the disk has no room for `need_bytes`, LocalV4Error for
@@ -32,13 +32,10 @@ def finished_file(path: Path, need_bytes: int, hint: str) -> Iterator[BinaryIO]:
             unfinished.unlink(missing_ok=True)
 
 
-def _check_space(folder: Path, need_bytes: int, hint: str) -> None:
-    from localv4.cli.generation import format_bytes
-
+def _check_space(folder: Path, need_bytes: int, hint: str | None) -> None:
     have_bytes = shutil.disk_usage(folder).free
     if have_bytes < need_bytes:
+        need, have = need_bytes / 2**30, have_bytes / 2**30
         raise DoesNotFitError(
-            f"the result needs {format_bytes(need_bytes)}, "
-            f"{folder} has {format_bytes(have_bytes)} free",
-            hint=hint,
+            f"the result needs {need:.1f} GiB, {folder} has {have:.1f} GiB free", hint=hint
         )

@@ -1,0 +1,99 @@
+"""`localv4 verify`: whether every file of a model is what it should be, by its digest."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localv4.cli import options, terminal, worker
+
+if TYPE_CHECKING:
+    from localv4.library.installed import InstalledModel
+    from localv4.library.verification import FileReport
+
+MAX_TENSORS_SHOWN = 3
+
+Online = Annotated[
+    bool,
+    typer.Option(
+        "--online", metavar="", help="Ask the hub for the digests instead of trusting the records."
+    ),
+]
+
+
+def verify(
+    model_argument: options.ModelArgument = None,
+    model: options.Model = None,
+    online: Online = False,
+    output_format: options.Format = options.OutputFormat.AUTO,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    no_color: options.NoColor = False,
+) -> None:
+    """Read every file of a model and compare its digest; exit code 5 when one is wrong."""
+    from localv4.library import installed
+    from localv4.library.verification import refuse_wrong
+
+    found = installed.resolve(options.one_of(model_argument, model, "--model"))
+    reports = _check_digests(found, online, quiet, no_color)
+    if options.wants_json(output_format, as_json):
+        from localv4.cli.show import print_json
+
+        print_json(_document(found, reports))
+    else:
+        _print_reports(reports, no_color)
+    sys.stdout.flush()
+    refuse_wrong(found, reports)
+    if not quiet:
+        sys.stderr.write(f"{terminal.sanitize_line(found.name)}: all {len(reports)} files right\n")
+
+
+def _check_digests(
+    found: "InstalledModel", online: bool, quiet: bool, no_color: bool
+) -> "list[FileReport]":
+    from localv4.cli.transfer import Transfer
+    from localv4.library.verification import check_files, expected_files
+
+    files = worker.call(lambda: expected_files(found, online=online))
+    total = sum(file.known.bytes for file in files)
+    with Transfer(f"verifying {found.name}", total, quiet=quiet, no_color=no_color) as bar:
+        return worker.call(lambda: check_files(files, bar.advance))
+
+
+def _print_reports(reports: "list[FileReport]", no_color: bool) -> None:
+    from localv4.cli.generation import format_bytes
+    from localv4.cli.tables import print_table
+
+    rows = [
+        (item.name, format_bytes(item.nbytes), item.digest[:16], _result(item)) for item in reports
+    ]
+    console = terminal.make_console(sys.stdout, no_color=no_color)
+    print_table(console, rows, header=("FILE", "SIZE", "DIGEST", "RESULT"), numbers=frozenset({1}))
+
+
+def _result(item: "FileReport") -> str:
+    if item.state == "right":
+        return "right"
+    shown = ", ".join(item.tensors[:MAX_TENSORS_SHOWN])
+    more = len(item.tensors) - MAX_TENSORS_SHOWN
+    tensors = f" ({shown}{f' and {more} more' if more > 0 else ''})" if shown else ""
+    return f"{item.state}: {item.detail}{tensors}"
+
+
+def _document(found: "InstalledModel", reports: "list[FileReport]") -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "path": str(found.path),
+        "right": all(item.state == "right" for item in reports),
+        "files": [
+            {
+                "name": item.name,
+                "bytes": item.nbytes,
+                "digest": item.digest,
+                "state": item.state,
+                "detail": item.detail,
+                "tensors": list(item.tensors),
+            }
+            for item in reports
+        ],
+    }
