@@ -69,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", help="instead of --layers: 0, 4 or 128 for each layer")
     parser.add_argument("--hash", type=int, help="how many layers route by token id")
     parser.add_argument("--vocab", type=int, help=f"at least {LEAST_VOCAB}")
+    parser.add_argument(
+        "--skew",
+        type=float,
+        default=0.05,
+        help="spread of router biases: 0.3 "
+        "and more make some experts far likelier than others, as training does",
+    )
     parser.add_argument("--types", default="", help="ROLE=TYPE,... for other types of weights")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads")
@@ -86,7 +93,9 @@ def _network(options: argparse.Namespace) -> Network:
     vocab = options.vocab or network.vocab
     if set(ratios) - {0, 4, 128} or vocab < LEAST_VOCAB:
         sys.exit(f"error: ratios are 0, 4 and 128, the vocabulary has {LEAST_VOCAB} tokens or more")
-    return replace(network, ratios=ratios, hashed=min(hashed, len(ratios)), vocab=vocab)
+    return replace(
+        network, ratios=ratios, hashed=min(hashed, len(ratios)), vocab=vocab, skew=options.skew
+    )
 
 
 def _types(text: str, defaults: dict[str, str]) -> dict[str, str]:

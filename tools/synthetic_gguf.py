@@ -158,7 +158,7 @@ def _item(tensor: Tensor, name: str, types: dict[str, str], network: Network, no
         table = expert_table(network.vocab, network.used, network.experts, rng)
         return Item(name, shape, "I32", lambda: [table.astype(np.int32)])
     if role not in types:
-        return Item(name, shape, "F32", lambda: [small_values(role, shape, rng)])
+        return Item(name, shape, "F32", lambda: [small_values(role, shape, rng, network.skew)])
     kind, std = types[role], spread_of(role, shape[-1])
     _check(name, kind, shape)
     count = math.prod(shape)

@@ -32,6 +32,7 @@ class Network:
     index_heads: int = 64
     index_dim: int = 128
     window: int = 128
+    skew: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ def _stored(tensor: Tensor, network: Network, noise: Noise) -> Iterator[ShardTen
             scale = np.full(blocks, code, np.uint8)
             yield stored_array(name.removesuffix(".weight") + ".scale", "F8_E8M0", scale)
     else:
-        values = small_values(role, shape, noise.generator(name))
+        values = small_values(role, shape, noise.generator(name), network.skew)
         yield stored_array(name, kind, _upper_halves(values) if kind == "BF16" else values)
 
 

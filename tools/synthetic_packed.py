@@ -156,7 +156,7 @@ def _add(
         table = expert_table(network.vocab, network.used, network.experts, noise.generator(name))
         shard.tensors.append(stored_array(name, "I64", table))
     elif role not in types:
-        values = small_values(role, shape, noise.generator(name))
+        values = small_values(role, shape, noise.generator(name), network.skew)
         shard.tensors.append(stored_array(name, "F32", values))
     elif role == "shared" and types[role] in INTEGER_FORMATS:
         return  # a record

@@ -205,8 +205,13 @@ PLAIN_BLOCKS = {
 """By the name of the stored type."""
 
 
-def small_values(role: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
-    """Return the float32 numbers of a tensor that is no large matrix."""
+def small_values(
+    role: str, shape: tuple[int, ...], rng: np.random.Generator, skew: float
+) -> Floats:
+    """Return the float32 numbers of a tensor that is no large matrix.
+
+    `skew` is the spread of router biases: how much likelier some experts are than others.
+    """
     noise = rng.standard_normal(shape, dtype=F32)
     center, spread = {
         "norm": (1.0, 0.1),
@@ -215,7 +220,7 @@ def small_values(role: str, shape: tuple[int, ...], rng: np.random.Generator) ->
         "mixing_scale": (0.6, 0.1),
         "mixing": (0.0, shape[-1] ** -0.5),
         "positions": (0.0, 0.5),
-        "bias": (0.0, 0.05),
+        "bias": (0.0, skew),
     }[role]
     values: Floats = F32(center) + noise * F32(spread)
     return values
