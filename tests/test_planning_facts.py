@@ -21,7 +21,21 @@ from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.model_facts import ModelFacts, facts_of_recipe
 from localv4.planning.recipes import FORMATS_BY_NAME, load_recipes, matrix_bytes
 from localv4.storage import Checkpoint, open_checkpoint
+from quant.recipe import load_recipe
+from quant.tensor_class import TensorClass
 
+TENSOR_CLASSES = {
+    "experts_gate_up": [TensorClass.GATE_UP],
+    "experts_down": [TensorClass.DOWN],
+    "shared": [TensorClass.SHARED_GATE_UP, TensorClass.SHARED_DOWN],
+    "attention": [TensorClass.ATTENTION_Q, TensorClass.ATTENTION_O],
+    "attention_kv": [TensorClass.ATTENTION_KV],
+    "indexer": [TensorClass.INDEXER],
+    "index_weights": [TensorClass.INDEXER],
+    "compressor": [TensorClass.COMPRESSOR],
+    "router": [TensorClass.ROUTER],
+    "head": [TensorClass.HEAD],
+}
 NETWORKS = Path(network.__file__).parent / "networks"
 
 
@@ -129,3 +143,18 @@ def test_multiplications_are_those_of_the_weights(checkpoint: Checkpoint) -> Non
     config = read_model_config(checkpoint, table)
     weights = read_weights(checkpoint, table, config)
     assert network.multiply_adds(config) == traffic.multiplications(weights, config)
+
+
+@pytest.mark.parametrize("name", ["lossless", "q8", "q4", "q3", "q2"])
+def test_sizes_of_recipes_are_those_that_quantize_makes(name: str) -> None:
+    config = config_of("flash")
+    mine, theirs = load_recipes().by_name[name], load_recipe(name)
+    for weight in network.network_weights(config):
+        kinds = TENSOR_CLASSES.get(weight.role)
+        if kinds is None:
+            continue
+        for kind in kinds:
+            rule = theirs.rule_for(kind, weight.layer, config.n_layers)
+            found = mine.format_of(weight.role, weight.layer, config.n_layers)
+            kept = load_recipes().by_name["lossless"].format_of(weight.role)
+            assert found == (rule.formats[0] if rule else kept), (weight, kind)

@@ -14,7 +14,6 @@ from localv4.cli.signals import interrupt_sets
 from localv4.cli.sizes import parse_bytes
 from localv4.engine.saved_sessions import SavedSession, SavedSessions, checked_name, now
 from localv4.engine.session_folder import LIMIT_VARIABLE, SessionFolder, open_folder
-from localv4.engine.session_store import SessionStore
 from localv4.errors import LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +43,8 @@ class Archive:
         self, model: str, weights: str, arithmetic: str, folder: SessionFolder | None = None
     ) -> None:
         """`weights` and `arithmetic` are the fingerprints of the model of this name."""
+        from localv4.engine.session_store import SessionStore
+
         self._warnings: list[str] = []
         self.store = SessionStore(folder or folder_of_user(), arithmetic, self._warnings.append)
         self.saved = SavedSessions(self.store.folder.folder)

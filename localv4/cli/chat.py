@@ -62,7 +62,10 @@ def chat(
     from localv4.cli import loading, session_commands
     from localv4.cli.archive import open_archive
     from localv4.cli.repl import Chat
+    from localv4.engine.saved_sessions import checked_name
 
+    if session is not None:
+        session = checked_name(session)
     loaded = loading.load_engine(
         options.one_of(model_argument, model, "--model"),
         ctx_size=ctx_size,

@@ -214,7 +214,7 @@ def _print_answer(console: "Console", answer: Answer) -> None:
     forms = [other.facts for other in answer.found]
     changes = what_would_change(one, machine, answer.request, forms)
     if changes:
-        print_section(console, "Faster with", report.change_rows(changes))
+        print_section(console, "Faster with", report.change_rows(changes, one))
     runs = [] if machine.assumed else past_runs(answer.subject.name)
     if runs:
         print_section(console, "Last runs", report.run_rows(runs))

@@ -117,12 +117,15 @@ def disk_rows(one: Assessment, rate: float, free: int | None) -> Rows:
     return rows
 
 
-def change_rows(changes: Sequence[Change]) -> Rows:
+def change_rows(changes: Sequence[Change], chosen: Assessment) -> Rows:
     """Return what would make decoding faster."""
-    return [
-        (change.what, f"{change.tok_s:.1f} tokens/s" + (", everything in memory" * change.fits))
-        for change in changes
-    ]
+    rows = []
+    for change in changes:
+        text = f"{rate_text(change.tok_s)} tokens/s"
+        if change.fits and chosen.verdict != "fits":
+            text += ", everything in memory"
+        rows.append((change.what, text))
+    return rows
 
 
 def run_rows(runs: Sequence[Run]) -> Rows:
@@ -163,7 +166,8 @@ def machine_rows(machine: Machine) -> Rows:
             (
                 "kernels",
                 f"{100 * shares.decode:.0f} % of the bandwidth, "
-                f"{100 * shares.prefill:.0f} % of the int8 peak",
+                f"{100 * shares.prefill:.0f} % of the int8 peak, "
+                f"{1e6 * shares.layer_s:.0f} µs for each layer",
             )
         )
     if machine.disk is not None:
@@ -290,7 +294,7 @@ def machine_document(machine: Machine) -> dict[str, Any]:
         "int8_ops_s": machine.int8_ops_s,
         "kernel_shares": None
         if kernels is None
-        else {"decode": kernels.decode, "prefill": kernels.prefill},
+        else {"decode": kernels.decode, "prefill": kernels.prefill, "layer_s": kernels.layer_s},
         "disk": None
         if disk is None
         else {"random_read_bytes_s": disk.bytes_s, "cpu_s_per_gb": disk.cpu_s_per_gb},

@@ -94,6 +94,7 @@ def run(
     """
     from localv4.cli import inputs, loading
     from localv4.cli.conversation import read_tools
+    from localv4.engine.saved_sessions import checked_name
 
     given = options.one_of(prompt, prompt_option, "--prompt")
     thinking, effort = options.thinking_mode(think, think_effort)
@@ -102,6 +103,8 @@ def run(
     values = options.sampling_values(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
+    if session is not None:
+        session = checked_name(session)
     known_tools = tuple(read_tools(tools)) if tools is not None else ()
     text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
     loaded = loading.load_engine(

@@ -134,10 +134,6 @@ def what_would_change(
         gb_s = faster.bytes_s / 1e9
         twice = replace(machine, disk=faster)
         options.append((f"an SSD of {gb_s:.3g} GB/s", chosen.facts, twice, request))
-    if machine.read_bytes_s is not None:
-        gb_s = 1.5 * machine.read_bytes_s / 1e9
-        wider = replace(machine, read_bytes_s=1.5 * machine.read_bytes_s)
-        options.append((f"memory of {gb_s:.3g} GB/s", chosen.facts, wider, request))
     for facts in forms:
         if facts.weight_bytes_per_token < chosen.facts.weight_bytes_per_token:
             options.append((f"{facts.quant}: fewer bits", facts, machine, request))

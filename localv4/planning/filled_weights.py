@@ -39,8 +39,9 @@ _NO_ROWS = np.zeros((1, 1), np.uint8)
 
 _ROLES: tuple[tuple[str, Role], ...] = (
     ("compressor.", "compressor"),
-    ("weights_proj", "compressor"),
+    ("weights_proj", "index_weights"),
     ("indexer.", "indexer"),
+    ("attn.wkv", "attention_kv"),
     ("attn.", "attention"),
     ("shared_experts", "shared"),
     ("gate.", "router"),

@@ -51,8 +51,17 @@ FORMAT_SHARES = {
 REFERENCE_SHARE = 0.88
 """Of the formats that DECODE_SHARE was measured with."""
 
+LAYER_S = 50e-6
+"""What a layer of a token takes whatever its size, where it was not measured."""
+
 LOOKAHEAD = 0.46
 """Share of the next layer's misses that its router foretells (published for V4-Flash)."""
+
+GATE_UP = 2 / 3
+"""Of an expert's work: two of its three matrices."""
+
+HALT_S = 300e-6
+"""What it takes to halt a token's program, ask for experts and go on, beside reading them."""
 
 PROMPT_TOKENS = 1920
 """Length of the prompt that the speed of reading is told for."""
@@ -115,10 +124,15 @@ def make_forecast(
         known = routing or TypicalText(config.experts_per_token / config.n_experts)
         hits, source = known.hit_rate(plan.resident_share), known.source
     shares = _decode_shares(facts, machine)
+    layer_s = machine.kernels.layer_s if machine.kernels is not None else LAYER_S
     nbytes = facts.weight_bytes_per_token + facts.state_read_bytes(position)
     core_rate = machine.cores * machine.core_read_bytes_s
     rates = [
-        1.0 / _token_s(facts, nbytes, min(share * roof, core_rate), hit, disk, machine.cores, ahead)
+        1.0
+        / (
+            _token_s(facts, nbytes, min(share * roof, core_rate), hit, disk, machine.cores, ahead)
+            + config.n_layers * layer_s
+        )
         for share, hit, ahead in (
             (shares.low, hits.low, 0.0),
             (shares.likely, hits.likely, 0.0),
@@ -189,15 +203,18 @@ def _token_s(
 def _layer_s(layer: _Layer, chosen: int, missed: float, one_s: float, latency_s: float) -> float:
     """Return the mean seconds of a layer over how many of its chosen experts are missing.
 
-    Each is missing with the same probability. The last one to arrive is computed alone.
+    Each is missing with the same probability. Gate and up of the others and of the shared expert
+    are computed meanwhile, those of the last one to arrive alone, and then down of all.
     """
+    down = (layer.shared + layer.experts) * (1 - GATE_UP)
     total = 0.0
     for count in range(chosen + 1):
         chance = comb(chosen, count) * missed**count * (1 - missed) ** (chosen - count)
-        hidden = layer.shared + layer.experts * (chosen - count) / chosen
-        waiting = latency_s + count * one_s if count else 0.0
-        late = layer.experts / chosen if count else 0.0
-        total += chance * (layer.before + max(hidden, waiting) + late)
+        hidden = GATE_UP * (layer.shared + layer.experts * (chosen - count) / chosen)
+        if count:
+            last = GATE_UP * layer.experts / chosen
+            hidden = max(hidden, latency_s + HALT_S + count * one_s) + last
+        total += chance * (layer.before + hidden + down)
     return total
 
 

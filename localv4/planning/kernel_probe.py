@@ -14,6 +14,7 @@ from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.fast import FastTransformer
 from localv4.model.packing import families
 from localv4.model.state import State
+from localv4.model.weights import Weights
 from localv4.planning.filled_weights import DISTINCT_EXPERTS, filled_weights
 from localv4.planning.machine import KernelShares
 from localv4.planning.memory import read_memory
@@ -42,24 +43,48 @@ def measure_kernels(
     DoesNotFitError if there is no memory for the layers (1 GB for V4-Flash).
     """
     pair = _pair_of_layers(config)
-    facts = facts_of_recipe("probe", pair, recipe)
-    record = facts.largest_expert_bytes
-    need = facts.dense_bytes + pair.n_layers * DISTINCT_EXPERTS * record + ROOF_BYTES
+    need = _bytes_of(pair, recipe) + ROOF_BYTES
     if need > read_memory().available // 2:
         raise DoesNotFitError(
             f"measuring kernels takes {need / 2**30:.1f} GiB of memory", hint="close other programs"
         )
     weights = filled_weights(pair, recipe)
     compile_kernels(families(weights), on_progress)
-    network = FastTransformer(pair, weights, Team(threads))
-    decode_s, prefill_s = _decode_s(network), _prefill_s(network)
+    decode_s, prefill_s = _run(pair, weights, threads)
+    del weights
+    small = _small(pair)
+    small_s, _ = _run(small, filled_weights(small, recipe), threads)
     roof = RoofProbe(threads, ROOF_BYTES).measure()
-    nbytes = facts.weight_bytes_per_token - facts.head_bytes  # no logits are made
+    layer_s = max(0.0, small_s - _read_bytes(small, recipe) / roof.read_bytes_s) / small.n_layers
+    streaming_s = max(decode_s - pair.n_layers * layer_s, decode_s / 2)
     operations = 2 * multiply_adds(pair) * PROMPT_TOKENS
     return KernelShares(
-        decode=nbytes / decode_s / roof.read_bytes_s,
+        decode=_read_bytes(pair, recipe) / streaming_s / roof.read_bytes_s,
         prefill=operations / prefill_s / roof.int8_ops_s,
+        layer_s=layer_s,
     )
+
+
+def _bytes_of(config: ModelConfig, recipe: Recipe) -> int:
+    """Return the memory of the weights: records that share theirs count once."""
+    facts = facts_of_recipe("probe", config, recipe)
+    experts = config.n_layers * DISTINCT_EXPERTS * facts.largest_expert_bytes
+    return facts.dense_bytes + facts.head_bytes + experts
+
+
+def _read_bytes(config: ModelConfig, recipe: Recipe) -> int:
+    """Return what a token reads; no logits are made, so the head is not."""
+    facts = facts_of_recipe("probe", config, recipe)
+    return facts.weight_bytes_per_token - facts.head_bytes
+
+
+def _run(config: ModelConfig, weights: Weights, threads: int) -> tuple[float, float]:
+    """Return the seconds of one token and those of a prompt."""
+    network = FastTransformer(config, weights, Team(threads))
+    try:
+        return _decode_s(network), _prefill_s(network)
+    finally:
+        network.close()
 
 
 def _decode_s(network: FastTransformer) -> float:
@@ -84,6 +109,22 @@ def _prefill_s(network: FastTransformer) -> float:
         network.forward(tokens, state)
         samples.append(time.perf_counter() - start)
     return min(samples)
+
+
+def _small(config: ModelConfig) -> ModelConfig:
+    """Return the same layers so small that nothing but their number takes time."""
+    return replace(
+        config,
+        hidden_size=256,
+        n_heads=8,
+        head_dim=128,
+        q_lora_rank=256,
+        o_groups=2,
+        o_lora_rank=256,
+        expert_width=256,
+        n_experts=16,
+        index_heads=8,
+    )
 
 
 def _pair_of_layers(config: ModelConfig) -> ModelConfig:

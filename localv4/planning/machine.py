@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from localv4.planning.memory import Memory
 
@@ -13,6 +14,13 @@ what limits decoding."""
 CORE_INT8_OPS_S = 0.4e12
 """int8 operations of an assumed core: two dot products of 32 bytes a cycle at 3 GHz (AVX-VNNI).
 The measured server core with AVX-512 does 0.8e12."""
+
+
+IN_USE_SHARE = 0.05
+"""Of the memory of an assumed machine: what the system and a desktop have."""
+
+ASSUMED_CORES = 8
+"""Of an assumed machine whose bandwidth alone is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +41,13 @@ class DiskFacts:
 class KernelShares:
     """What the kernels make of the machine, measured on layers of true dimensions.
 
-    `decode` of the read roof (of bytes that a token reads per second), `prefill` of the int8 peak.
+    `decode` of the read roof (of bytes that a token reads per second), `prefill` of the int8 peak,
+    `layer_s` what each layer of a token takes whatever its size: threads that wait for each other.
     """
 
     decode: float
     prefill: float
+    layer_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +97,17 @@ class Machine:
         `ram` bytes are those of the whole machine, of which a twentieth is in use. With a bandwidth
         or a number of cores that is assumed, nothing measured about cores is kept.
         """
-        named = {"ram": ram, "bandwidth": bandwidth, "disk": disk, "cores": cores}
+        named: dict[str, Any] = {"ram": ram, "bandwidth": bandwidth, "disk": disk, "cores": cores}
+        if bandwidth is not None and cores is None:
+            named["cores"] = ASSUMED_CORES
         found = replace(self, assumed=frozenset(k for k, v in named.items() if v is not None))
         if ram is not None:
             found = replace(found, memory=Memory(ram, int(ram * (1 - IN_USE_SHARE))))
-        if cores is not None or bandwidth is not None:
-            count = cores if cores is not None else max(self.cores, ASSUMED_CORES)
-            found = replace(found, cores=count, read_by_threads={}, int8_ops_s=None, kernels=None)
+        if count := named["cores"]:
+            found = replace(found, cores=count, cpu="", isa="", read_by_threads={})
+            found = replace(found, int8_ops_s=None, kernels=None)
         if bandwidth is not None:
             found = replace(found, read_bytes_s=bandwidth)
         if disk is not None:
             found = replace(found, disk=DiskFacts(disk))
         return found
-
-
-IN_USE_SHARE = 0.05
-"""Of the memory of an assumed machine: what the system and a desktop have."""
-
-ASSUMED_CORES = 8
-"""Of an assumed machine whose bandwidth alone is given."""

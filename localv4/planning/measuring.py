@@ -84,7 +84,10 @@ def measured_machine(wanted: Wanted, on_step: OnStep | None = None) -> Machine:
         with suppress(DoesNotFitError):  # then constants have to do
             shares = measure_kernels(*wanted.kernels, default_threads())
             found = KernelProfile(
-                decode=shares.decode, prefill=shares.prefill, measured_on=date.today()
+                decode=shares.decode,
+                prefill=shares.prefill,
+                layer_s=shares.layer_s,
+                measured_on=date.today(),
             )
             profile = profile.model_copy(update={"kernels": found})
             save_profile(profile)
@@ -134,7 +137,7 @@ def _machine(profile: Profile, place: Path | None) -> Machine:
         int8_ops_s=roofs.int8_ops_s if roofs else None,
         disk=disk,
         disk_free=free,
-        kernels=KernelShares(kernels.decode, kernels.prefill) if kernels else None,
+        kernels=KernelShares(kernels.decode, kernels.prefill, kernels.layer_s) if kernels else None,
         read_by_threads=roofs.read_by_threads if roofs else {},
         cpu=cpu_name(),
         isa=ISA.level,

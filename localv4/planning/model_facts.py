@@ -118,13 +118,13 @@ def facts_of_recipe(
     read: Counter[tuple[str, str]] = Counter()
     experts, total = [0] * config.n_layers, 0
     for weight in network_weights(config):
-        nbytes = recipe.bytes_of(weight)
+        nbytes = recipe.bytes_of(weight, config.n_layers)
         total += nbytes
         if weight.component == ROUTED:
             assert weight.layer is not None
             experts[weight.layer] += nbytes
         elif weight.component != EMBEDDING:
-            key = (weight.component, recipe.format_of(weight.role))
+            key = (weight.component, recipe.format_of(weight.role, weight.layer, config.n_layers))
             resident[key] += nbytes
             read[key] += nbytes // weight.rows if weight.is_looked_up else nbytes
     gate, down = (recipe.format_of(role) for role in ("experts_gate_up", "experts_down"))

@@ -11,7 +11,9 @@ Role = Literal[
     "experts_down",
     "shared",
     "attention",
+    "attention_kv",
     "indexer",
+    "index_weights",
     "compressor",
     "router",
     "head",
@@ -115,7 +117,7 @@ def _attention(config: ModelConfig, layer: int) -> Iterator[Weight]:
     heads, out = config.n_heads * config.head_dim, config.o_groups * config.o_lora_rank
     yield Weight(name, "attention", layer, rank, hidden)
     yield Weight(name, "attention", layer, heads, rank)
-    yield Weight(name, "attention", layer, config.head_dim, hidden)
+    yield Weight(name, "attention_kv", layer, config.head_dim, hidden)
     yield Weight(name, "attention", layer, out, heads // config.o_groups)
     yield Weight(name, "attention", layer, hidden, out)
     for size in (rank, config.head_dim, config.n_heads):
@@ -128,7 +130,7 @@ def _attention(config: ModelConfig, layer: int) -> Iterator[Weight]:
     if kind is LayerKind.CSA:
         name, width = "compressor and indexer", config.index_heads * config.index_head_dim
         yield Weight(name, "indexer", layer, width, rank)
-        yield Weight(name, "compressor", layer, config.index_heads, hidden)
+        yield Weight(name, "index_weights", layer, config.index_heads, hidden)
         yield from _compressor(layer, hidden, ratio, 2, config.index_head_dim)
 
 

@@ -221,8 +221,8 @@ def _too_large(
         return DoesNotFitError(message, hint=f"use --ctx-size {shorter} or less")
     if usable < memory.available and need <= memory.available:
         return DoesNotFitError(message, hint=f"use --ram {-(-need // GIB)}GiB")
-    missing = f"{gib(need - usable)} more memory"
-    return DoesNotFitError(message, hint=f"close other programs, or choose fewer bits: {missing}")
+    missing = gib(need - usable)
+    return DoesNotFitError(message, hint=f"free {missing} of memory, or take a form of fewer bits")
 
 
 def gib(nbytes: int) -> str:

@@ -46,10 +46,11 @@ class DiskProfile(_Table):
 
 
 class KernelProfile(_Table):
-    """Shares of the roofs that kernels reach in the formats of a recipe."""
+    """Shares of the roofs that kernels reach in the published formats (`machine.KernelShares`)."""
 
     decode: float = Field(gt=0)
     prefill: float = Field(gt=0)
+    layer_s: float = Field(ge=0)
     measured_on: date
 
 

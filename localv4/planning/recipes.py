@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,31 @@ FORMATS_BY_NAME: Mapping[str, PackedFormat] = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A named choice of formats; `formats` has every role of a matrix that is multiplied."""
+    """A named choice of formats; `formats` has every role of a matrix that is multiplied.
+
+    The first and the last `ends` layers have the formats `at_ends` instead where it names a role.
+    """
 
     name: str
     about: str
     formats: Mapping[str, str]
+    ends: int = 0
+    at_ends: Mapping[str, str] = field(default_factory=dict)
 
-    def format_of(self, role: Role) -> str:
-        """Return the name of the format of a role's matrices."""
+    def format_of(self, role: Role, layer: int | None = None, layers: int = 0) -> str:
+        """Return the name of the format of a role's matrices in a layer, of `layers`."""
+        if layer is not None and (layer < self.ends or layer >= layers - self.ends):
+            return self.at_ends.get(role, self.formats.get(role, "F32"))
         return self.formats.get(role, "F32")
 
-    def bytes_of(self, weight: Weight) -> int:
-        """Return the bytes that all matrices of a weight take in memory."""
+    def bytes_of(self, weight: Weight, layers: int) -> int:
+        """Return the bytes that all matrices of a weight take in a network of `layers` layers."""
         if weight.role == "embedding":
             return EMBEDDING_BYTES * weight.size
         if weight.role == "table":
             return TABLE_BYTES * weight.size
-        one = matrix_bytes(self.format_of(weight.role), weight.rows, weight.cols)
+        kind = self.format_of(weight.role, weight.layer, layers)
+        one = matrix_bytes(kind, weight.rows, weight.cols)
         return weight.count * one
 
 
@@ -63,8 +71,8 @@ def load_recipes() -> Recipes:
     found = {}
     for name in table["order"]:
         own = dict(table[name])
-        about = own.pop("about")
-        found[name] = Recipe(name, about, base | own)
+        about, ends, at_ends = own.pop("about"), own.pop("ends", 0), own.pop("at_ends", {})
+        found[name] = Recipe(name, about, base | own, ends, at_ends)
     return Recipes(found, found[table["default"]])
 
 

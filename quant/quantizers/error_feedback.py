@@ -92,7 +92,7 @@ def choose_with_feedback(values: Floats, grid: UniformGrid, feedback: Feedback) 
         )
         spread(work, errors, feedback.factor, first)
         parts.append(chosen)
-        squares += np.square(errors[:rows], dtype=np.float64) @ feedback.weights[own]
+        squares += (np.square(errors[:rows], dtype=np.float64) * feedback.weights[own]).sum(1)
     return _joined(parts, squares)
 
 

@@ -162,8 +162,8 @@ SIGNED = {
     ),
 }
 AFFINE = {
-    "Q4_K": AffineGrid(32, 15, 63, _pairs(1, 1.05, 0.95, 0.9, 0.85), _pairs(63), 3),
-    "Q5_K": AffineGrid(32, 31, 63, _pairs(1, 1.03, 0.97, 0.94, 0.91), _pairs(63), 3),
+    "Q4_K": AffineGrid(32, 15, 63, _pairs(1, 1.08, 1.04, 0.96, 0.92, 0.88, 0.84), _pairs(63), 3),
+    "Q5_K": AffineGrid(32, 31, 63, _pairs(1, 1.03, 1.015, 0.985, 0.96, 0.93), _pairs(63), 3),
     "Q2_K": AffineGrid(16, 3, 15, _pairs(1, 0.85, 0.7, 0.55, 0.4), _pairs(15, 13.5, 12), 3),
 }
 POWERS = {"MXFP4": PowerGrid(1)}

@@ -122,7 +122,7 @@ def _choose_within_range(values: Floats, grid: Grid, weights: Floats) -> Chosen:
         return choose(values, grid, weights)
     chosen = choose(np.clip(values, -largest, largest), grid, weights)
     rest = values.astype(np.float64) - chosen.values()
-    return replace(chosen, errors=(rest * rest) @ weights.astype(np.float64))
+    return replace(chosen, errors=(rest * rest * weights).sum(1))
 
 
 def _with_feedback(values: Floats, ggml: str, grid: UniformGrid, feedback: Feedback) -> Quantized:
@@ -130,5 +130,5 @@ def _with_feedback(values: Floats, ggml: str, grid: UniformGrid, feedback: Feedb
     largest = np.float32(grid.largest)
     limited = np.clip(values, -largest, largest)
     chosen = choose_with_feedback(limited, grid, feedback)
-    lost = (values.astype(np.float64) - limited) ** 2 @ feedback.weights
+    lost = ((values.astype(np.float64) - limited) ** 2 * feedback.weights).sum(1)
     return Quantized(ggml, blocks_of(chosen, ggml), feedback.unit * (chosen.errors + lost))
