@@ -154,9 +154,8 @@ def test_even_routing_hits_what_is_there() -> None:
 
 
 def test_counted_routing_hits_the_most_frequent() -> None:
-    counts = np.zeros((2, 10))
-    counts[:, :2] = 9.0
-    counts[:, 2:] = 0.25
+    counts = np.full((2, 10), 100)
+    counts[:, :2] = 3600
     routing = CountedRouting(counts)
     assert routing.hit_rate(0.2).likely == pytest.approx(0.9)
     assert routing.hit_rate(0.1).likely == pytest.approx(0.45)
@@ -164,6 +163,25 @@ def test_counted_routing_hits_the_most_frequent() -> None:
     for nothing in (np.zeros((2, 3)), np.zeros((0, 3)), np.full((2, 2), -1.0)):
         with pytest.raises(ValueError, match="no expert"):
             CountedRouting(nothing)
+
+
+@pytest.mark.parametrize("choices", [300, 1000, 20_000])
+def test_few_choices_do_not_make_even_routing_look_uneven(choices: int) -> None:
+    rng = np.random.default_rng(1)
+    counts = np.bincount(rng.integers(0, 512, choices), minlength=512)
+    half = CountedRouting(counts).hit_rate(0.5).likely
+    in_sample = np.sort(counts)[256:].sum() / choices
+    assert abs(half - 0.5) < 0.08
+    assert choices > 10_000 or in_sample > half + 0.1
+
+
+def test_uneven_routing_is_seen_in_few_choices() -> None:
+    rng = np.random.default_rng(2)
+    chances = 1.0 / np.arange(1, 513)
+    chosen = rng.choice(512, 2000, p=chances / chances.sum())
+    found = CountedRouting(np.bincount(chosen, minlength=512)).hit_rate(0.2).likely
+    true = np.sort(chances)[::-1][:102].sum() / chances.sum()
+    assert found == pytest.approx(true, abs=0.05)
 
 
 def test_the_default_is_recommended_unless_it_is_too_slow() -> None:
