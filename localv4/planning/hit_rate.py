@@ -51,7 +51,7 @@ class TypicalText:
     """
 
     cycle_share: float
-    source: str = "typical text (simulated)"
+    source: str = "typical text, simulated"
 
     def hit_rate(self, share: float) -> Bounds:
         """Return the share of hits; the likely one is the mean of both simulations."""
