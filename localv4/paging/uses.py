@@ -109,7 +109,7 @@ class Uses:
     def start(self, heat: Heat) -> None:
         """Begin with known heats (layers, experts), for instance those of an earlier session.
 
-        They count as used two tokens ago: recent uses are guarded from being victims, these are not.
+        They count as used two tokens ago: recent uses are guarded from being victims, not these.
         """
         self.heat[:] = heat
         self.last[heat > 0] = self.clock[0] - 2
