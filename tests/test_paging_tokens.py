@@ -1,5 +1,6 @@
 """The same tokens always: whatever is in memory, however it gets there, whatever goes wrong."""
 
+import ctypes
 import gc
 import itertools
 import os
@@ -21,11 +22,14 @@ from localv4.model.experts import Experts
 from localv4.model.fast import FastTransformer
 from localv4.model.loading import read_model_config, read_names, read_weights
 from localv4.model.packing import families, pack_dense
+from localv4.paging.arena import GRANULE_BYTES, Arena
 from localv4.paging.faults import Faults
 from localv4.paging.options import PagingOptions
 from localv4.paging.paged_store import PagedStore
-from localv4.paging.readers import ReadError
+from localv4.paging.policy import make_policy
+from localv4.paging.readers import ReadError, Readers
 from localv4.paging.store import ExpertStore
+from localv4.paging.uses import Uses
 from localv4.storage import Checkpoint, open_checkpoint
 from quant.packer import pack_folder
 
@@ -184,3 +188,36 @@ def test_a_forgotten_network_leaves_no_thread(source: Source) -> None:
     del network
     gc.collect()
     assert "reader-0" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_records_of_several_sizes_share_an_arena() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([3, 4, 7], (4, 20)).astype(np.int64) * GRANULE_BYTES
+    written: dict[tuple[int, int], int] = {}
+
+    def load(key: tuple[int, int], address: int) -> int:
+        nbytes = int(sizes[key])
+        ctypes.memset(address, hash(key) % 251, nbytes)
+        written[key] = address
+        return nbytes
+
+    uses = Uses(4, 20)
+    arena = Arena(int(0.4 * sizes.sum()))
+    store = PagedStore(sizes, arena, Readers(load, 3), make_policy("decay", uses), uses)
+    for _ in range(300):
+        uses.clock += 1
+        for layer in range(4):
+            numbers = rng.permutation(20)[:3]
+            store.request(layer, numbers.tolist())
+            while (store.addresses[layer, numbers] <= 0).any():
+                store.wait(layer, numbers.tolist())
+            uses.record(layer, numbers)
+            for key in zip([layer] * 3, numbers.tolist(), strict=True):
+                address, nbytes = int(store.addresses[key]), int(sizes[key])
+                held = ctypes.string_at(address, nbytes)
+                assert held == bytes([hash(key) % 251]) * nbytes
+            assert arena.used <= arena.capacity
+        store.end_token()
+    resident = store.addresses > 0
+    assert arena.used == sizes[resident].sum() > 0.7 * arena.capacity
+    store.close()

@@ -138,3 +138,51 @@ def test_glancing_at_experts(state: int, done: int) -> None:
     program[:, :5] = (route.glance.address, *words)
     assert team.run(program) == done
     team.close()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("form_count", [1, 3])
+def test_grouping_the_experts_of_several_tokens(form_count: int, missing: bool) -> None:
+    rng = np.random.default_rng(form_count)
+    tokens, k, n_experts = 7, 4, 12
+    experts = np.stack([np.sort(rng.permutation(n_experts)[:k]) for _ in range(tokens)])
+    forms = rng.integers(0, form_count, n_experts)
+    table = np.arange(1000, 1000 + n_experts)
+    if missing:
+        table[experts[5, 2]] = 0
+    weights, shares = rng.random((tokens, k), F32), np.zeros(tokens * k, F32)
+    records = np.full((form_count, tokens * k), 77)
+    starts = np.full((form_count, tokens * k + 1), -7)
+    places = np.full(tokens * k, -1)
+    heat, last, clock = np.full(n_experts, F32(2)), np.full(n_experts, 90), np.array([91])
+    decay = F32(0.5) ** np.arange(100, dtype=F32)
+    team = Team(2)
+    program = np.zeros((1, WORDS), np.int64)
+    program[0, :19] = (
+        *(route.group.address, address(experts), k, address(table), address(forms), form_count),
+        *(address(records), address(heat), address(last), address(clock), address(decay)),
+        *(len(decay), team.halt_address, tokens, address(starts), address(places)),
+        *(address(weights), address(shares), n_experts),
+    )
+    team.run(program)
+    team.close()
+    if missing:
+        assert (heat == 2).all()
+        return
+    order = sorted(
+        (forms[e], e, t, w)
+        for t in range(tokens)
+        for e, w in zip(experts[t], weights[t], strict=True)
+    )
+    assert places.tolist() == [t for _, _, t, _ in order]
+    assert shares.tolist() == [w for _, _, _, w in order]
+    for form in range(form_count):
+        used = [e for e in range(n_experts) if forms[e] == form and (experts == e).any()]
+        assert records[form, : len(used)].tolist() == table[used].tolist()
+        spans = np.diff(starts[form])
+        assert spans[: len(used)].tolist() == [(experts == e).sum() for e in used]
+        assert not spans[len(used) :].any()
+        assert starts[form, 0] == sum(f < form for f, *_ in order)
+    counts = np.bincount(experts.ravel(), minlength=n_experts)
+    np.testing.assert_array_equal(heat, np.where(counts > 0, 1 + counts, 2))
+    assert (last == np.where(counts > 0, 91, 90)).all()

@@ -105,7 +105,10 @@ def load_engine(
         return engine
 
     with Progress(quiet=quiet, no_color=no_color) as progress:
-        return Loaded(worker.call(load), model)
+        loaded = Loaded(worker.call(load), model)
+    for line in loaded.engine.notes if not quiet else ():
+        note(line)
+    return loaded
 
 
 def note(text: str) -> None:

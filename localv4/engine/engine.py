@@ -21,6 +21,7 @@ from localv4.model.matrix import Floats, Numerics
 from localv4.model.packing import families, pack_dense
 from localv4.model.transformer import Transformer
 from localv4.model.weights import Weights
+from localv4.paging.paged_store import PagedStore
 from localv4.planning.plan import Plan
 from localv4.storage import Checkpoint, PackedFolder, open_checkpoint
 from localv4.text.tokenizer import Tokenizer
@@ -94,6 +95,13 @@ class Engine:
         _make_kernels({EXACT}, on_progress)
         exact = Numerics(Team(count, pin), weights.widest)
         return cls(checkpoint, Transformer(config, weights, exact), size)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the model was loaded, a line each."""
+        store = self.network.store if isinstance(self.network, FastTransformer) else None
+        refusal = store.refusal if isinstance(store, PagedStore) else None
+        return [refusal] if refusal is not None else []
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for sessions and mapped files."""

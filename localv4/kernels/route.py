@@ -48,6 +48,7 @@ _ARTANH = tuple(
 )
 
 _affinities, _ranks = stack_floats(MOST_EXPERTS), stack_floats(MOST_EXPERTS)
+_slots = stack_floats(2 * MOST_EXPERTS)  # as many i64
 
 
 @entry("fast")
@@ -195,6 +196,63 @@ def note_uses(operation: int, experts: int, k: int) -> None:
         at = heat + 4 * number
         write_f32(at, float_at(at) * float_at(decay + 4 * age) + np.float32(1))
         write_i64(last + 8 * number, clock)
+
+
+@entry("fast")
+def group(operation: int, member: int, members: int) -> None:
+    """Sort the experts of some tokens as products of many tokens take them; halts as `resolve`.
+
+    A slot is a pair of a token and one of its experts. Slots are sorted by form, expert, token; row
+    f of `records` and `starts` has the experts of form f in ascending order, each once, with the
+    slots starts[e] ... starts[e + 1] - 1, and behind them as many without a slot as fill the row.
+    Words: experts (tokens, k) i64, k, table, forms of the experts, number of forms, records (forms,
+    tokens * k) i64, heat, last use, cell of the clock, decay, steps, halt address (all as in
+    `resolve`), tokens, starts (forms, tokens * k + 1) i64, token of each slot (tokens * k) i64,
+    weights (tokens, k) f32, weight of each slot (tokens * k) f32, n_experts.
+    """
+    if member > 0:
+        return
+    experts, k, table = word(operation, 1), word(operation, 2), word(operation, 3)
+    tokens, n_experts, slots = word(operation, 13), word(operation, 18), _slots()
+    total = tokens * k
+    for number in range(n_experts):
+        write_i64(slots + 8 * number, 0)
+    for i in range(total):
+        number = word(experts, i)
+        if word(table, number) <= 0:
+            atomic_store(word(operation, 12), 1)
+            return
+        write_i64(slots + 8 * number, word(slots, number) + 1)
+    list_experts(operation, slots, total, n_experts)
+    places, weights, shares = word(operation, 15), word(operation, 16), word(operation, 17)
+    for i in range(total):
+        number = word(experts, i)
+        slot = word(slots, number)
+        write_i64(slots + 8 * number, slot + 1)
+        write_i64(places + 8 * slot, i // k)
+        write_f32(shares + 4 * slot, float_at(weights + 4 * i))
+    note_uses(operation, experts, total)
+
+
+@device
+def list_experts(operation: int, slots: int, total: int, n_experts: int) -> None:
+    """Write `records` and `starts` of `group`; turn numbers of slots into the first slots."""
+    table, forms, form_count = word(operation, 3), word(operation, 4), word(operation, 5)
+    records, starts, first = word(operation, 6), word(operation, 14), 0
+    for form in range(form_count):
+        row, row_starts, listed = records + 8 * form * total, starts + 8 * form * (total + 1), 0
+        for number in range(n_experts):
+            count = word(slots, number)
+            if count > 0 and word(forms, number) == form:
+                write_i64(row + 8 * listed, word(table, number))
+                write_i64(row_starts + 8 * listed, first)
+                write_i64(slots + 8 * number, -1 - first)  # not to be taken for a number again
+                listed += 1
+                first += count
+        for i in range(listed, total + 1):
+            write_i64(row_starts + 8 * i, first)
+    for number in range(n_experts):
+        write_i64(slots + 8 * number, -1 - word(slots, number))
 
 
 @entry("fast")

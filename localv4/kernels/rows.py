@@ -154,6 +154,20 @@ def key(operation: int, member: int, members: int) -> None:
 
 
 @entry("fast")
+def clear(operation: int, member: int, members: int) -> None:
+    """Set rows to zero.
+
+    Words: x, its row stride in floats, tokens, columns (a multiple of 16).
+    """
+    x, stride, tokens = word(operation, 1), word(operation, 2), word(operation, 3)
+    t = take_chunk(operation)
+    while t < tokens:
+        for at in range(0, 4 * word(operation, 4), 64):
+            store_f32(x + 4 * stride * t + at, zeros_f32())
+        t = take_chunk(operation)
+
+
+@entry("fast")
 def swiglu(operation: int, member: int, members: int) -> None:
     """out = silu(min(gate, limit)) * clip(up, -limit, limit)
 

@@ -38,13 +38,14 @@ def open_store(
     """
     if options.io == "map" and experts.are_mapped:
         return experts.mapped_store()
-    load, split = _loader(experts, options, checkpoint)
+    load, split, refusal = _loader(experts, options, checkpoint)
     start = options.faults.readers if options.faults else Readers
     sizes = np.maximum(footprints(experts.nbytes), GRANULE_BYTES)
     readers = start(load, options.readers, split)
     arena = Arena(_capacity(experts.nbytes, footprints(experts.nbytes), options.capacity_bytes))
     uses = Uses(*sizes.shape)
     store = PagedStore(sizes, arena, readers, make_policy(options.policy, uses), uses)
+    store.refusal = refusal
     if arena.capacity >= GOVERNED_BYTES:
         store.govern(options.floor_bytes, open_gauge())
     return store
@@ -70,17 +71,17 @@ def _capacity(nbytes: NDArray[np.int64], sizes: NDArray[np.int64], capacity_byte
 
 def _loader(
     experts: Experts, options: PagingOptions, checkpoint: Checkpoint | None
-) -> tuple[Load, Split | None]:
+) -> tuple[Load, Split | None, str | None]:
     if options.io == "map":
-        return MappedPacker(experts).load, None
+        return MappedPacker(experts).load, None, None
     assert checkpoint is not None, "records are read from the files of a checkpoint"
     open_file = options.faults.open_file if options.faults else RecordFile.open
     chosen: Io = options.io
     table = {key: list(_pieces(expert, checkpoint)) for key, expert in _all(experts)}
     reads = FileReads(table, chosen, open_file)
     if experts.are_mapped:
-        return reads.load, reads.split
-    return StagedPacker(experts, reads).load, None
+        return reads.load, reads.split, reads.refusal
+    return StagedPacker(experts, reads).load, None, reads.refusal
 
 
 def _all(experts: Experts) -> Iterator[tuple[Key, Expert]]:

@@ -8,6 +8,7 @@ same bits whatever is processed together with it, by however many threads.
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from localv4.model.expert_source import open_store
 from localv4.model.experts import Experts, MakeStore
 from localv4.model.fast_chunk import ChunkPlan
 from localv4.model.fast_network import FastNetwork
+from localv4.model.fast_rows import MOST_ROWS, RowsPlan
 from localv4.model.fast_token import TokenPlan
 from localv4.model.matrix import F32, Floats
 from localv4.model.packing import packed_bytes_of
@@ -69,6 +71,7 @@ class FastTransformer:
 
     name = "fast"
     slack = SLACK_TOKENS
+    most_rows = MOST_ROWS
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class FastTransformer:
         self._look_ahead = LookAhead() if looks_ahead else None
         self._token = TokenPlan(self._network)
         self._many = ChunkPlan(self._network, BATCH_TOKENS)
+        self._rows = RowsPlan(self._network)
         self._vectors = Rows(HEAD_TOKENS, config.hidden_size)
         self._rounded = Rounded(HEAD_TOKENS, config.hidden_size)
         self._logits: Rows | None = None
@@ -110,7 +114,7 @@ class FastTransformer:
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for decoder state and mapped files."""
-        buffers = self._token.nbytes + self._many.nbytes
+        buffers = self._token.nbytes + self._many.nbytes + self._rows.nbytes
         buffers += sum(part.nbytes for part in (self._vectors, self._rounded, self._logits) if part)
         return {
             "packed weights": packed_bytes_of(self.weights),
@@ -130,6 +134,20 @@ class FastTransformer:
             else:
                 vectors = self._many.run(token_ids, state)
         state.advance(len(token_ids))
+        return vectors
+
+    def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
+        """Process one token (rows,) of each of several sequences together.
+
+        Returns their final vectors (rows, hidden), each with the bits that it has alone. At most
+        `most_rows` at a time. When anything is raised, the states still stand before the tokens.
+        """
+        if len(states) == 1:
+            return self.forward(token_ids, states[0])
+        with self.store.in_use():
+            vectors = self._rows.run(token_ids, states)
+        for state in states:
+            state.advance(1)
         return vectors
 
     def _decode(self, token_ids: NDArray[np.int64], state: State) -> Floats:

@@ -3,8 +3,9 @@
 The same steps as in `model.attention`, which explains them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from localv4.model.program import Input, Program, Rows
 from localv4.model.state import compressor_capacity, window_capacity
 from localv4.model.weights import Attention, Compressor
 from localv4.model.workspace import AttentionBuffers, CompressorBuffers
+
+Step = tuple[Any, ...]
+"""An operation: its entry and its words."""
 
 
 class FastAttention:
@@ -43,17 +47,20 @@ class FastAttention:
         buffers: AttentionBuffers,
         x: Input,
         update: Rows,
-        cells: "Cells",
+        sequences: "Sequence[Part]",
         tokens: int,
     ) -> None:
-        """Compute update (tokens, hidden) from the normed input x (tokens, hidden)."""
+        """Compute update (tokens, hidden) from the normed input x (tokens, hidden).
+
+        The tokens are those of one sequence, or one of each of several; what only depends on the
+        token itself is computed for all of them together.
+        """
         self._project(program, buffers, x, tokens)
-        self._store(program, buffers, cells, tokens)
-        self._pool(program, buffers, cells, tokens)
-        indexer = self.weights.indexer
-        if indexer is not None:
-            self._choose(program, buffers, cells, tokens)
-        self._attend(program, buffers, cells, tokens)
+        self._store(program, buffers, sequences, tokens)
+        self._pool(program, buffers, sequences, tokens)
+        if self.weights.indexer is not None:
+            _add_in_steps(program, [self._choosing(each) for each in sequences])
+        _add_in_steps(program, [self._attending(each) for each in sequences])
         with program.alongside():
             for number, part in enumerate(buffers.out_rounded):
                 program.round(part, buffers.query, tokens, column=number * part.cols)
@@ -85,68 +92,84 @@ class FastAttention:
             yield self.weights.indexer.compressor, buffers.index_compressor
 
     def _store(
-        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
+        self,
+        program: Program,
+        buffers: AttentionBuffers,
+        sequences: "Sequence[Part]",
+        tokens: int,
     ) -> None:
-        """Put keys and compressor inputs into the state; norm the latents."""
-        weights, config = self.weights, self.config
-        raw, context = buffers.projected_latent, buffers.context.ctypes.data
-        latent, key = buffers.latent, buffers.projected_key
+        """Put keys and compressor inputs into the states; norm the latents."""
+        raw, latent = buffers.projected_latent, buffers.latent
         with program.alongside():
             program.add(
                 rows.norm,
-                *(raw.at(), raw.stride, weights.q_norm.ctypes.data, self.eps),
+                *(raw.at(), raw.stride, self.weights.q_norm.ctypes.data, self.eps),
                 *(latent.at(), latent.stride, *buffers.latent_rounded.addresses),
-                *(tokens, config.q_lora_rank),
+                *(tokens, self.config.q_lora_rank),
             )
+            for each in sequences:
+                self._store_one(program, each)
+
+    def _store_one(self, program: Program, part: "Part") -> None:
+        weights, config, cells = self.weights, self.config, part.cells
+        buffers, tokens = part.buffers, part.tokens
+        key, context = buffers.projected_key, buffers.context.ctypes.data
+        program.add(
+            rows.key,
+            *(key.at(), key.stride, weights.kv_norm.ctypes.data, self.eps),
+            *(*self._angles(buffers), cells.window, self.window_capacity, config.head_dim),
+            *(context, tokens),
+        )
+        parts = zip(self._compressors(buffers), cells.compressors, strict=False)
+        for (compressor, own), (keys, gates, _) in parts:
             program.add(
-                rows.key,
-                *(key.at(), key.stride, weights.kv_norm.ctypes.data, self.eps),
-                *(*self._angles(buffers), cells.window, self.window_capacity, config.head_dim),
-                *(context, tokens),
+                pooling.append,
+                *(own.keys.at(), own.gates.at(), own.keys.stride),
+                *(compressor.ape.ctypes.data, self.ratio, keys, gates, self.capacity),
+                *(compressor.ape.shape[1], context, tokens),
             )
-            parts = zip(self._compressors(buffers), cells.compressors, strict=False)
-            for (compressor, own), (keys, gates, _) in parts:
-                program.add(
-                    pooling.append,
-                    *(own.keys.at(), own.gates.at(), own.keys.stride),
-                    *(compressor.ape.ctypes.data, self.ratio, keys, gates, self.capacity),
-                    *(compressor.ape.shape[1], context, tokens),
-                )
 
     def _pool(
-        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
+        self,
+        program: Program,
+        buffers: AttentionBuffers,
+        sequences: "Sequence[Part]",
+        tokens: int,
     ) -> None:
         """Complete entries of the compressors; expand the latents to queries meanwhile."""
         latent = Input(buffers.latent, buffers.latent_rounded)
-        context = buffers.context.ctypes.data
-        frequencies = buffers.frequencies[self.rotation]
         with program.alongside():
-            parts = zip(self._compressors(buffers), cells.compressors, strict=False)
-            for (compressor, _), (keys, gates, entries) in parts:
-                program.add(
-                    pooling.pool,
-                    *(keys, gates, self.capacity, compressor.ape.shape[1], self.ratio),
-                    *(compressor.norm.ctypes.data, self.eps),
-                    *(frequencies.ctypes.data, len(frequencies)),
-                    *(entries, len(compressor.norm), context, tokens),
-                )
+            for each in sequences:
+                self._pool_one(program, each)
             program.multiply(buffers.query, self.weights.wq_b, latent, tokens)
             if self.weights.indexer is not None:
                 program.multiply(buffers.index_query, self.weights.indexer.wq_b, latent, tokens)
 
-    def _choose(
-        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
-    ) -> None:
-        """Let the indexer choose the entries that each token sees."""
+    def _pool_one(self, program: Program, part: "Part") -> None:
+        buffers = part.buffers
+        frequencies = buffers.frequencies[self.rotation]
+        parts = zip(self._compressors(buffers), part.cells.compressors, strict=False)
+        for (compressor, _), (keys, gates, entries) in parts:
+            program.add(
+                pooling.pool,
+                *(keys, gates, self.capacity, compressor.ape.shape[1], self.ratio),
+                *(compressor.norm.ctypes.data, self.eps),
+                *(frequencies.ctypes.data, len(frequencies)),
+                *(entries, len(compressor.norm), buffers.context.ctypes.data, part.tokens),
+            )
+
+    def _choosing(self, part: "Part") -> Iterator[Step]:
+        """Yield how the indexer chooses the entries that each token sees, step by step."""
+        buffers, tokens = part.buffers, part.tokens
         config, query, weights = self.config, buffers.index_query, buffers.head_weights
         heads, width = config.index_heads, config.index_head_dim
         seen = (buffers.context.ctypes.data, self.ratio, config.index_top_k, heads, width)
-        entries, turn = cells.compressors[1][2], self._angles(buffers)
+        entries, turn = part.cells.compressors[1][2], self._angles(buffers)
         # both factors of the score, per head and per channel, are folded into the head's weight
         factor, scratch = float_bits((heads * width) ** -0.5), buffers.index_scratch.ctypes.data
         found = (buffers.chosen.ctypes.data, buffers.counts.ctypes.data)
         if tokens > 1:
-            program.add(
+            yield (
                 index_scores.index_choose,
                 *(*seen, entries, query.at(), query.stride, tokens, *turn),
                 *(weights.at(), weights.stride, factor, *found, scratch),
@@ -154,14 +177,13 @@ class FastAttention:
             )
             return
         inputs = (query.at(), heads, width, *turn, weights.at(), factor, scratch)
-        program.add(index_scores.index_query, *inputs)
-        program.add(index_scores.index_scores, *seen, entries, scratch)
-        program.add(index_scores.index_select, *seen, scratch, *found)
+        yield (index_scores.index_query, *inputs)
+        yield (index_scores.index_scores, *seen, entries, scratch)
+        yield (index_scores.index_select, *seen, scratch, *found)
 
-    def _attend(
-        self, program: Program, buffers: AttentionBuffers, cells: "Cells", tokens: int
-    ) -> None:
-        """Replace the raw queries by the output of attention."""
+    def _attending(self, part: "Part") -> Iterator[Step]:
+        """Yield how the raw queries are replaced by the output of attention, step by step."""
+        buffers, cells, tokens = part.buffers, part.cells, part.tokens
         config, query, scratch = self.config, buffers.query, buffers.scratch.ctypes.data
         heads, width = config.n_heads, config.head_dim
         indexed = self.weights.indexer is not None
@@ -172,21 +194,29 @@ class FastAttention:
         rows_of = (chosen, config.index_top_k, cells.window, self.window_capacity, entries)
         turn, sinks = self._angles(buffers), self.sinks.ctypes.data
         if tokens > 1:
-            program.add(
+            yield (
                 attend.attend,
                 *(*seen, *rows_of, query.at(), query.stride, tokens, heads, width),
                 *(*turn, self.eps, sinks, scratch, buffers.scratch_bytes),
             )
             return
-        program.add(attend.attend_query, query.at(), heads, width, *turn, self.eps, scratch)
-        program.add(attend.attend_scores, *seen, *rows_of, heads, width, scratch)
-        program.add(attend.attend_softmax, *seen, heads, width, sinks, scratch)
-        program.add(attend.attend_values, *seen, heads, width, *turn, scratch, query.at())
+        yield (attend.attend_query, query.at(), heads, width, *turn, self.eps, scratch)
+        yield (attend.attend_scores, *seen, *rows_of, heads, width, scratch)
+        yield (attend.attend_softmax, *seen, heads, width, sinks, scratch)
+        yield (attend.attend_values, *seen, heads, width, *turn, scratch, query.at())
 
     def _angles(self, buffers: AttentionBuffers) -> tuple[int, int, int]:
         """Return addresses of cos and sin, and the number of pairs."""
         cos, sin = buffers.angles[self.rotation]
         return cos.ctypes.data, sin.ctypes.data, cos.shape[1]
+
+
+def _add_in_steps(program: Program, sequences: Sequence[Iterator[Step]]) -> None:
+    """Add the steps of several sequences, each together with the same step of the others."""
+    for together in zip(*sequences, strict=True):
+        with program.alongside():
+            for entry, *words in together:
+                program.add(entry, *words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,3 +231,12 @@ class Cells:
         """Name the cells (CELLS,) of a layer, which are filled before a program runs."""
         at = [addresses.ctypes.data + 8 * i for i in range(len(addresses))]
         return cls(at[0], ((at[1], at[2], at[3]), (at[4], at[5], at[6])))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens of one sequence: their part of the buffers, and where the state is."""
+
+    buffers: AttentionBuffers
+    cells: Cells
+    tokens: int

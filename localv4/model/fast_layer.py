@@ -1,5 +1,7 @@
 """One layer as operations: attention, then experts, each between two hyper-connections."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,7 +9,7 @@ from localv4.kernels import mixes, streams
 from localv4.kernels.operation import float_bits
 from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts
-from localv4.model.fast_attention import Cells, FastAttention
+from localv4.model.fast_attention import Cells, FastAttention, Part
 from localv4.model.fast_moe import FastMoe
 from localv4.model.matrix import Floats, decode
 from localv4.model.program import Input, Program
@@ -87,12 +89,20 @@ class FastLayer:
         self.is_first = index == 0
 
     def add_attention(
-        self, program: Program, chunk: ChunkBuffers, buffers: AttentionBuffers, tokens: int
+        self,
+        program: Program,
+        chunk: ChunkBuffers,
+        buffers: AttentionBuffers,
+        tokens: int,
+        parts: Sequence[Part] = (),
     ) -> None:
-        """Enter the attention and compute its update."""
+        """Enter the attention and compute its update.
+
+        The tokens belong to the sequence of `cells`, or to those of `parts`, one to each.
+        """
         self.attn_site.add_entry(program, chunk, tokens)
-        x = Input(chunk.x, chunk.x_rounded)
-        self.attention.add(program, buffers, x, chunk.update, self.cells, tokens)
+        x, own = Input(chunk.x, chunk.x_rounded), Part(buffers, self.cells, tokens)
+        self.attention.add(program, buffers, x, chunk.update, parts or [own], tokens)
 
     def add_router(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
         """Leave the attention, enter the experts, and choose them."""

@@ -10,6 +10,7 @@ from localv4.kernels import route
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.operation import float_bits
 from localv4.kernels.packed import GROUP_ROWS
+from localv4.kernels.rows import clear
 from localv4.kernels.single_token import quantize
 from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts
@@ -55,6 +56,23 @@ class WaveBuffers:
         self.slots = max(tokens, min(WAVE_SLOTS, tokens * config.experts_per_token))
         self.x, self.hidden = Rounded(self.slots, config.hidden_size), Rounded(self.slots, inner)
         self.shared = SharedBuffers(tokens, inner * config.shared_experts)
+
+
+class ExpertGroups:
+    """The experts of several rows, sorted as products of many tokens take them (`route.group`).
+
+    `records` (forms, slots), `starts` (forms, slots + 1), `tokens` (slots,) i64, `shares` (slots,);
+    `x` and `hidden` are the inputs of gate and up, and of down, of each slot.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, forms: int) -> None:
+        slots, inner = rows * config.experts_per_token, config.expert_width
+        self.records = np.zeros((forms, slots), np.int64)
+        self.starts = np.zeros((forms, slots + 1), np.int64)
+        self.tokens = np.zeros(slots, np.int64)
+        self.shares = np.zeros(slots, np.float32)
+        self.x, self.hidden = Rounded(slots, config.hidden_size), Rounded(slots, inner)
+        self.shared = SharedBuffers(rows, inner * config.shared_experts)
 
 
 class Guess:
@@ -234,6 +252,34 @@ class FastMoe:
             *(form.offset, int(adds)),
         )
 
+    def add_groups(
+        self, program: Program, chunk: ChunkBuffers, groups: ExpertGroups, halt: int
+    ) -> None:
+        """Compute `update` of several rows; the program halts here when an expert is absent."""
+        store, index, uses, k = self.store, self.index, self.store.uses, chunk.chosen.shape[1]
+        update, rows = chunk.update, groups.shared.tokens
+        program.add(
+            route.group,
+            *(chunk.chosen.ctypes.data, k, store.addresses[index].ctypes.data),
+            *(self.experts.form_numbers[index].ctypes.data, len(self.forms)),
+            *(groups.records.ctypes.data, uses.heat[index].ctypes.data),
+            *(uses.last[index].ctypes.data, uses.clock.ctypes.data, uses.decay.ctypes.data),
+            *(len(uses.decay), halt, rows, groups.starts.ctypes.data, groups.tokens.ctypes.data),
+            *(chunk.shares.ctypes.data, groups.shares.ctypes.data, self.config.n_experts),
+        )
+        tokens = groups.tokens.ctypes.data
+        with program.alongside():
+            program.add(
+                quantize,
+                *(chunk.x.at(), chunk.x.stride, tokens, len(groups.tokens), chunk.x.cols),
+                *groups.x.addresses,
+            )
+            program.add(clear, update.at(), update.stride, rows, update.cols)
+        for form, records, starts in zip(self.forms, groups.records, groups.starts, strict=False):
+            experts = (records.ctypes.data, len(records), starts.ctypes.data)
+            slots = (tokens, groups.shares.ctypes.data)
+            self._add_experts(program, form, experts, groups.x, groups.hidden, update, slots)
+
     def add_shared(
         self, program: Program, chunk: ChunkBuffers, buffers: SharedBuffers, tokens: int
     ) -> None:
@@ -291,22 +337,39 @@ class FastMoe:
         self, program: Program, chunk: ChunkBuffers, buffers: WaveBuffers, wave: Wave
     ) -> None:
         """Add the weighted outputs of the experts of a wave to `update`."""
-        form = wave.form
-        up, down = OPERATIONS[form.gate_up.name], OPERATIONS[form.down.name]
         experts = (wave.records.ctypes.data, len(wave.experts), wave.starts.ctypes.data)
         tokens, x = wave.tokens.ctypes.data, chunk.x
         program.add(
             quantize,
-            *(x.at(), x.stride, tokens, len(wave.tokens), form.hidden, *buffers.x.addresses),
+            *(x.at(), x.stride, tokens, len(wave.tokens), x.cols, *buffers.x.addresses),
         )
+        slots = (tokens, wave.shares.ctypes.data)
+        self._add_experts(
+            program, wave.form, experts, buffers.x, buffers.hidden, chunk.update, slots
+        )
+
+    def _add_experts(
+        self,
+        program: Program,
+        form: ExpertForm,
+        experts: tuple[int, int, int],
+        x: Rounded,
+        hidden: Rounded,
+        update: Rows,
+        slots: tuple[int, int],
+    ) -> None:
+        """Add the weighted outputs of experts of one form to `update`.
+
+        `experts` are records, their number and starts, `slots` the tokens and shares of slots.
+        """
+        up, down = OPERATIONS[form.gate_up.name], OPERATIONS[form.down.name]
         program.add(
             up.experts_gate_up,
-            *(*experts, 2 * form.inner // GROUP_ROWS, form.hidden, *buffers.x.addresses),
-            *(*buffers.hidden.addresses, program.panels, self.limit),
+            *(*experts, 2 * form.inner // GROUP_ROWS, form.hidden, *x.addresses),
+            *(*hidden.addresses, program.panels, self.limit),
         )
         program.add(
             down.experts_down,
-            *(*experts, form.hidden // GROUP_ROWS, form.inner, *buffers.hidden.addresses),
-            *(chunk.update.at(), 4 * chunk.update.stride, program.panels),
-            *(tokens, wave.shares.ctypes.data, form.offset),
+            *(*experts, form.hidden // GROUP_ROWS, form.inner, *hidden.addresses),
+            *(update.at(), 4 * update.stride, program.panels, *slots, form.offset),
         )

@@ -1,6 +1,7 @@
 """What the programs for one token and for many have in common: layers, team, experts, state."""
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,21 @@ class FastNetwork:
         chunk.ids[:tokens] = ids
         chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
         self.store.uses.clock += tokens
+
+    def begin_rows(
+        self,
+        chunk: ChunkBuffers,
+        ids: NDArray[np.int64],
+        states: Sequence[State],
+        cells: NDArray[np.int64],
+    ) -> None:
+        """Take in one token of each of several sequences; fill cells (rows, layers, CELLS)."""
+        for state, own in zip(states, cells, strict=True):
+            state.begin(1)
+            own[:] = state.addresses
+        chunk.ids[:] = ids
+        chunk.streams[:] = look_up(self.weights.embed, ids)[:, None, :]
+        self.store.uses.clock += 1
 
     def mix_stored(self, index: int, chunk: ChunkBuffers, tokens: int) -> None:
         """Compute `update` of a layer whose experts have no packed form."""

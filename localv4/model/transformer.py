@@ -1,6 +1,7 @@
 """The DeepSeek-V4 network: embedding, blocks between hyper-connections, head."""
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,9 @@ CHUNK_TOKENS = 128
 SLACK_TOKENS = 256
 """How far a sequence can be taken back."""
 
+MOST_ROWS = 64
+"""Sequences of which one token each can be processed in one call."""
+
 
 class Transformer:
     """Immutable weights and the forward pass over them; sequences live in `State` objects."""
@@ -55,6 +59,7 @@ class Transformer:
     name = "exact"
     chunk_tokens = CHUNK_TOKENS
     slack = SLACK_TOKENS
+    most_rows = MOST_ROWS
 
     def __init__(self, config: ModelConfig, weights: Weights, numerics: Numerics) -> None:
         self.config = config
@@ -104,6 +109,15 @@ class Transformer:
             streams = block(streams, token_ids, layer_state, state.position)
         state.advance(token_ids.shape[0])
         return self.head_hc.collapse_head(streams)
+
+    def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
+        """Process one token (rows,) of each of several sequences, one after the other.
+
+        Returns their final vectors (rows, hidden). When anything is raised, the sequences that
+        were finished have advanced.
+        """
+        each = zip(token_ids, states, strict=True)
+        return np.concatenate([self.forward(np.array([token]), state) for token, state in each])
 
     def logits(self, vectors: Floats) -> Floats:
         """Return logits (tokens, vocab) for final vectors (tokens, hidden)."""

@@ -56,6 +56,12 @@ class CompressorBuffers:
     def __init__(self, tokens: int, width: int) -> None:
         self.keys, self.gates = Rows(tokens, width), Rows(tokens, width)
 
+    def part(self, first: int) -> "CompressorBuffers":
+        """Return the buffers of the tokens from `first` on."""
+        part = copy(self)
+        part.keys, part.gates = self.keys.part(first), self.gates.part(first)
+        return part
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -105,6 +111,22 @@ class AttentionBuffers:
         workers = 1 if tokens == 1 else members
         self.scratch = aligned_bytes(workers * self.scratch_bytes)
         self._add_indexer(config, tokens, workers)
+
+    def row(self, index: int) -> "AttentionBuffers":
+        """Return what belongs to one token, which has a sequence of its own.
+
+        These buffers must have scratch memory for as many members as there are tokens, and a
+        `context` for each.
+        """
+        row = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (Rows, CompressorBuffers)):
+                setattr(row, name, value.part(index))
+        row.context, row.angles = self.context[index:], self.angles[:, :, index : index + 1]
+        row.chosen, row.counts = self.chosen[index:], self.counts[index:]
+        row.scratch = self.scratch[index * self.scratch_bytes :]
+        row.index_scratch = self.index_scratch[index * self.index_scratch_bytes :]
+        return row
 
     def add_angles(self, program: Program, tokens: int) -> None:
         """Compute cos and sin for the positions of some tokens."""

@@ -22,7 +22,7 @@ from localv4.errors import DoesNotFitError
 from localv4.paging.arena import Arena
 from localv4.paging.counts import PagingCounts, Reason
 from localv4.paging.governor import Governor
-from localv4.paging.policy import Policy
+from localv4.paging.policy import GUARD_TOKENS, Policy
 from localv4.paging.pressure import Gauge
 from localv4.paging.readers import Finished, Key, Readers
 from localv4.paging.store import ABSENT, ON_ITS_WAY
@@ -35,11 +35,18 @@ CLAIM_SLOTS = 16
 """Records of a prompt that are claimed at a time; as many again are read meanwhile."""
 
 
+RECENT_COST = 1e6
+"""What makes the record of a recent token dearer than any other."""
+
+
 class PagedStore:
     """Records in an arena, at most as many as it has room for.
 
-    `nbytes` (layers, experts) are the sizes of records, 0 for those that are none.
+    `nbytes` (layers, experts) are the sizes of records. `refusal` says why they are not read as
+    was asked for, if so.
     """
+
+    refusal: str | None = None
 
     def __init__(
         self, nbytes: NDArray[np.int64], arena: Arena, readers: Readers, policy: Policy, uses: Uses
@@ -48,6 +55,7 @@ class PagedStore:
         self.policy, self.uses = policy, uses
         self.addresses: NDArray[np.int64] = np.full(nbytes.shape, ABSENT, np.int64)
         self.counts = PagingCounts(len(nbytes))
+        self._is_mixed = bool((nbytes != nbytes.flat[0]).any())
         self._claimed = np.zeros(nbytes.shape, bool)
         self._going: dict[Key, int] = {}  # the first to be given up, in this order; since when
         self._guessed: set[Key] = set()
@@ -176,7 +184,11 @@ class PagedStore:
         self.counts.wait_s += time.perf_counter() - start
 
     def _collect(self, finished: Iterable[Finished]) -> None:
-        """Make records known that have been read; a failed guess is only forgotten."""
+        """Make records known that have been read; a failed guess is only forgotten.
+
+        Raises what reading another one raised, after all are booked.
+        """
+        failure: BaseException | None = None
         for read in finished:
             key = read.key
             if read.error is None:
@@ -186,8 +198,10 @@ class PagedStore:
             self.addresses[key] = ABSENT
             self.arena.give_back(read.address)
             if key not in self._guessed:
-                raise read.error
+                failure = read.error
             self._guessed.discard(key)
+        if failure is not None:
+            raise failure
 
     def _reason(self, key: Key) -> Reason:
         if key in self._guessed:
@@ -257,13 +271,30 @@ class PagedStore:
         keep[key[0], wanted] = True
         if of_guess:
             keep |= self.uses.last >= self.uses.clock
-        while (address := self.arena.take(nbytes)) is None:
-            victims = self._victims(keep, nbytes)
-            if not victims:
-                return None
-            for victim in victims:
+        address = self.arena.take(nbytes)
+        if address is None and not self._is_mixed:
+            for victim in self._victims(keep, nbytes):
                 self._give_up(victim)
+            address = self.arena.take(nbytes)
+        if address is None:
+            # records of several sizes: neighbours have to go, or there is room but no place
+            for place in self.arena.what_to_evict(nbytes, lambda at: self._costs(at, keep)) or ():
+                self._vacate(place)
+            address = self.arena.take(nbytes)
         return address
+
+    def _costs(self, places: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Return what it costs to lose the records at some addresses."""
+        flat = self.addresses.ravel()
+        order = np.argsort(flat)
+        found = order[np.minimum(np.searchsorted(flat, places, sorter=order), len(flat) - 1)]
+        recent = self.uses.last > self.uses.clock - GUARD_TOKENS
+        costs = (self.uses.scores() + np.where(recent, RECENT_COST, 0.0)).ravel()[found]
+        going = [key[0] * self.addresses.shape[1] + key[1] for key in self._going]
+        costs[np.isin(found, going)] = 0.0
+        costs[(flat[found] != places) | keep.ravel()[found]] = np.inf
+        cost: NDArray[np.float64] = costs.astype(np.float64)
+        return cost
 
     def _victims(self, keep: NDArray[np.bool_], need: int) -> list[Key]:
         """Return what to give up next: what is going anyhow, then the coldest."""

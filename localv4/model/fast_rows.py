@@ -1,0 +1,151 @@
+"""Decoding of several sequences together: one token of each through all layers in one program.
+
+Dense weights are read once for all of them, and each expert once for all that have chosen it. The
+states stay apart. A token has the same bits as alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.model.experts import UnpackableError
+from localv4.model.fast_attention import Cells, Part
+from localv4.model.fast_moe import ExpertGroups
+from localv4.model.fast_network import FastNetwork
+from localv4.model.fast_token import FIRST_POSITIONS, Segment
+from localv4.model.matrix import Floats
+from localv4.model.state import CELLS, State
+from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
+
+MOST_ROWS = 64
+"""Sequences that are decoded together."""
+
+KEPT_PROGRAMS = 4
+"""Numbers of rows whose programs are kept: rows come and go one by one."""
+
+
+class RowsPlan:
+    """The programs for one token of each of several sequences, by the number of these."""
+
+    def __init__(self, network: FastNetwork) -> None:
+        self._network = network
+        self._positions = 0
+        self._programs: dict[int, RowsProgram] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(program.nbytes for program in self._programs.values())
+
+    def run(self, ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
+        """Process one token (rows,) of each sequence; return their final vectors (rows, hidden)."""
+        furthest = max(state.position for state in states)
+        if furthest >= self._positions:
+            self._positions = max(FIRST_POSITIONS, 2 * (furthest + 1))
+            self._programs.clear()
+        rows = len(ids)
+        while True:
+            program = self._programs.pop(rows, None)
+            if program is None:
+                program = RowsProgram(self._network, rows, self._positions)
+            self._programs[rows] = program  # the latest comes last
+            while len(self._programs) > KEPT_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+            if program.run(ids, states):
+                return program.vectors()
+            self._programs.clear()  # a layer has lost its packed form
+
+
+class RowsProgram:
+    """The program for some number of rows, whose positions are below a bound."""
+
+    def __init__(self, network: FastNetwork, rows: int, positions: int) -> None:
+        config = network.config
+        self._network, self._rows = network, rows
+        self._chunk = ChunkBuffers(config, rows)
+        self._groups = ExpertGroups(config, rows, network.most_forms)
+        self._attention = AttentionBuffers(config, rows, Seen.before(positions, config), rows)
+        self._attention.context = np.zeros(rows, np.int64)
+        self._cells = np.zeros((rows, config.n_layers, CELLS), np.int64)
+        self._segments = self._build()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(map(buffer_bytes, (self._chunk, self._groups, self._attention)))
+
+    def vectors(self) -> Floats:
+        """Return the final vectors (rows, hidden) of the last run."""
+        return self._chunk.x.values[: self._rows].copy()
+
+    def run(self, ids: NDArray[np.int64], states: Sequence[State]) -> bool:
+        """Process the tokens; return False, with nothing lost, if the program is out of date."""
+        network = self._network
+        network.begin_rows(self._chunk, ids, states, self._cells)
+        self._attention.context[:] = [state.position for state in states]
+        for segment in self._segments:
+            network.check_cancelled()
+            if not self._run_segment(segment):
+                return False
+            if segment.stored is not None:
+                network.mix_stored(segment.stored, self._chunk, self._rows)
+        network.store.end_token()
+        return True
+
+    def _run_segment(self, segment: Segment) -> bool:
+        """Run a segment, fetching experts where it halts; False if a layer cannot be packed."""
+        network, done = self._network, 0
+        while True:
+            done += network.team.run(segment.program[done:])
+            if done == len(segment.program):
+                return True
+            layer = segment.lookups[done - 1]
+            try:
+                self._fetch(layer)
+            except UnpackableError:
+                network.experts.drop_forms(layer)
+                return False
+            done -= 1
+
+    def _fetch(self, layer: int) -> None:
+        """Bring the experts that the rows have chosen into memory."""
+        store, chosen = self._network.store, self._chunk.chosen[: self._rows]
+        store.count_misses(layer, chosen.ravel().tolist())
+        numbers = np.unique(chosen).tolist()
+        store.claim(layer, numbers)
+        try:
+            while (store.addresses[layer, numbers] <= 0).any():
+                self._network.check_cancelled()
+                store.wait(layer, numbers)
+        finally:
+            store.end_prompt(layer)
+
+    def _build(self) -> list[Segment]:
+        network, chunk, rows = self._network, self._chunk, self._rows
+        parts = [self._attention.row(index) for index in range(rows)]
+        segments: list[Segment] = []
+        program, lookups = network.new_program(), dict[int, int]()
+        with program.alongside():
+            for part in parts:
+                part.add_angles(program, 1)
+        for index, layer in enumerate(network.layers):
+            sequences = [
+                Part(part, Cells.of(cells[index]), 1)
+                for part, cells in zip(parts, self._cells, strict=True)
+            ]
+            layer.add_mixing(program, chunk, rows)
+            layer.add_attention(program, chunk, self._attention, rows, sequences)
+            layer.add_router(program, chunk, rows)
+            layer.moe.add_shared(program, chunk, self._groups.shared, rows)
+            if not layer.moe.forms:
+                segments.append(Segment(program.finish(), lookups, {}, {}, index))
+                program, lookups = network.new_program(), {}
+                continue
+            lookups[len(program)] = index
+            layer.moe.add_groups(program, chunk, self._groups, network.team.halt_address)
+        site = network.head_site
+        site.add_mixing(program, chunk, rows, updates=2, leaves=True)
+        site.add_head_entry(program, chunk, rows)
+        segments.append(Segment(program.finish(), lookups, {}, {}, None))
+        return segments
