@@ -117,7 +117,7 @@ def test_what_does_not_fit_ends_with_4(home: Path, monkeypatch: pytest.MonkeyPat
     for arguments in (("v4-flash",), ("v4-flash", "--dry-run")):
         done = pull(home, *arguments)
         assert done.code == 4
-        assert "is too small: 0.00 GiB are needed, 0.00 GiB are free" in done.stderr
+        assert "is too small: 0.06 GiB are needed, 0.00 GiB are free" in done.stderr
     assert not (home / "hf").exists()
 
 

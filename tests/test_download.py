@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir
 from loopback_hub import LoopbackHub, noise
 from model_folders import FLASH_COMMIT, empty_home
 
@@ -19,6 +19,8 @@ from localv4.library.digests import read_record
 from localv4.library.download import Plan, download, plan, stream_shard
 from localv4.library.installed import list_installed, resolve
 from localv4.library.published import find_published
+from localv4.library.removal import plan_removal
+from localv4.library.verification import check_files, expected_files
 
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
 SHARDS = {f"model-{part:05d}-of-00003.safetensors": noise(900_000, part) for part in (1, 2, 3)}
@@ -201,6 +203,29 @@ def test_another_architecture_stops_before_its_weights(hub: LoopbackHub) -> None
     with pytest.raises(LocalV4Error, match="is no DeepSeek-V4 model"):
         pull("hf://org/llama")
     assert hub.transfers() == []
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_system_without_links(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, is_refused: bool
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError("a privilege is missing")
+
+    if is_refused:
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True, raising=False)
+    folder = pull()
+    assert contents(folder) == FILES
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert list((folder.parents[1] / "blobs").iterdir()) == []
+    assert planned().missing == ()
+    pull()
+    reports = check_files(expected_files(resolve("v4-flash")))
+    assert {report.state for report in reports} == {"right"}
+    plan_removal("v4-flash").execute()
+    assert not folder.exists()
 
 
 # ---- links that break, servers that lie

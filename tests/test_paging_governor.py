@@ -29,7 +29,7 @@ from localv4.paging.pressure import (
 
 MB = 1 << 20
 CALM = Pressure(0.0, 0.0, False, 64 << 30)
-STALLED = Pressure(0.5, 0.0, False, 64 << 30)
+STALLED = Pressure(0.5, 0.0, False, 4 << 30)
 
 
 class FakeGauge:
@@ -74,8 +74,9 @@ class Held:
     ("reading", "pressed"),
     [
         (CALM, False),
-        (Pressure(0.04, 0.0, False, 64 << 30), False),
-        (Pressure(0.06, 0.0, False, 64 << 30), True),
+        (Pressure(0.04, 0.0, False, 4 << 30), False),
+        (Pressure(0.06, 0.0, False, 4 << 30), True),
+        (Pressure(0.06, 0.0, False, 64 << 30), False),
         (Pressure(0.0, 4 * MB, False, 64 << 30), True),
         (Pressure(0.0, 1000.0, False, 64 << 30), False),
         (Pressure(0.0, 0.0, True, 64 << 30), True),

@@ -91,13 +91,10 @@ def test_search_is_near_the_optimum(name: str) -> None:
 def test_rows_are_independent_of_company_and_threads(name: str) -> None:
     values, importance = normal(40, 256), importance_of(256)
     together = quantize_rows(values, name, importance)
-    borders = (0, 1, 7, 24, 40)
+    spans = [(0, 1), (1, 7), (7, 24), (24, 40)]
     with ThreadPoolExecutor(4) as pool:
-        parts = pool.map(
-            lambda span: quantize_rows(values[span[0] : span[1]], name, importance),
-            zip(borders, borders[1:], strict=False),
-        )
-        apart = [part for _ in range(3) for part in parts]
+        parts = pool.map(lambda span: quantize_rows(values[slice(*span)], name, importance), spans)
+        apart = list(parts)
     np.testing.assert_array_equal(np.concatenate([p.blocks for p in apart]), together.blocks)
     np.testing.assert_array_equal(
         np.concatenate([p.row_errors for p in apart]), together.row_errors

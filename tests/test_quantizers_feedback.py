@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from quant.quantizers import Feedback, Quantized, prepare_feedback, quantize_rows
 from quant.quantizers.choice import GRIDS, choose
 from quant.quantizers.error_feedback import DAMPING, choose_with_feedback
-from quant.quantizers.grids import AffineGrid, UniformGrid
+from quant.quantizers.grids import AffineGrid, PowerGrid, UniformGrid
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -88,7 +88,7 @@ def twin_codes(values: Floats, steps: Floats, offsets: Floats, factor: Doubles) 
 def test_codes_follow_the_rule(name: str) -> None:
     second, values = moments(512), weights(16, 512)
     feedback, grid = prepare_feedback(second), _uniform(name)
-    chosen = choose_with_feedback(values, grid, feedback)
+    chosen = choose_with_feedback(values, grid, feedback, passes=0)
     damped = second + DAMPING * np.trace(second) / 512 * np.eye(512)
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     steps = np.repeat(chosen.steps(), 16, 1)
@@ -98,6 +98,22 @@ def test_codes_follow_the_rule(name: str) -> None:
     # a code that is a tie but for rounding may differ, and then what comes after it in its row
     same_rows = (np.abs(chosen.values() - expected) < 1e-6).all(1)
     assert same_rows.mean() > 0.7
+
+
+@pytest.mark.parametrize("name", ["Q3_K", "Q2_K", "Q4_0"])
+def test_no_code_can_be_improved_alone(name: str) -> None:
+    second, values, grid = moments(256), weights(16, 256), _uniform(name)
+    feedback = prepare_feedback(second)
+    plain, chosen = (choose_with_feedback(values, grid, feedback, passes=n) for n in (0, 50))
+    assert chosen.errors.sum() < 0.98 * plain.errors.sum()
+    damped = second + DAMPING * np.trace(second) / 256 * np.eye(256)
+    steps = np.repeat(chosen.steps(), 256 // chosen.steps().shape[1], 1).astype(np.float64)
+    slopes = (values.astype(np.float64) - chosen.values()) @ damped
+    low, high = (0, grid.high) if isinstance(grid, AffineGrid) else (grid.low, grid.high)
+    for up in (-1, 1):
+        allowed = (chosen.codes + up >= low) & (chosen.codes + up <= high)
+        change = (up * steps) ** 2 * np.diag(damped) - 2 * up * steps * slopes
+        assert (change[allowed] > -1e-5 * np.abs(change).mean()).all()
 
 
 def test_scales_of_the_first_unit_are_those_of_the_search() -> None:
@@ -111,8 +127,8 @@ def test_scales_of_the_first_unit_are_those_of_the_search() -> None:
 
 def _uniform(name: str) -> UniformGrid:
     grid = GRIDS[name]
-    assert isinstance(grid, AffineGrid) or name == "Q3_K"
-    return grid  # type: ignore[return-value]
+    assert not isinstance(grid, PowerGrid)
+    return grid
 
 
 def test_without_correlation_it_is_the_search() -> None:
@@ -120,7 +136,7 @@ def test_without_correlation_it_is_the_search() -> None:
     values = weights(20, 256)
     damped = importance + DAMPING * importance.mean()
     feedback = prepare_feedback(np.diag(importance))
-    np.testing.assert_allclose(feedback.weights * feedback.unit, damped, rtol=1e-5)
+    np.testing.assert_allclose(feedback.weights * feedback.scale, damped, rtol=1e-5)
     for name in TYPES:
         alone = quantize_rows(values, name, feedback.weights)
         fed = quantize_rows(values, name, method="feedback", hessian=feedback)

@@ -1,5 +1,7 @@
 """Ranges of files on the hub: right bytes over bad links, no token to strangers."""
 
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,8 +157,6 @@ def test_no_message_holds_the_token(hub: LoopbackHub) -> None:
 
 
 def test_unreachable_hubs(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
-    monkeypatch.setattr(door, "MAX_FAILURES", 1)
-
     def message(endpoint: str) -> str:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -165,11 +165,34 @@ def test_unreachable_hubs(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub) -> 
             open_remote(REPO, "config.json")
         return error.value.message
 
+    monkeypatch.setattr("time.sleep", lambda _s: pytest.fail("there is nothing to wait for"))
     assert message("http://127.0.0.1:9") == "127.0.0.1 refuses connections"
     assert message("http://hub.invalid") == "cannot find hub.invalid in the network"
     with door.offline():
         assert message(hub.endpoint) == "offline, and config.json is not here"
     assert not any("config.json" in made.path for made in hub.requests)
+
+
+def test_a_certificate_that_nobody_signed_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _s: pytest.fail("there is nothing to wait for"))
+    error = ConnectionError("handshake")
+    error.__cause__ = ssl.SSLCertVerificationError("self-signed certificate")
+    with pytest.raises(LocalV4Error, match="cannot be trusted") as refused:
+        door.Patience(REPO, "x").wait(error)
+    assert "SSL_CERT_FILE" in str(refused.value.hint)
+
+
+def test_a_host_that_disappears_later_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    patience = door.Patience(REPO, "x", sleep=slept.append)
+    for _ in range(door.MAX_FAILURES):
+        patience.wait(socket.gaierror("no address"))
+    assert slept == [1, 2, 4, 8, 16, 30, 30]
+    with pytest.raises(LocalV4Error, match="cannot find"):
+        patience.wait(socket.gaierror("no address"))
+    patience.progressed()
+    patience.wait(socket.gaierror("no address"))
+    assert slept[-1] == 1
 
 
 def test_answers_that_do_not_fit_the_question(hub: LoopbackHub) -> None:

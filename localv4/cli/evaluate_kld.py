@@ -86,7 +86,9 @@ def kld(
             tokens = evaluation.tokenize(engine, text, file)
             size = context or evaluation.WINDOW
             part = evaluation.cut_text(engine, tokens, size, windows, bos is not False)
-            source = _live_base(engine, other.engine, tokens.ids, part)
+            evaluation.check_same_tokens(engine, other.engine, tokens)
+            evaluation.check_size(other.engine, size)
+            source = divergence.LiveBase(other.engine, part)
             about = {
                 "model": other.name,
                 "numerics": other.engine.network.name,
@@ -121,17 +123,6 @@ def _open_file(path: Path, engine: "Engine", windows: int | None) -> "LogitsFile
         opened.close()
         raise
     return opened
-
-
-def _live_base(engine: "Engine", other: "Engine", ids: list[int], windows: "Windows") -> "Base":
-    """Return a loaded model as the base. Raises UsageError if it reads other tokens."""
-    from localv4.engine.divergence import LiveBase
-
-    evaluation.check_size(other, windows.size)
-    text = engine.tokenizer.decode(ids)
-    if other.config.vocab_size != engine.config.vocab_size or other.tokenizer.encode(text) != ids:
-        raise UsageError("the two models split this text into different tokens")
-    return LiveBase(other, windows)
 
 
 def _document(

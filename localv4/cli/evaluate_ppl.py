@@ -86,11 +86,12 @@ def _document(
         "text": text.document,
         "bos": found[0][0].bos is not None,
         "stride": stride,
-        "results": [_result(windows, measured) for windows, measured in found],
+        "results": [result_document(windows, measured) for windows, measured in found],
     }
 
 
-def _result(windows: "Windows", measured: "Perplexity") -> dict[str, Any]:
+def result_document(windows: "Windows", measured: "Perplexity") -> dict[str, Any]:
+    """Return all figures of one size of windows for JSON."""
     return {
         "context": windows.size,
         "windows": len(windows),

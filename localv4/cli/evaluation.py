@@ -146,6 +146,13 @@ def cut_text(
     return cut(text.ids, size, bos=first, stride=stride, most=most)
 
 
+def check_same_tokens(engine: "Engine", other: "Engine", text: Text) -> None:
+    """Raise UsageError for two models that split a text into different tokens."""
+    again = other.tokenizer.encode(engine.tokenizer.decode(text.ids))
+    if other.config.vocab_size != engine.config.vocab_size or again != text.ids:
+        raise UsageError("the two models split this text into different tokens")
+
+
 def figure(estimate: "Estimate", digits: int = 3) -> str:
     """Write an estimate with its error: as many digits as the error has a meaning for."""
     if not math.isfinite(estimate.error):

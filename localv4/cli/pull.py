@@ -12,7 +12,6 @@ from localv4.errors import LocalV4Error, UsageError
 
 if TYPE_CHECKING:
     from localv4.library.download import Plan
-    from localv4.library.registry import ModelSpec
 
 Reference = Annotated[
     str,
@@ -142,25 +141,35 @@ def _print_plan(task: "Plan") -> None:
     _say(f"  files   {len(task.files)}, {format_bytes(task.total)}{here}")
     _say(f"  to      {store.folder}")
     _say(f"  disk    {format_bytes(task.free)} free")
-    subject = task.wanted.spec or store.folder
-    if (line := fit_line(subject, task.total)) is not None:
+    if (line := worker.call(lambda: fit_line(task.wanted.name))) is not None:
         _say(f"  memory  {line}")
 
 
-def fit_line(subject: "ModelSpec | Path", nbytes: int) -> str | None:
-    """Say in a line how a model of `nbytes` goes with this machine's memory."""
-    del subject
+def fit_line(reference: str) -> str | None:
+    """Say in a line how a model goes with this machine's memory; None where nothing is known.
+
+    Nothing is measured, and no connection is opened.
+    """
     from localv4.cli.generation import format_bytes
+    from localv4.planning.assessment import assess
+    from localv4.planning.measuring import known_machine
+    from localv4.planning.subject import find_subject
 
     try:
-        from localv4.planning.memory import read_memory
-
-        most = read_memory().most
-    except (ImportError, LocalV4Error, OSError):
+        subject = find_subject(reference)
+        if not subject.forms:
+            return None
+        # of weights as they were published the first form is the nearest: it drops nothing
+        found = assess(subject.forms[subject.chosen or 0], known_machine())
+    except LocalV4Error:
         return None
-    if nbytes <= most:
-        return f"the weights fit into {format_bytes(most)}"
-    return f"{format_bytes(most)}: experts will be read from the disk as they are needed"
+    if found.plan is None:
+        return found.refusal.message if found.refusal is not None else None
+    needed = format_bytes(found.plan.total)
+    if found.plan.fits:
+        return f"fits: {needed} of {format_bytes(found.plan.usable)}"
+    paged = format_bytes(found.plan.paged_bytes)
+    return f"{needed} used, {paged} stay on the disk; how fast: localv4 fit {reference}"
 
 
 def _next_step(task: "Plan", folder: Path, local_dir: Path | None) -> str:

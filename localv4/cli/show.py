@@ -57,12 +57,15 @@ def print_json(value: Any) -> None:
 
 
 def _print_description(description: "Description", tensors: bool, no_color: bool) -> None:
+    from localv4.cli import card_page
     from localv4.cli.generation import format_bytes
     from localv4.cli.tables import print_section, print_table
 
     console = terminal.make_console(sys.stdout, no_color=no_color)
     for title, rows in description.sections():
         print_section(console, title, rows)
+    if quality := card_page.section(description.model.path):
+        print_section(console, "Quality", quality)
     shown = description.files[:MAX_FILES_SHOWN]
     rows = [(file.name, format_bytes(file.nbytes)) for file in shown]
     if len(description.files) > len(shown):

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localv4.cli import options, terminal, worker
+from localv4.cli.proof_report import print_proof, proof_document, refuse_disproved
+from localv4.errors import NotFoundError
 
 if TYPE_CHECKING:
     from localv4.library.installed import InstalledModel
     from localv4.library.verification import FileReport
+    from quant.proof import Proof
 
 MAX_TENSORS_SHOWN = 3
 
@@ -21,10 +24,21 @@ Online = Annotated[
 ]
 
 
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="SRC",
+        help="What it was converted from: prove that every value that was kept is the same.",
+    ),
+]
+
+
 def verify(
     model_argument: options.ModelArgument = None,
     model: options.Model = None,
     online: Online = False,
+    source: Source = None,
     output_format: options.Format = options.OutputFormat.AUTO,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -35,26 +49,54 @@ def verify(
     from localv4.library.verification import refuse_wrong
 
     found = installed.resolve(options.one_of(model_argument, model, "--model"))
-    reports = _check_digests(found, online, quiet, no_color)
-    if options.wants_json(output_format, as_json):
+    reports = _check_digests(found, online, source is not None, quiet, no_color)
+    wants_json = options.wants_json(output_format, as_json)
+    if not wants_json:
+        if reports:
+            _print_reports(reports, no_color)
+        sys.stdout.flush()
+    document = _document(found, reports)
+    if source is not None and document["right"]:
+        proof = _prove(found, source, quiet, no_color)
+        document["proof"] = proof_document(proof)
+        if not wants_json:
+            print_proof(proof, no_color)
+    if wants_json:
         from localv4.cli.show import print_json
 
-        print_json(_document(found, reports))
-    else:
-        _print_reports(reports, no_color)
+        print_json(document)
     sys.stdout.flush()
     refuse_wrong(found, reports)
+    if source is not None:
+        refuse_disproved(found.path, proof)
     if not quiet:
-        sys.stderr.write(f"{terminal.sanitize_line(found.name)}: all {len(reports)} files right\n")
+        count = f"all {len(reports)} files" if reports else "all values that were kept"
+        sys.stderr.write(f"{terminal.sanitize_line(found.name)}: {count} right\n")
+
+
+def _prove(found: "InstalledModel", source: str, quiet: bool, no_color: bool) -> "Proof":
+    """Compare the values of a model with those of what it was made from."""
+    from localv4.cli.transfer import Transfer
+    from localv4.library import installed
+    from quant.proof import prove
+
+    original = installed.resolve(source)
+    with Transfer(f"proving {found.name}", original.nbytes, quiet=quiet, no_color=no_color) as bar:
+        return worker.call(lambda: prove(found.path, original.path, bar.advance))
 
 
 def _check_digests(
-    found: "InstalledModel", online: bool, quiet: bool, no_color: bool
+    found: "InstalledModel", online: bool, has_source: bool, quiet: bool, no_color: bool
 ) -> "list[FileReport]":
     from localv4.cli.transfer import Transfer
     from localv4.library.verification import check_files, expected_files
 
-    files = worker.call(lambda: expected_files(found, online=online))
+    try:
+        files = worker.call(lambda: expected_files(found, online=online))
+    except NotFoundError:
+        if not has_source:
+            raise
+        return []  # values are going to be compared: that says more than a digest
     total = sum(file.known.bytes for file in files)
     with Transfer(f"verifying {found.name}", total, quiet=quiet, no_color=no_color) as bar:
         return worker.call(lambda: check_files(files, bar.advance))

@@ -1,10 +1,11 @@
 """Snapshots of one timeline at ever larger steps, so that a way back is never the whole way.
 
-The rule: rungs stand at multiples of 128 tokens. From a rung to the tip of the timeline it may be
-less than 512 tokens for every multiple to have one, less than 1,024 for every second, less than
-2,048 for every fourth, and so on. So going back d tokens leaves fewer than max(128, 2/3 d) to
-process anew, and T > 512 tokens have at most 5 + 2 log2(T / 512) rungs, 27 at a million. Of a
-prompt that is read in large chunks, only those at the ends of the chunks can be had.
+The rule: rungs stand at multiples of 128 tokens; every one is put up, and those are taken down that
+are not needed for this: between a rung that is d tokens behind the tip of the timeline and the next
+one below it there are no more than max(128, d / 2) tokens. So going back d tokens leaves fewer than
+max(128, d / 2) to process anew. The distances of every second rung grow by half or more, so that T
+tokens have at most 6 + 3.5 log2(T / 256) rungs, and 27 at a million where they can be anywhere. Of
+a prompt that is read in chunks, rungs can be had at the ends of the chunks only.
 
 The rungs next to the ends of the last prompts stay whatever the rule says: a question that is asked
 anew or changed is the most common way back, however long its answer was.
@@ -17,22 +18,16 @@ from localv4.model.snapshot import Snapshot
 STEP_TOKENS = 128
 """Rungs stand at its multiples: there the released models have no unfinished entries."""
 
-NEAR_STEPS = 4
-"""As many steps behind the tip all rungs are kept; twice as far every second, and so on."""
-
 KEPT_PROMPTS = 8
 """Ends of prompts whose rungs are kept."""
 
 
-def is_wanted(position: int, tip: int) -> bool:
-    """Say whether the rule asks for a rung at `position` when the timeline ends at `tip`.
+def allowed_gap(back: int) -> int:
+    """Return how far below a rung the next may be, when it is `back` tokens behind the tip.
 
-    What is not wanted now is not wanted later, so that a rung can be dropped for good.
+    It grows as the timeline does, so that what is taken down is not missed later.
     """
-    step = STEP_TOKENS
-    while tip - position >= NEAR_STEPS * step:
-        step *= 2
-    return position % step == 0
+    return max(STEP_TOKENS, back // 2)
 
 
 def last_step(position: int) -> int:
@@ -76,12 +71,15 @@ class Ladder:
             self._prompt_ends = [*self._prompt_ends, place][-KEPT_PROMPTS:]
 
     def thin_out(self, tip: int) -> None:
-        """Drop what a timeline that ends at `tip` does not want."""
-        self._rungs = [
-            rung
-            for rung in self._rungs
-            if is_wanted(rung.position, tip) or rung.position in self._prompt_ends
-        ]
+        """Take down what a timeline that ends at `tip` does not need."""
+        positions, index = self.positions, len(self._rungs) - 1
+        needed = set(self._prompt_ends)
+        while index >= 0:
+            place = positions[index]
+            needed.add(place)
+            lowest = bisect.bisect_left(positions, place - allowed_gap(tip - place))
+            index = min(lowest, index - 1)
+        self._rungs = [rung for rung in self._rungs if rung.position in needed]
 
     def below(self, position: int) -> Snapshot | None:
         """Return the highest rung that is not beyond `position`."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from localv4.engine.ladder import STEP_TOKENS, Ladder, is_wanted, last_step
+from localv4.engine.ladder import STEP_TOKENS, Ladder, last_step
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.threads import use_threads
 from localv4.model.fast import FastTransformer
@@ -177,12 +177,10 @@ class Session:
     def _climb(self, tokens: int) -> None:
         """Put up the rungs that the last `tokens` tokens have passed, where the rings allow it."""
         tip = self.position
-        for place in range(last_step(tip), tip - tokens, -STEP_TOKENS):
-            if not self._state.can_roll_back(place):
-                break
-            if is_wanted(place, tip):
-                self.ladder.add(take_snapshot(self._state, place))
-        if tip // STEP_TOKENS != (tip - tokens) // STEP_TOKENS:
+        passed = range(last_step(tip), tip - tokens, -STEP_TOKENS)
+        for place in filter(self._state.can_roll_back, passed):
+            self.ladder.add(take_snapshot(self._state, place))
+        if passed:
             self.ladder.thin_out(tip)
 
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -8,13 +8,14 @@ known before one is opened, and a file either has exactly this header and this s
 
 import hashlib
 import json
+import math
 import os
 import stat
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Form:
 
 
 def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
 def layout_of(state: State) -> str:
@@ -94,17 +95,27 @@ def chain(root: str, token_ids: Sequence[int]) -> list[str]:
     return names
 
 
-def block_form(state: State, index: int) -> Form:
-    """Return the form of the file of block `index`."""
-    ids = ("ids", np.dtype(np.int32), (BLOCK_TOKENS,))
-    entries = _entries_of(state, index)
-    return Form((ids, *((name, part.dtype, (len(part), part.shape[1])) for name, part in entries)))
+@lru_cache(maxsize=16)
+def _form(shapes: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> Form:
+    """Return a form; those of all blocks of a session are the same and take time to describe."""
+    return Form(shapes)
+
+
+def block_form(arrays: Sequence[Array]) -> Form:
+    """Return the form of the file of a block with these arrays."""
+    names = ("ids", *(f"entries.{number}" for number in range(len(arrays) - 1)))
+    pairs = zip(names, arrays, strict=True)
+    return _form(tuple((name, array.dtype, array.shape) for name, array in pairs))
 
 
 def block_arrays(state: State, index: int, token_ids: Sequence[int]) -> list[Array]:
-    """Return the arrays of block `index`, as views into the state where they are rows."""
-    ids = np.asarray(token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS], np.int32)
-    return [ids, *(part for _, part in _entries_of(state, index))]
+    """Return the arrays of block `index`: its ids, and views of the entries that they complete.
+
+    A state without room for the entries yields shorter views.
+    """
+    first, end = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
+    ids = np.asarray(token_ids[first:end], np.int32)
+    return [ids, *(rows.values[first // rate : end // rate] for rate, rows in _rows_of(state))]
 
 
 def put_block(path: Path, state: State, index: int, token_ids: Sequence[int]) -> int:
@@ -112,8 +123,8 @@ def put_block(path: Path, state: State, index: int, token_ids: Sequence[int]) ->
 
     Raises BadFileError when the file is not what it must be, OSError when it cannot be read.
     """
-    form = block_form(state, index)
     targets = block_arrays(state, index, token_ids)
+    form = block_form(targets)
     values = read_file(path, form)
     if not np.array_equal(values[0], targets[0]):
         raise BadFileError(path, "holds other tokens than its name says")
@@ -125,7 +136,7 @@ def put_block(path: Path, state: State, index: int, token_ids: Sequence[int]) ->
 def snapshot_form(state: State, position: int) -> Form:
     """Return the form of the file of a snapshot."""
     parts = [(ring.values, position - ring.first_needed(position)) for ring in rings_of(state)]
-    return Form(
+    return _form(
         tuple(
             (f"rings.{index}", values.dtype, (count, values.shape[1]))
             for index, (values, count) in enumerate(parts)
@@ -143,13 +154,6 @@ def _rows_of(state: State) -> Iterator[tuple[int, Rows]]:
     for layer in state.layers:
         for rows in layer.entries:
             yield layer.ratio, rows
-
-
-def _entries_of(state: State, index: int) -> Iterator[tuple[str, Array]]:
-    """Yield the names of the entries that the tokens of a block complete, and views of them."""
-    first, end = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
-    for number, (ratio, rows) in enumerate(_rows_of(state)):
-        yield f"entries.{number}", rows.values[first // ratio : end // ratio]
 
 
 def write_file(path: Path, form: Form, arrays: Sequence[Array]) -> None:
@@ -185,9 +189,8 @@ def read_file(path: Path, form: Form) -> list[Array]:
         raise BadFileError(path, "the checksum is wrong")
     arrays, offset = [], start
     for _, dtype, shape in form.arrays:
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays.append(np.frombuffer(data.data, dtype, count, offset).reshape(shape))
-        offset += count * dtype.itemsize
+        arrays.append(np.ndarray(shape, dtype, data.data, offset))
+        offset += arrays[-1].nbytes
     return arrays
 
 

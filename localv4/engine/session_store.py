@@ -108,9 +108,10 @@ class SessionStore:
 
     def _missing_blocks(self, session: Session, names: Sequence[str]) -> "Iterator[_Pending]":
         for index, name in enumerate(names):
-            path, form = self.folder.block(name), blocks.block_form(session.state, index)
+            path = self.folder.block(name)
+            arrays = blocks.block_arrays(session.state, index, session.tokens)
+            form = blocks.block_form(arrays)
             if not _has_size(path, form.nbytes):
-                arrays = blocks.block_arrays(session.state, index, session.tokens)
                 yield _Pending(path, form, arrays)
 
     def _missing_marks(

@@ -160,7 +160,8 @@ def stream_shard(
     return target
 
 
-def _no_space(folder: Path, needed: int, free: int) -> DoesNotFitError:
+def _no_space(folder: Path, missing: int, free: int) -> DoesNotFitError:
+    needed = missing + SPARE_BYTES
     return DoesNotFitError(
         f"the disk of {folder} is too small: {needed / 2**30:.2f} GiB are needed, "
         f"{free / 2**30:.2f} GiB are free",

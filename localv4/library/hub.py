@@ -37,6 +37,7 @@ HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
 MAX_FAILURES = 7
+MAX_FAILURES_AT_FIRST = 3  # before the hub has answered at all, nobody wants to wait for minutes
 LONGEST_RETRY_AFTER_S = 300
 
 _BUSY = (408, 429, 500, 502, 503, 504)
@@ -91,12 +92,21 @@ class Patience:
     """Waits longer after each failed attempt, and gives up with a clear error."""
 
     def __init__(
-        self, repo: str, what: str, on_wait: OnWait | None = None, sleep: Sleep | None = None
+        self,
+        repo: str,
+        what: str,
+        on_wait: OnWait | None = None,
+        sleep: Sleep | None = None,
+        *,
+        is_first: bool = False,
     ) -> None:
         """`what` is fetched from `repo`; `on_wait` is told why a wait begins, and how long.
 
         `sleep` waits that many seconds; one that others can end must be given by the caller.
+        `is_first` says that the hub has not been reached yet: a host that does not exist, or
+        refuses connections, is not tried again then.
         """
+        self._is_first = is_first
         self._repo = repo
         self._what = what
         self._on_wait = on_wait
@@ -111,7 +121,9 @@ class Patience:
         """Sleep before the next attempt; raise a LocalV4Error when there should be none."""
         plain = explain(error, self._repo, self._what)
         self._failures += 1
-        if not _may_pass(error) or self._failures > MAX_FAILURES:
+        most = MAX_FAILURES_AT_FIRST if self._is_first else MAX_FAILURES
+        is_absent = self._is_first and _chain_has(error, (socket.gaierror, ConnectionRefusedError))
+        if is_absent or not _may_pass(error) or self._failures > most:
             raise plain from error
         asked = _retry_after(error)
         if asked is not None and asked > LONGEST_RETRY_AFTER_S:
@@ -161,7 +173,7 @@ def _explain_status(error: Exception, status: int, repo: str, what: str) -> Loca
             hint=f"accept them on {page}, then {login}",
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return NotFoundError(f"{repo} has no such revision: {what}", hint=f"{page}/commits/main")
+        return NotFoundError(f"{repo} has no such revision ({what})", hint=f"{page}/commits/main")
     if status == 401 and has_token():
         return LocalV4Error(
             f"the hub does not accept your token (401, {repo})", hint=f"{login}, with a valid one"
@@ -191,18 +203,17 @@ def _explain_status(error: Exception, status: int, repo: str, what: str) -> Loca
 
 
 def _explain_connection(error: Exception, what: str) -> LocalV4Error:
-    causes = list(_chain(error))
     again = "run the command again; it goes on where it stopped"
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+    if _chain_has(error, (ssl.SSLCertVerificationError,)):
         return LocalV4Error(
             f"the certificate of {host()} cannot be trusted",
             hint="check the clock; behind a company's proxy set SSL_CERT_FILE to its certificate",
         )
-    if any(isinstance(cause, socket.gaierror) for cause in causes):
+    if _chain_has(error, (socket.gaierror,)):
         return LocalV4Error(
             f"cannot find {host()} in the network", hint="check the connection, and HF_ENDPOINT"
         )
-    if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+    if _chain_has(error, (ConnectionRefusedError,)):
         return LocalV4Error(
             f"{host()} refuses connections", hint="check HF_ENDPOINT and HTTPS_PROXY"
         )
@@ -211,12 +222,13 @@ def _explain_connection(error: Exception, what: str) -> LocalV4Error:
     return LocalV4Error(f"the connection to {host()} was lost ({what})", hint=again)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _chain_has(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Tell whether an error, or what led to it, is of one of the kinds."""
     for _ in range(16):  # chains may be cyclic
-        if error is None:
-            return
-        yield error
+        if error is None or isinstance(error, kinds):
+            break
         error = error.__cause__ or error.__context__
+    return isinstance(error, kinds)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -226,7 +238,7 @@ def _may_pass(error: Exception) -> bool:
     status = status_of(error)
     if status is not None:
         return status in _BUSY
-    return not any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _chain(error))
+    return not _chain_has(error, (ssl.SSLCertVerificationError,))
 
 
 def _retry_after(error: Exception) -> int | None:
@@ -241,7 +253,7 @@ def ask(request: Callable[[], T], repo: str, what: str, on_wait: OnWait | None =
 
     Raises LocalV4Error in place of every error of the network or the hub.
     """
-    patience = Patience(repo, what, on_wait)
+    patience = Patience(repo, what, on_wait, is_first=True)
     while True:
         try:
             return request()

@@ -127,7 +127,7 @@ def list_files(repo: str, revision: str, on_wait: hub.OnWait | None = None) -> L
         return api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
 
     try:
-        found = hub.ask(request, repo, revision, on_wait)
+        found = hub.ask(request, repo, f"revision {revision[:12]}", on_wait)
         files = [
             HubFile(
                 item.rfilename,

@@ -31,7 +31,7 @@ the header is whole, since nothing tells how long it is."""
 
 MAX_SMALL_BYTES = 16 << 20
 """Of a file that is fetched whole."""
-_SMALL_FILES = ("config.json", "manifest.json", "metadata.gguf", "tokenizer.json")
+_SMALL_FILES = ("config.json", "manifest.json", "metadata.gguf")
 """What opening needs beside weights. The index of shards is not fetched: headers say it all."""
 
 OnFile = Callable[[int, int], None]

@@ -86,6 +86,8 @@ class CacheStore(Store):
             return
         link = pointer.with_name(f".{file.etag[:16]}.{os.getpid()}.{threading.get_ident()}.link")
         try:
+            if getattr(hub.constants, "HF_HUB_DISABLE_SYMLINKS", False):
+                raise OSError("links are not wanted")
             link.symlink_to(target)
         except OSError:  # Windows grants links to developers only: then the name is the file
             content.replace(pointer)

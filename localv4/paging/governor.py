@@ -10,6 +10,10 @@ STEP_SHARE = 0.05
 """Share of the budget that is given back or taken again at a time."""
 
 MOST_STALLED = 0.05
+AMPLE_BYTES = 8 << 30
+"""With so much available, programs that wait for memory do so while it is tidied up: cached files
+are dropped and large pages put together for an arena that fills. No lack of it stands behind."""
+
 MOST_SWAPPED_IN_S = 1 << 20
 LEAST_AVAILABLE = 256 << 20
 
@@ -26,7 +30,7 @@ GROWING_LOOKS = 5
 def is_pressed(pressure: Pressure) -> bool:
     """Say whether somebody suffers from a lack of memory."""
     return (
-        pressure.stalled > MOST_STALLED
+        (pressure.stalled > MOST_STALLED and pressure.available < AMPLE_BYTES)
         or pressure.swapped_in_s > MOST_SWAPPED_IN_S
         or pressure.is_warned
         or pressure.available < LEAST_AVAILABLE

@@ -7,14 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import UsageError
-from localv4.paging.uses import DEFAULT_HALF_LIFE, Uses
+from localv4.paging.topics import TopicMemory
+from localv4.paging.uses import DEFAULT_HALF_LIFE, GUARD_TOKENS, Uses
 
 NAMES = ("decay", "lru", "lfu")
 """Policies by name; the first is the default."""
-
-GUARD_TOKENS = 2
-"""Experts that the running token or the one before used are victims only if nothing else is left:
-an expert is likelier to be used again at once than its count says yet."""
 
 Keys = list[tuple[int, int]]
 """Experts as (layer, number)."""
@@ -89,9 +86,12 @@ class LeastFrequentlyUsed:
 
 
 class DecayedFrequency:
-    """Give up what was used least often of late."""
+    """Give up what was used least often of late in the present topic; see `topics`."""
 
     name = "decay"
+
+    def __init__(self) -> None:
+        self.memory = TopicMemory()
 
     def victims(
         self, uses: Uses, resident: Mask, nbytes: Sizes, need: int, keep: Mask | None = None
@@ -100,7 +100,8 @@ class DecayedFrequency:
         return _coldest(uses.scores(), uses, resident, nbytes, need, keep)
 
     def observe(self, uses: Uses, resident: Mask) -> None:
-        """Do nothing: there is nothing to adapt."""
+        """Notice a change of topic; about 0.1 ms per token for Flash."""
+        self.memory.observe(uses)
 
 
 def admission(
@@ -151,18 +152,19 @@ def _lowest(
     places = np.flatnonzero(candidates)
     if len(places) == 0:
         return places
-    count = min(len(places), -(-need // int(nbytes.min())))
+    sizes = _sizes(nbytes, score.shape).ravel()
+    count = min(len(places), -(-need // int(sizes[places].min())))
     values = score.ravel()[places]
     if count < len(places):
         chosen = np.argpartition(values, count - 1)[:count]
         places, values = places[chosen], values[chosen]
     places = places[np.lexsort((places, values))]
-    freed = np.cumsum(_sizes(nbytes, score.shape).ravel()[places])
+    freed = np.cumsum(sizes[places])
     return places[: int(np.searchsorted(freed, need)) + 1]
 
 
 def _sizes(nbytes: Sizes, shape: tuple[int, ...]) -> Sizes:
-    """Return the bytes of each record (layers, experts)."""
+    """Return the bytes of each record (layers, experts), 0 for what is none."""
     return np.broadcast_to(nbytes[:, None] if nbytes.ndim == 1 else nbytes, shape)
 
 

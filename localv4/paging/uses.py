@@ -5,13 +5,17 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS = 1024
+STEPS = 4096
 """Ages in tokens that `Uses.decay` tells apart; older uses count as the oldest of them: nothing."""
 
 NEVER = -(1 << 40)
 """`Uses.last` of an expert that was not used yet."""
 
-DEFAULT_HALF_LIFE = 64.0
+GUARD_TOKENS = 2
+"""Experts that the running token or the one before used are given up last: an expert is likelier
+to be used again at once than its count says yet."""
+
+DEFAULT_HALF_LIFE = 256.0
 """Tokens after which a use counts half; docs/paging_policy.md has the measurements."""
 
 Heat = NDArray[np.float32]
@@ -43,19 +47,14 @@ class Uses:
 
     @half_life.setter
     def half_life(self, tokens: float) -> None:
-        """Count on with another half-life; what is counted already keeps its value as of now."""
+        """Count on with another half-life; the scores of now stay what they are."""
         assert tokens > 0
-        if tokens == self._half_life:
-            return
         now = self.scores()
         self._half_life = tokens
         self.decay[:] = 2.0 ** (-np.arange(STEPS) / tokens)
         if math.isfinite(tokens):
             self.decay[-1] = 0
-        # a heat is as of its last use: one that decays to `now` by the new table
-        rate = self.decay[self.ages()]
-        np.divide(now, rate, out=self.heat, where=rate > 0)
-        self.heat[rate == 0] = 0
+        self.restart(now)
 
     def ages(self) -> NDArray[np.int64]:
         """Return how many tokens ago each expert was used, at most STEPS - 1."""
@@ -67,8 +66,14 @@ class Uses:
         scores: Heat = self.heat * self.decay[self.ages()]
         return scores
 
+    def scores_of(self, layer: int) -> Heat:
+        """Return the scores of one layer's experts (experts,)."""
+        ages = np.minimum(self.clock[0] - self.last[layer], STEPS - 1)
+        scores: Heat = self.heat[layer] * self.decay[ages]
+        return scores
+
     def record(
-        self, layer: int, numbers: NDArray[np.int64], counts: NDArray[np.float32] | None = None
+        self, layer: int, numbers: NDArray[np.integer], counts: NDArray[np.float32] | None = None
     ) -> None:
         """Count uses of different experts of a layer now: once each, or `counts` of them.
 
@@ -82,34 +87,25 @@ class Uses:
     def record_tokens(self, layer: int, chosen: NDArray[np.integer]) -> None:
         """Count the uses of several tokens, chosen (tokens, k), of which the last has the clock.
 
-        The result is that of recording token by token. Tokens more than STEPS back do not count.
+        The scores are those of recording token by token. Uses more than STEPS back do not count.
         """
-        recent = chosen[-STEPS:]
-        if len(recent) == 0:
-            return
         experts = self.heat.shape[1]
-        ages = np.repeat(np.arange(len(recent))[::-1], recent.shape[1])
-        flat = recent.ravel().astype(np.int64)
-        counts = np.bincount(flat, self.decay[ages], experts)
-        youngest = np.full(experts, STEPS)
-        np.minimum.at(youngest, flat, ages)
-        used = np.flatnonzero(youngest < STEPS)
-        self.heat[layer] = self.scores_of(layer) + counts
+        recent = chosen[-STEPS:].astype(np.int64)
+        ages = np.repeat(np.arange(len(recent))[::-1], chosen.shape[1])
+        counts = np.bincount(recent.ravel(), self.decay[ages], experts)
+        youngest = self.ages()[layer]
+        scores = self.heat[layer] * self.decay[youngest] + counts
+        np.minimum.at(youngest, recent.ravel(), ages)
+        used = counts > 0
         self.last[layer, used] = self.clock[0] - youngest[used]
-        # heats are as of the last use, these sums as of now
-        idle = self.decay[self.ages()[layer]]
-        self.heat[layer] = np.where(idle > 0, self.heat[layer] / np.maximum(idle, 1e-30), 0)
+        # a heat is as of the last use, and these scores are as of now
+        self.heat[layer, used] = scores[used] / np.maximum(self.decay[youngest[used]], 1e-6)
 
-    def scores_of(self, layer: int) -> Heat:
-        """Return the heat of one layer's experts decayed to now (experts,)."""
-        ages = np.minimum(self.clock[0] - self.last[layer], STEPS - 1)
-        scores: Heat = self.heat[layer] * self.decay[ages]
-        return scores
+    def restart(self, scores: Heat) -> None:
+        """Count on from these scores (layers, experts), for instance those of an earlier session.
 
-    def start(self, heat: Heat) -> None:
-        """Begin with known heats (layers, experts), for instance those of an earlier session.
-
-        They count as used two tokens ago: recent uses are guarded from being victims, not these.
+        Uses before the last tokens count as just old enough for their experts to be given up.
         """
-        self.heat[:] = heat
-        self.last[heat > 0] = self.clock[0] - 2
+        known = (self.ages() >= GUARD_TOKENS) & (scores > 0)
+        self.last[known] = self.clock[0] - GUARD_TOKENS
+        self.heat[:] = scores / np.maximum(self.decay[self.ages()], 1e-6)

@@ -210,11 +210,11 @@ def _layer_s(layer: _Layer, chosen: int, missed: float, one_s: float, latency_s:
     total = 0.0
     for count in range(chosen + 1):
         chance = comb(chosen, count) * missed**count * (1 - missed) ** (chosen - count)
-        hidden = GATE_UP * (layer.shared + layer.experts * (chosen - count) / chosen)
+        up_s = GATE_UP * (layer.shared + layer.experts)
         if count:
             last = GATE_UP * layer.experts / chosen
-            hidden = max(hidden, latency_s + HALT_S + count * one_s) + last
-        total += chance * (layer.before + hidden + down)
+            up_s = HALT_S + max(up_s, latency_s + count * one_s + last)
+        total += chance * (layer.before + up_s + down)
     return total
 
 

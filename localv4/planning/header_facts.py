@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from localv4.model.loading import read_model_config, read_names
 from localv4.model.names import Slice
+from localv4.model.packed_source import packed_config
 from localv4.planning.model_facts import EMBEDDING, HEAD, ROUTED, ModelFacts, Part
 from localv4.planning.recipes import F32_BYTES, FORMATS_BY_NAME, TABLE_BYTES, matrix_bytes
 from localv4.storage import Checkpoint, PackedFolder
@@ -62,10 +63,12 @@ def facts_of_checkpoint(
 
     Raises NotFoundError or BadFileError.
     """
-    table = read_names(checkpoint)
-    config = read_model_config(checkpoint, table)
     packed = checkpoint if isinstance(checkpoint, PackedFolder) else None
-    weights = _packed_weights(packed) if packed else _stored_weights(table)
+    if packed is not None:
+        config, weights = packed_config(packed), _packed_weights(packed)
+    else:
+        table = read_names(checkpoint)
+        config, weights = read_model_config(checkpoint, table), _stored_weights(table)
     resident: Counter[tuple[str, str]] = Counter()
     read: Counter[tuple[str, str]] = Counter()
     experts: Counter[int] = Counter()

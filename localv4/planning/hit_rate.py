@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,9 @@ class Routing(Protocol):
         """Return the share of chosen experts that are in memory when `share` of all are."""
 
 
+FEW_EXPERTS = 5
+"""Fewer experts that were chosen equally often tell nothing of the next choices."""
+
 _SHARES = (0.0, 0.1, 0.2, 0.34, 0.56, 0.78, 1.0)
 _CALIBRATED = (0.0, 0.672, 0.793, 0.878, 0.945, 0.980, 1.0)
 _DIVERSE = (0.0, 0.561, 0.704, 0.816, 0.912, 0.967, 1.0)
@@ -48,7 +51,7 @@ class TypicalText:
     """
 
     cycle_share: float
-    source: str = "typical text (simulated)"
+    source: str = "typical text, simulated"
 
     def hit_rate(self, share: float) -> Bounds:
         """Return the share of hits; the likely one is the mean of both simulations."""
@@ -88,10 +91,14 @@ class CountedRouting:
     """
 
     def __init__(self, counts: ArrayLike, source: str = "counted in earlier runs") -> None:
-        """`counts` (layers, experts): how often each expert was chosen, decayed or not."""
-        ordered = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
-        if not ordered.size or ordered.sum() <= 0 or ordered[-1] < 0:
+        """`counts` (layers, experts): how often each expert was chosen, rounded to whole times.
+
+        Raises ValueError if none was chosen.
+        """
+        whole = np.rint(np.asarray(counts, np.float64)).ravel()
+        if not whole.size or whole.max() < 1 or whole.min() < 0:
             raise ValueError("no expert was counted")
+        ordered = np.sort(_expected(whole.astype(np.int64)))[::-1]
         self.source = source
         self._covered = np.concatenate([[0.0], np.cumsum(ordered) / ordered.sum()])
 
@@ -103,3 +110,19 @@ class CountedRouting:
         likely = float(np.interp(place, np.arange(len(self._covered)), self._covered))
         missed = 1.0 - likely
         return Bounds(max(0.0, 1.0 - 1.2 * missed), likely, 1.0 - 0.85 * missed)
+
+
+def _expected(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return how often each expert would be chosen in as many choices that come.
+
+    Of those that were chosen c times, Good and Turing expect (c + 1) * n(c + 1) / n(c): few choices
+    among many experts look uneven even if they are not. Where n is too small to tell, c stands.
+    """
+    times = np.bincount(counts)
+    expected = np.arange(len(times), dtype=np.float64)
+    for count in range(len(times) - 1):
+        if min(times[count], times[count + 1]) < FEW_EXPERTS:
+            break
+        expected[count] = (count + 1) * times[count + 1] / times[count]
+    values: NDArray[np.float64] = np.maximum.accumulate(expected)[counts]
+    return values

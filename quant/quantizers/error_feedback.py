@@ -1,6 +1,8 @@
 """Rounding with feedback: quantize a matrix for the activations that it will meet."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,9 @@ from quant.quantizers.grids import AffineGrid, UniformGrid
 DAMPING = 0.01
 """What is added to the diagonal of the second moments, as a share of its mean."""
 
+PASSES = 2
+"""How often each code of a unit is improved; more passes change little."""
+
 _ROWS = 4
 
 
@@ -22,12 +27,14 @@ class Feedback:
 
     factor (cols, cols) f32, upper triangular: column j deviating by e changes column k by
     -e factor[j, k]. weights (cols,) f32, with the mean 1: how much a squared error counts when it
-    is made good so; `unit` times their sum over such errors is the squared error of the output.
+    is made good so; `scale` times their sum over such errors is the squared error of the output.
+    metrics (units, columns, columns) f32: how much the errors of a unit count together.
     """
 
     factor: Floats
     weights: Floats
-    unit: float
+    scale: float
+    metrics: Floats
 
 
 def prepare_feedback(second_moments: NDArray[np.float32] | NDArray[np.float64]) -> Feedback:
@@ -38,30 +45,42 @@ def prepare_feedback(second_moments: NDArray[np.float32] | NDArray[np.float64]) 
     moments = np.array(second_moments, np.float64)
     if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or not np.isfinite(moments).all():
         raise ValueError("second moments must be a square matrix of finite numbers")
-    mean = float(np.trace(moments)) / len(moments)
+    cols = len(moments)
+    mean = float(np.trace(moments)) / cols
     if mean <= 0:
-        none = np.eye(len(moments), dtype=np.float32)
-        return Feedback(none, np.ones(len(moments), np.float32), 0.0)
-    moments[np.diag_indices(len(moments))] += DAMPING * mean
+        moments, mean = np.eye(cols), 0.0
+    moments[np.diag_indices(cols)] += DAMPING * mean
     # H = R R^T with R upper triangular is Cholesky's factor read backwards; then U = R^-1
     try:
         backwards = np.linalg.cholesky(moments[::-1, ::-1])
     except np.linalg.LinAlgError:
         raise ValueError("second moments are not positive semidefinite") from None
-    upper = np.triu(np.linalg.inv(backwards[::-1, ::-1]))
+    outer = backwards[::-1, ::-1]
+    upper = np.triu(np.linalg.inv(outer))
     diagonal = np.diag(upper)
     weights = 1 / (diagonal * diagonal)
     return Feedback(
         (upper / diagonal[:, None]).astype(np.float32),
         (weights / weights.mean()).astype(np.float32),
-        float(weights.mean()),
+        float(weights.mean()) if mean else 0.0,
+        np.stack(list(_metrics(outer))).astype(np.float32),
     )
 
 
-def choose_with_feedback(values: Floats, grid: UniformGrid, feedback: Feedback) -> Chosen:
+def _metrics(outer: NDArray[np.floating[Any]]) -> Iterator[NDArray[np.floating[Any]]]:
+    """Yield S of each unit: R R^T of its part of R, since U of the part is its inverse."""
+    columns = next(size for size in (256, 128, 64, 32, 1) if len(outer) % size == 0)
+    for first in range(0, len(outer), columns):
+        own = outer[first : first + columns, first : first + columns]
+        yield own @ own.T
+
+
+def choose_with_feedback(
+    values: Floats, grid: UniformGrid, feedback: Feedback, passes: int = PASSES
+) -> Chosen:
     """Choose codes and scales of values (rows, cols); scales by search, unit by unit.
 
-    The errors of the result are those of the output, as multiples of the feedback's unit: with
+    The errors of the result are those of the output, as multiples of the feedback's scale: with
     errors made good as they are, d H d^T is the weighted sum of their squares.
     """
     rows, cols = values.shape
@@ -71,8 +90,9 @@ def choose_with_feedback(values: Floats, grid: UniformGrid, feedback: Feedback) 
     curved = not isinstance(grid, AffineGrid) and grid.curved
     scratch = scratch_lines(SCRATCH_LINES)
     parts, squares = [], np.zeros(rows)
-    for first in range(0, cols, grid.columns):
-        own = slice(first, first + grid.columns)
+    columns = feedback.metrics.shape[1]
+    for first in range(0, cols, columns):
+        own = slice(first, first + columns)
         chosen = choose(np.ascontiguousarray(work[:, own]), grid, feedback.weights[own])
         errors = np.empty(chosen.codes.shape, np.float32)
         steps = chosen.steps()
@@ -84,11 +104,13 @@ def choose_with_feedback(values: Floats, grid: UniformGrid, feedback: Feedback) 
             steps,
             offsets,
             feedback.factor,
+            feedback.metrics[first // columns],
             scratch,
             first,
             low,
             grid.high,
             curved,
+            passes,
         )
         spread(work, errors, feedback.factor, first)
         parts.append(chosen)

@@ -131,4 +131,4 @@ def _with_feedback(values: Floats, ggml: str, grid: UniformGrid, feedback: Feedb
     limited = np.clip(values, -largest, largest)
     chosen = choose_with_feedback(limited, grid, feedback)
     lost = ((values.astype(np.float64) - limited) ** 2 * feedback.weights).sum(1)
-    return Quantized(ggml, blocks_of(chosen, ggml), feedback.unit * (chosen.errors + lost))
+    return Quantized(ggml, blocks_of(chosen, ggml), feedback.scale * (chosen.errors + lost))
