@@ -22,11 +22,11 @@ from localv4.errors import DoesNotFitError
 from localv4.paging.arena import Arena
 from localv4.paging.counts import PagingCounts, Reason
 from localv4.paging.governor import Governor
-from localv4.paging.policy import GUARD_TOKENS, Policy
+from localv4.paging.policy import Policy
 from localv4.paging.pressure import Gauge
 from localv4.paging.readers import Finished, Key, Readers
 from localv4.paging.store import ABSENT, ON_ITS_WAY
-from localv4.paging.uses import Uses
+from localv4.paging.uses import GUARD_TOKENS, Uses
 
 GUESS_SLOTS = 16
 """Records at most that are in memory because of a guess and nothing else."""
