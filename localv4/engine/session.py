@@ -153,18 +153,20 @@ class Session:
     ) -> Iterator[Floats]:
         """Yield the final vectors (tokens, hidden) of each chunk; there is at least one."""
         ids = self._checked(token_ids)
-        most = self.network.chunk_tokens
-        size = most if chunk is None else min(max(chunk, 1), most)
+        start = 0
         use_threads(self.network.threads)
         self.network.cancelled = cancelled
         try:
-            for start in range(0, ids.shape[0], size):
+            while start < ids.shape[0]:
+                most = self.network.chunk_tokens  # it may change with what the disk achieves
+                size = most if chunk is None else min(max(chunk, 1), most)
                 part = ids[start : start + size]
                 vectors = self.network.forward(part, self._state)
                 self.tokens.extend(part.tolist())
                 self._climb(part.shape[0])
+                start += part.shape[0]
                 if on_progress is not None:
-                    on_progress(start + part.shape[0], ids.shape[0])
+                    on_progress(start, ids.shape[0])
                 yield vectors
         except MemoryError:
             raise DoesNotFitError(

@@ -37,7 +37,8 @@ def open_store(
     BadFileError when a file cannot be read, MemoryError without memory.
     """
     if options.io == "map" and experts.are_mapped:
-        return experts.mapped_store()
+        fits = options.capacity_bytes >= int(experts.nbytes.sum())
+        return experts.mapped_store(populates=fits)
     load, split, refusal = _loader(experts, options, checkpoint)
     start = options.faults.readers if options.faults else Readers
     sizes = np.maximum(footprints(experts.nbytes), GRANULE_BYTES)

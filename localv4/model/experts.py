@@ -56,11 +56,15 @@ class Experts:
         """Whether all records are there already, in mapped files."""
         return all(isinstance(e, PackedExpert) for experts in self.layers for e in experts)
 
-    def mapped_store(self) -> MappedStore:
-        """Return the store of records that are all in mapped files."""
+    def mapped_store(self, *, populates: bool) -> MappedStore:
+        """Return the store of records that are all in mapped files.
+
+        With `populates` these are brought into memory before they are needed.
+        """
         addresses = np.zeros_like(self.nbytes)
         for index, experts in enumerate(self.layers):
             for number, expert in enumerate(experts):
                 if isinstance(expert, PackedExpert):
                     addresses[index, number] = expert.record.ctypes.data
-        return MappedStore(addresses)
+        ends = zip(addresses.ravel().tolist(), self.nbytes.ravel().tolist(), strict=True)
+        return MappedStore(addresses, sorted(ends) if populates else ())

@@ -37,6 +37,12 @@ from localv4.paging.store import ExpertStore
 CHUNK_TOKENS = 8 * BATCH_TOKENS
 """Tokens for which each expert is read once, unless asked otherwise."""
 
+MOST_CHUNK_TOKENS = 4 * CHUNK_TOKENS
+"""The most of them, where experts have to be read from a slow disk."""
+
+BALANCE = 0.1
+"""Share of the time of a chunk that may be spent waiting for the disk before chunks grow."""
+
 SLACK_TOKENS = 256
 """How far a sequence can be taken back; no fewer than attention takes at a time."""
 
@@ -132,8 +138,28 @@ class FastTransformer:
             if len(token_ids) == 1:
                 vectors = self._decode(token_ids, state)
             else:
-                vectors = self._many.run(token_ids, state)
+                vectors = self._read(token_ids, state)
         state.advance(len(token_ids))
+        return vectors
+
+    def _read(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        """Process some tokens of a prompt; take more at a time from now on if they had to wait.
+
+        Each chunk streams the experts that are not in memory once, so the more tokens it has, the
+        more work there is to hide that behind. Memory for their activations is taken from experts.
+        """
+        store, held = self.store, self._many.nbytes
+        if not isinstance(store, PagedStore):
+            return self._many.run(token_ids, state)
+        waited_s, start = store.counts.wait_s, time.perf_counter()
+        vectors = self._many.run(token_ids, state)
+        waited_s = store.counts.wait_s - waited_s
+        added = self._many.nbytes - held
+        if held and added > 0:
+            store.change_memory(-added)
+        is_full = len(token_ids) == self.chunk_tokens < MOST_CHUNK_TOKENS
+        if is_full and waited_s > BALANCE * (time.perf_counter() - start):
+            self.chunk_tokens *= 2
         return vectors
 
     def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:

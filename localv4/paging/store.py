@@ -5,6 +5,7 @@ Whoever runs tokens asks here. Compiled code finds a record by `addresses` and n
 program runs nothing is done here, so no record that it uses can be given up.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -12,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.paging.populate import Populator
 from localv4.paging.uses import Uses
 
 ABSENT, ON_ITS_WAY = 0, -1
@@ -70,13 +72,20 @@ class ExpertStore(Protocol):
 
 
 class MappedStore:
-    """Every record is in a mapped file and stays there."""
+    """Every record is in a mapped file and stays there.
+
+    With `ranges` (address, bytes) what lies there is brought into memory meanwhile.
+    """
 
     held_bytes = 0
 
-    def __init__(self, addresses: NDArray[np.int64]) -> None:
+    def __init__(
+        self, addresses: NDArray[np.int64], ranges: Iterable[tuple[int, int]] = ()
+    ) -> None:
         self.addresses = addresses
         self.uses = Uses(*addresses.shape)
+        self.populator = Populator(ranges)
+        self.close = weakref.finalize(self, self.populator.close)
 
     def request(self, layer: int, numbers: Iterable[int]) -> None:
         """Do nothing: the record is there."""
@@ -112,6 +121,3 @@ class MappedStore:
     def in_use(self) -> AbstractContextManager[None]:
         """Do nothing."""
         return nullcontext()
-
-    def close(self) -> None:
-        """Do nothing."""
