@@ -7,6 +7,8 @@ trials find; half-precision scales are rounded as they are stored.
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.kernels.iquants import GRID
+
 Doubles = NDArray[np.float64]
 
 IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113.0])
@@ -88,3 +90,21 @@ def powers(x: Doubles, w: Doubles) -> float:
     top = np.floor(np.log2(np.abs(x).max(1, keepdims=True)))
     steps = 2.0 ** (top + np.arange(-6, 4))
     return float(error(x[:, None, :], w[:, None, :], steps[:, :, None], levels).min(1).sum())
+
+
+def lattice(x: Doubles, w: Doubles) -> float:
+    """x, w (256,): every point and scale for many d; an odd sign is turned where it costs least."""
+    groups, weights, points = np.abs(x).reshape(-1, 8), w.reshape(-1, 8), GRID.astype(np.float64)
+    odd = (x.reshape(-1, 8) < 0).sum(1) % 2 == 1
+    products, squares = (weights * groups) @ points.T, weights @ (points * points).T
+    turning = (4 * weights * groups)[:, None, :] * points
+    energy, best = (w * x * x).sum(), np.inf
+    for fraction in np.linspace(0.7, 1.6, 40):
+        d = half(np.abs(x).max() / (43 * 31 / 8 * fraction))
+        steps = d * (2 * np.arange(16.0) + 1) / 8
+        cost = np.where(odd[:, None], turning.min(2), 0)[:, None] * steps[:, None]
+        errors = (
+            cost - 2 * steps[:, None] * products[:, None] + steps[:, None] ** 2 * squares[:, None]
+        )
+        best = min(best, errors.min(2).reshape(-1, 4, 16).sum(1).min(1).sum())
+    return float(energy + best)

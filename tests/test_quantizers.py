@@ -17,10 +17,22 @@ from quant.quantizers import PACKED_KIN, Quantized, has_nonfinite, quantize_rows
 
 Floats = NDArray[np.float32]
 
-TYPES = ("Q8_0", "Q4_0", "IQ4_NL", "MXFP4", "Q6_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q2_K")
+TYPES = (
+    "Q8_0",
+    "Q4_0",
+    "IQ4_NL",
+    "MXFP4",
+    "Q6_K",
+    "Q3_K",
+    "IQ4_XS",
+    "Q4_K",
+    "Q5_K",
+    "Q2_K",
+    "IQ2_XXS",
+)
 BITS = {
     **{"Q8_0": 8.5, "Q4_0": 4.5, "IQ4_NL": 4.5, "MXFP4": 4.25, "Q6_K": 6.5625},
-    **{"Q3_K": 3.4375, "IQ4_XS": 4.25, "Q4_K": 4.5, "Q5_K": 5.5, "Q2_K": 2.625},
+    **{"Q3_K": 3.4375, "IQ4_XS": 4.25, "Q4_K": 4.5, "Q5_K": 5.5, "Q2_K": 2.625, "IQ2_XXS": 2.0625},
 }
 PACKERS = {
     "MX4": (MX4, packing.pack_mxfp4),
@@ -81,6 +93,8 @@ def test_search_is_near_the_optimum(name: str) -> None:
         best = optimal_rounding.signed(x, w, name)
     elif name in optimal_rounding.AFFINE:
         best = optimal_rounding.affine(x, w, name)
+    elif name == "IQ2_XXS":
+        best = optimal_rounding.lattice(x, w)
     else:
         best = optimal_rounding.powers(x.reshape(-1, 32), w.reshape(-1, 32))
     ours = error(values, quantize_rows(values, name, importance), importance)

@@ -39,6 +39,7 @@ class TopicMemory:
         self.recalls = 0
         self._recent: Heat | None = None
         self._clock = -1
+        self._is_known = False  # whether the present topic was remembered before
         self._restart()
 
     def observe(self, uses: Uses) -> None:
@@ -50,7 +51,9 @@ class TopicMemory:
             return
         if self._recent is None or clock != self._clock + 1:  # the first token, or after a prompt
             self._recent = np.zeros_like(scores)
+            is_known = self._is_known
             self._restart()
+            self._is_known, self._is_unsettled = is_known, True
         self._clock = clock
         self._recent *= _RECENT
         self._recent[used] += 1

@@ -2,24 +2,36 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localv4.kernels.arrays import Bytes, Floats
-from quant.quantizers import affine_scales, layouts, power_scales, signed_scales, single_scale
+from localv4.kernels.iquants import GRID
+from quant.quantizers import (
+    affine_scales,
+    lattice,
+    layouts,
+    power_scales,
+    signed_scales,
+    single_scale,
+)
 from quant.quantizers.grids import (
     AFFINE,
     BLOCK,
+    LATTICES,
     POWERS,
     SIGNED,
     SINGLE,
     SUPERBLOCK,
     AffineGrid,
     Grid,
+    LatticeGrid,
     PowerGrid,
     SignedGrid,
     SingleGrid,
+    UniformGrid,
 )
 from quant.quantizers.tiles import LANES
 
@@ -65,14 +77,37 @@ def _products(factors: Floats, scales: Codes) -> Floats:
     return spread * scales
 
 
-GRIDS: Mapping[str, Grid] = {**SINGLE, **SIGNED, **AFFINE, **POWERS}
+@dataclass(frozen=True, slots=True)
+class ChosenPoints:
+    """Points of a lattice and what they are multiplied with.
+
+    points, signs (rows, cols / 8) u8; scales (rows, cols / 32); factors (rows, superblocks) f32;
+    errors (rows,): weighted squares.
+    """
+
+    errors: NDArray[np.float64]
+    points: Bytes
+    signs: Bytes
+    scales: Codes
+    factors: Floats
+
+    def values(self) -> Floats:
+        """Return the values (rows, cols) that decoders get."""
+        steps = _products(self.factors, 2 * self.scales + np.int8(1)) / np.float32(8)
+        minus = np.unpackbits(self.signs, axis=1, bitorder="little")
+        sizes = GRID[self.points].reshape(minus.shape) * np.repeat(steps, BLOCK, axis=1)
+        return np.where(minus, -sizes, sizes)
+
+
+GRIDS: Mapping[str, Grid] = {**SINGLE, **SIGNED, **AFFINE, **POWERS, **LATTICES}
 """All ggml types that values can be rounded to."""
 
-_LAYOUTS: Mapping[str, Callable[[Chosen], Bytes]] = {
+_LAYOUTS: Mapping[str, Callable[[Any], Bytes]] = {
     "Q8_0": lambda c: layouts.q8_0(c.codes, c.factors),
     "Q4_0": lambda c: layouts.q4_0(c.codes, c.factors),
     "IQ4_NL": lambda c: layouts.iq4_nl(c.codes, c.factors),
     "MXFP4": lambda c: layouts.mxfp4(c.codes, c.factors),
+    "IQ2_XXS": lambda c: layouts.iq2_xxs(c.points, c.signs, c.scales, c.factors),
     "Q6_K": lambda c: layouts.q6_k(c.codes, c.scales, c.factors),
     "Q3_K": lambda c: layouts.q3_k(c.codes, c.scales, c.factors),
     "IQ4_XS": lambda c: layouts.iq4_xs(c.codes, c.scales, c.factors),
@@ -82,12 +117,12 @@ _LAYOUTS: Mapping[str, Callable[[Chosen], Bytes]] = {
 }
 
 
-def blocks_of(chosen: Chosen, ggml: str) -> Bytes:
+def blocks_of(chosen: Chosen | ChosenPoints, ggml: str) -> Bytes:
     """Return rows of blocks of a ggml type (rows, bytes of a row)."""
     return _LAYOUTS[ggml](chosen)
 
 
-def choose(values: Floats, grid: Grid, weights: Floats) -> Chosen:
+def choose(values: Floats, grid: UniformGrid | PowerGrid, weights: Floats) -> Chosen:
     """Search codes and scales of values (rows, cols) with column weights (cols,)."""
     if isinstance(grid, SingleGrid):
         return _choose_single(values, grid, weights)
@@ -174,6 +209,29 @@ def _choose_powers(values: Floats, grid: PowerGrid, weights: Floats) -> Chosen:
     scratch = scratch_lines(power_scales.SCRATCH_LINES)
     power_scales.search_powers(codes, factors, errors, values, weights, scratch, grid.reach)
     return Chosen(errors, codes, factors)
+
+
+def choose_points(values: Floats, grid: LatticeGrid, weights: Floats) -> ChosenPoints:
+    """Search points and scales of values (rows, cols) with column weights (cols,)."""
+    rows, cols = values.shape
+    points, signs = (np.empty((rows, cols // lattice.GROUP), np.uint8) for _ in range(2))
+    scales, factors = _codes(rows, cols // BLOCK), _floats(rows, cols // SUPERBLOCK)
+    errors = np.zeros(rows)
+    lattice.search_lattice(
+        points,
+        signs,
+        scales,
+        factors,
+        errors,
+        values,
+        weights,
+        lattice.norms_of(weights),
+        GRID,
+        scratch_lines(lattice.SCRATCH_LINES),
+        grid.fractions,
+        grid.ranges,
+    )
+    return ChosenPoints(errors, points, signs, scales, factors)
 
 
 def _codes(rows: int, cols: int) -> Codes:

@@ -103,8 +103,26 @@ class PowerGrid:
         return float(np.finfo(np.float32).max)
 
 
+@dataclass(frozen=True, slots=True)
+class LatticeGrid:
+    """Points of a lattice for eight columns at a time."""
+
+    fractions: Floats
+    ranges: Floats
+
+    @property
+    def columns(self) -> int:
+        """Columns of a unit: rows have whole units."""
+        return SUPERBLOCK
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that the format holds."""
+        return LARGEST_HALF * 31 / 8 * 43
+
+
 UniformGrid = SingleGrid | SignedGrid | AffineGrid
-Grid = UniformGrid | PowerGrid
+Grid = UniformGrid | PowerGrid | LatticeGrid
 
 
 def _points(*values: float) -> Floats:
@@ -167,6 +185,9 @@ AFFINE = {
     "Q2_K": AffineGrid(16, 3, 15, _pairs(1, 0.85, 0.7, 0.55, 0.4), _pairs(15, 13.5, 12), 3),
 }
 POWERS = {"MXFP4": PowerGrid(1)}
+LATTICES = {
+    "IQ2_XXS": LatticeGrid(_between(1, (0.9, 1.7, 6), (8 / 43, 8 / 43, 1)), _points(31, 28))
+}
 
 
 def plain(grid: Grid) -> Grid:
@@ -177,4 +198,6 @@ def plain(grid: Grid) -> Grid:
         return replace(grid, fractions=grid.fractions[:1], ranges=grid.ranges[:1], polish=0)
     if isinstance(grid, AffineGrid):
         return replace(grid, spans=grid.spans[:1], ranges=grid.ranges[:1], polish=0)
+    if isinstance(grid, LatticeGrid):
+        return LatticeGrid(grid.fractions[:1], grid.ranges[:1])
     return PowerGrid(0)

@@ -122,6 +122,16 @@ def iq4_xs(codes: Codes, scales: Codes, factors: Floats) -> Bytes:
     )
 
 
+def iq2_xxs(points: Bytes, signs: Bytes, scales: Codes, factors: Floats) -> Bytes:
+    """A half and 8 times four numbers of points, four signs of seven bits, four bits of scale."""
+    seven = (signs & np.uint8(127)).reshape(-1, 4).astype(np.uint32)
+    words = seven[:, 0] | seven[:, 1] << 7 | seven[:, 2] << 14 | seven[:, 3] << 21
+    words |= scales.reshape(-1).astype(np.uint32) << 28
+    groups = [points.reshape(-1, 4), words.astype("<u4").view(np.uint8).reshape(-1, 4)]
+    blocks = np.concatenate(groups, axis=1).reshape(-1, 64)
+    return _joined(_halves(factors), blocks, rows=len(points))
+
+
 def _joined(*parts: Bytes, rows: int) -> Bytes:
     """Put the parts of each block one behind the other, and the blocks of each row."""
     return np.concatenate(parts, axis=1).reshape(rows, -1)

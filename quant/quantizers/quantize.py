@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.kernels.arrays import Bytes, Floats
-from quant.quantizers.choice import GRIDS, Chosen, blocks_of, choose
+from quant.quantizers.choice import GRIDS, Chosen, ChosenPoints, blocks_of, choose, choose_points
 from quant.quantizers.error_feedback import Feedback, choose_with_feedback
-from quant.quantizers.grids import Grid, PowerGrid, UniformGrid, plain
+from quant.quantizers.grids import Grid, LatticeGrid, UniformGrid, plain
 from quant.quantizers.tiles import LANES
 
 Method = Literal["round", "search", "feedback"]
@@ -24,6 +24,7 @@ PACKED_KIN: Mapping[str, str] = {
     "Q6": "Q6_K",
     "Q3": "Q3_K",
     "Q2": "Q2_K",
+    "IQ2": "IQ2_XXS",
 }
 """The ggml type whose rows a packer of `kernels` turns into a packed format, value for value."""
 
@@ -63,9 +64,9 @@ def quantize_rows(
     activations; None: all the same. Methods: "round" takes the scales that the largest values ask
     for; "search" looks for those of the least error; "feedback" lets the columns that come later
     make good the error of each column, for activations with the second moments `hessian`
-    (`prepare_feedback`), and takes `importance` only where there are none and for MXFP4. Every row
-    is rounded on its own: rows may be shared among threads in any way, the compiled searches
-    release Python's lock.
+    (`prepare_feedback`). Without these, and for MXFP4 and IQ2_XXS, it is the search. Every row is
+    rounded on its own: rows may be shared among threads in any way, the compiled searches release
+    Python's lock.
 
     Raises ValueError for an unknown target, a number of columns that is not whole blocks of it,
     importance that is negative or not finite, and a hessian of another number of columns.
@@ -78,7 +79,7 @@ def quantize_rows(
     if cols % grid.columns:
         raise ValueError(f"{cols} columns are not a multiple of {grid.columns} ({target})")
     weights, mean = prepared_weights(importance, cols)
-    if method == "feedback" and hessian is not None and not isinstance(grid, PowerGrid):
+    if method == "feedback" and hessian is not None and isinstance(grid, UniformGrid):
         if hessian.weights.size != cols:
             raise ValueError(f"second moments of {hessian.weights.size} columns, not {cols}")
         return _with_feedback(values, ggml, grid, hessian)
@@ -115,12 +116,18 @@ def prepared_weights(importance: Floats | None, cols: int) -> tuple[Floats, floa
     return np.maximum(exact / mean, _LEAST_WEIGHT).astype(np.float32), mean
 
 
-def _choose_within_range(values: Floats, grid: Grid, weights: Floats) -> Chosen:
+def _choose_within_range(values: Floats, grid: Grid, weights: Floats) -> Chosen | ChosenPoints:
     """Search for values of any size: those beyond the largest of a format become the largest."""
     largest = np.float32(grid.largest)
-    if max(float(values.max()), -float(values.min())) <= largest:
-        return choose(values, grid, weights)
-    chosen = choose(np.clip(values, -largest, largest), grid, weights)
+    within = max(float(values.max()), -float(values.min())) <= largest
+    limited = values if within else np.clip(values, -largest, largest)
+    chosen: Chosen | ChosenPoints
+    if isinstance(grid, LatticeGrid):
+        chosen = choose_points(limited, grid, weights)
+    else:
+        chosen = choose(limited, grid, weights)
+    if within:
+        return chosen
     rest = values.astype(np.float64) - chosen.values()
     return replace(chosen, errors=(rest * rest * weights).sum(1))
 
