@@ -14,9 +14,12 @@ from localv4.cli.progress import Progress
 from localv4.cli.settings import Settings, recommended
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from localv4.engine.engine import Engine, NumericsName
     from localv4.engine.memory import MemoryOptions
     from localv4.library.installed import InstalledModel
+    from localv4.paging.trace import TraceWriter
     from localv4.text.effort import Release
 
 DEMO_NOTE = (
@@ -49,6 +52,12 @@ class Loaded:
         """Return the settings that come with the model, with those changed that are not None."""
         own = recommended(self.model.path, self.engine.checkpoint.metadata)
         return own.with_values(changes)
+
+    def record_routes(self, path: "Path") -> "TraceWriter":
+        """Write the experts that all further tokens choose to a file, for `localv4 tune`."""
+        from localv4.engine.route_log import record_routes
+
+        return record_routes(self.engine.network, self.engine.checkpoint, self.model.name, path)
 
     @property
     def release(self) -> "Release":

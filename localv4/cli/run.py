@@ -1,6 +1,7 @@
 """`localv4 run`: one prompt in, one answer out."""
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -127,15 +128,19 @@ def run(
         quiet=quiet,
         no_color=no_color,
     )
-    _answer(loaded, request, loaded.settings(values), output)
+    with ExitStack() as stack:
+        if trace_routes is not None:
+            stack.enter_context(loaded.record_routes(trace_routes))
+        _answer(loaded, request, loaded.settings(values), output)
 
 
 def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Output) -> None:
     """Generate and show the answer. Raises typer.Exit(130) when it was interrupted."""
     from localv4.cli.archive import open_archive
     from localv4.cli.conversation import Conversation
-    from localv4.cli.generation import Generation, paging_lines, stats_line
+    from localv4.cli.generation import Generation
     from localv4.cli.loading import warn
+    from localv4.cli.statistics import statistics_lines
     from localv4.engine.reply import ReplyOptions
 
     reply_options = ReplyOptions(
@@ -164,7 +169,7 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
             warn(warning)
     if output.stats and not output.quiet:
         sys.stdout.flush()
-        sys.stderr.write("\n".join([stats_line(reply), *paging_lines(reply)]) + "\n")
+        sys.stderr.write("\n".join(statistics_lines(loaded, reply)) + "\n")
     if reply.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
 

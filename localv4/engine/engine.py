@@ -1,11 +1,13 @@
 """A loaded model: opened files, network and tokenizer, ready for sessions."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from localv4.engine.expert_usage import ExpertUsage
 from localv4.engine.memory import MemoryOptions, paging_options, plan_memory
 from localv4.engine.reply import Reply, ReplyOptions
 from localv4.engine.session import Network, Progress, Session
@@ -22,6 +24,7 @@ from localv4.model.packing import families, pack_dense
 from localv4.model.transformer import Transformer
 from localv4.model.weights import Weights
 from localv4.paging.paged_store import PagedStore
+from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import Plan
 from localv4.storage import Checkpoint, PackedFolder, open_checkpoint
 from localv4.text.tokenizer import Tokenizer
@@ -44,15 +47,16 @@ OnLoad = Callable[[str, int, int], None]
 class Engine:
     """One model on one machine. Weights stay in the files, mapped into memory and shared."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, network: Network, ctx_size: int, plan: Plan | None = None
-    ) -> None:
+    facts: ModelFacts | None = None
+    plan: Plan | None = None
+
+    def __init__(self, checkpoint: Checkpoint, network: Network, ctx_size: int) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
         self.network = network
         self.config: ModelConfig = network.config
         self.ctx_size = ctx_size
-        self.plan = plan
+        self._usage: ExpertUsage | None = None
 
     @classmethod
     def load(
@@ -83,10 +87,13 @@ class Engine:
         weights = read_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
         if numerics == "fast" and can_run(config):
             options = memory or MemoryOptions()
-            plan = plan_memory(checkpoint, options, ctx_size, count)
+            facts, plan = plan_memory(checkpoint, options, ctx_size, count)
             _make_kernels(families(weights), on_progress)
             fast = _fast(checkpoint, config, weights, Team(count, pin), options, plan, on_progress)
-            return cls(checkpoint, fast, size, plan)
+            engine = cls(checkpoint, fast, size)
+            engine.facts, engine.plan = facts, plan
+            engine._begin_usage()
+            return engine
         if isinstance(checkpoint, PackedFolder):
             raise UsageError(
                 f"{path} is packed for --numerics fast and has no weights for exact",
@@ -96,12 +103,20 @@ class Engine:
         exact = Numerics(Team(count, pin), weights.widest)
         return cls(checkpoint, Transformer(config, weights, exact), size)
 
+    def _begin_usage(self) -> None:
+        store = self.network.store if isinstance(self.network, FastTransformer) else None
+        if isinstance(store, PagedStore) and store.arena.capacity < int(store.nbytes.sum()):
+            self._usage = ExpertUsage(store, self.checkpoint)
+            self._usage.begin()
+            weakref.finalize(self, self._usage.keep)  # at the end of the process at the latest
+
     @property
     def notes(self) -> list[str]:
         """What the user should know of how the model was loaded, a line each."""
         store = self.network.store if isinstance(self.network, FastTransformer) else None
         refusal = store.refusal if isinstance(store, PagedStore) else None
-        return [refusal] if refusal is not None else []
+        warning = self._usage.warning if self._usage is not None else None
+        return [line for line in (refusal, warning) if line is not None]
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for sessions and mapped files."""

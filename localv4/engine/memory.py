@@ -8,6 +8,7 @@ from localv4.paging.faults import Faults
 from localv4.paging.options import IoChoice, PagingOptions, PolicyName
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import read_memory
+from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import DEFAULT_CTX, Plan, make_plan
 from localv4.storage import Checkpoint, PackedFolder
 
@@ -32,10 +33,10 @@ class MemoryOptions:
 
 def plan_memory(
     checkpoint: Checkpoint, options: MemoryOptions, ctx_size: int | None, threads: int | None
-) -> Plan:
-    """Share out memory for a model. Raises DoesNotFitError or UsageError."""
+) -> tuple[ModelFacts, Plan]:
+    """Share out memory for a model; also tell what it costs. DoesNotFitError or UsageError."""
     facts = facts_of_checkpoint(checkpoint.path.name, "", checkpoint)
-    return make_plan(
+    plan = make_plan(
         facts,
         read_memory(),
         ram=options.ram,
@@ -44,6 +45,7 @@ def plan_memory(
         io=options.io,
         threads=threads or default_threads(),
     )
+    return facts, plan
 
 
 def paging_options(checkpoint: Checkpoint, options: MemoryOptions, plan: Plan) -> PagingOptions:

@@ -21,7 +21,7 @@ from localv4.model.config import ModelConfig
 from localv4.model.expert_source import open_store
 from localv4.model.experts import Experts, MakeStore
 from localv4.model.fast_chunk import ChunkPlan
-from localv4.model.fast_network import FastNetwork
+from localv4.model.fast_network import FastNetwork, OnRoutes
 from localv4.model.fast_rows import MOST_ROWS, RowsPlan
 from localv4.model.fast_token import TokenPlan
 from localv4.model.matrix import F32, Floats
@@ -117,6 +117,20 @@ class FastTransformer:
     def close(self) -> None:
         """Stop reading experts."""
         self.store.close()
+
+    @property
+    def record_bytes(self) -> NDArray[np.int64]:
+        """Bytes of the records of experts (layers, experts), 0 where they are not packed."""
+        return self._network.experts.nbytes
+
+    @property
+    def on_routes(self) -> OnRoutes | None:
+        """Told which experts tokens have chosen: (tokens, layers, k), and if of a prompt."""
+        return self._network.on_routes
+
+    @on_routes.setter
+    def on_routes(self, note: OnRoutes | None) -> None:
+        self._network.on_routes = note
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for decoder state and mapped files."""

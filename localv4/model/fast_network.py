@@ -1,7 +1,7 @@
 """What the programs for one token and for many have in common: layers, team, experts, state."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from localv4.model.program import Program, Scratch
 from localv4.model.state import CELLS, State
 from localv4.model.weights import Weights
 from localv4.model.workspace import ChunkBuffers
+
+OnRoutes = Callable[[NDArray[np.integer], bool], None]
+"""Told which experts (tokens, layers, k) some tokens have chosen, and whether they are a prompt."""
 
 
 class FastNetwork:
@@ -34,6 +37,7 @@ class FastNetwork:
     ) -> None:
         self.config, self.weights = config, weights
         self.cancelled: threading.Event | None = None
+        self.on_routes: OnRoutes | None = None
         self.team = team
         self.experts = Experts([layer.experts for layer in weights.layers])
         self.store = make_store(self.experts)

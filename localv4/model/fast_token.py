@@ -65,7 +65,22 @@ class TokenPlan:
         while not self._run_once(ids, state):
             self._build()
         self._network.store.end_token()
+        if self._network.on_routes is not None:
+            self._network.on_routes(self._routes(), False)
         return self._chunk.x.values[:1].copy()
+
+    def _routes(self) -> NDArray[np.int64]:
+        """Return the experts (1, layers, k) that the token has used, as the store was told.
+
+        Layers that are not packed are not known: theirs are the first ones.
+        """
+        network, k = self._network, self._chunk.chosen.shape[1]
+        uses = network.store.uses
+        routes = np.tile(np.arange(k), (1, len(network.layers), 1))
+        for index, layer in enumerate(network.layers):
+            if layer.moe.forms:
+                routes[0, index] = np.flatnonzero(uses.last[index] == uses.clock)
+        return routes
 
     def look_ahead(self, wanted: bool) -> None:
         """Guess what the next layer needs, from the next token on, or stop doing so."""

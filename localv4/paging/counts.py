@@ -5,8 +5,11 @@ from typing import Literal, Self
 
 import numpy as np
 
-Reason = Literal["demand", "prompt", "guess"]
-"""Why a record was read: a token lacked it, a prompt passes through, it may be needed."""
+Reason = Literal["demand", "prompt", "guess", "warm"]
+"""Why a record was read: a token lacked it, a prompt passes through, it may be needed, an earlier
+session used it."""
+
+_REASONS: tuple[Reason, ...] = ("demand", "prompt", "guess", "warm")
 
 
 class PagingCounts:
@@ -19,8 +22,8 @@ class PagingCounts:
     def __init__(self, layers: int) -> None:
         self.misses = np.zeros(layers, np.int64)
         self.tokens = 0
-        self.bytes: dict[Reason, int] = {"demand": 0, "prompt": 0, "guess": 0}
-        self.reads: dict[Reason, int] = {"demand": 0, "prompt": 0, "guess": 0}
+        self.bytes: dict[Reason, int] = dict.fromkeys(_REASONS, 0)
+        self.reads: dict[Reason, int] = dict.fromkeys(_REASONS, 0)
         self.guesses = self.guesses_used = 0
         self.evictions = 0
         self.wait_s = 0.0

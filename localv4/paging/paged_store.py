@@ -59,6 +59,7 @@ class PagedStore:
         self._claimed = np.zeros(nbytes.shape, bool)
         self._going: dict[Key, int] = {}  # the first to be given up, in this order; since when
         self._guessed: set[Key] = set()
+        self._warming: set[Key] = set()  # of an earlier session, read when there is nothing else
         self._stays = np.zeros(nbytes.shape, bool)  # what a prompt shall leave in memory
         self._in_use = threading.Lock()
         self._change = 0  # bytes by which the arena shall grow or shrink as soon as it may
@@ -131,7 +132,7 @@ class PagedStore:
         for key in [(layer, number) for number in wanted]:
             if self.addresses[key] == ABSENT:
                 self._read(key, wanted)
-            elif self.addresses[key] == ON_ITS_WAY and key in self._guessed:
+            elif self.addresses[key] == ON_ITS_WAY and key in self._guessed | self._warming:
                 self.readers.make_urgent([key])
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
@@ -165,6 +166,17 @@ class PagedStore:
             self.counts.guesses += 1
             self._submit(key, address, urgent=False)
 
+    def warm(self, keys: Iterable[Key]) -> None:
+        """Have records read into free memory while nothing else is, in this order."""
+        for key in keys:
+            if self.addresses[key] != ABSENT:
+                continue
+            address = self.arena.take(int(self.nbytes[key]))
+            if address is None:
+                return
+            self._warming.add(key)
+            self._submit(key, address, urgent=False)
+
     def _submit(self, key: Key, address: int, urgent: bool) -> None:
         self.addresses[key] = ON_ITS_WAY
         self.readers.submit(key, address, urgent=urgent)
@@ -194,18 +206,22 @@ class PagedStore:
             if read.error is None:
                 self.addresses[key] = read.address
                 self.counts.add_read(self._reason(key), read.nbytes)
+                self._warming.discard(key)
                 continue
             self.addresses[key] = ABSENT
             self.arena.give_back(read.address)
-            if key not in self._guessed:
+            if key not in self._guessed and key not in self._warming:
                 failure = read.error
             self._guessed.discard(key)
+            self._warming.discard(key)
         if failure is not None:
             raise failure
 
     def _reason(self, key: Key) -> Reason:
         if key in self._guessed:
             return "guess"
+        if key in self._warming:
+            return "warm"
         return "prompt" if self._claimed[key] else "demand"
 
     def end_token(self) -> None:
