@@ -60,13 +60,16 @@ def measure_rewinding(tokens: int, folder: Path) -> None:
         again = tokens - session.reuse(edited) - back
         print(f"a word changed {back} tokens before the end: {again} before it computed again")
     edited = [*ids[: tokens - 50], 7, 8, 9]
-    for session in (whole, Session(network, tokens + 1000)):
-        session.store = None if session is whole else store
+    clean = Session(network, tokens + 1000).extend(edited)
+    fresh = Session(network, tokens + 1000)
+    fresh.store = store
+    for where, session in (("in memory", whole), ("from the disk", fresh)):
         reused = session.reuse(edited)
         logits = session.extend(edited[reused:])
-        print(f"last word of the last question: {len(edited) - reused} computed, 3 of them new")
-        clean = Session(network, tokens + 1000).extend(edited)
-        print(f"the same bits as a clean run: {logits.tobytes() == clean.tobytes()}")
+        print(
+            f"last words changed, {where}: {len(edited) - reused} computed, 3 of them new", end="; "
+        )
+        print(f"the bits of a clean run: {logits.tobytes() == clean.tobytes()}")
 
 
 def turns(ids: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -122,7 +125,6 @@ def measure_disk(tokens: int, folder: Path) -> None:
         seconds = time.monotonic() - start
         assert found is not None and state.position == tokens
         print(f"loaded {kind} at {nbytes / seconds / 1e9:.2f} GB/s, {seconds:.2f} s")
-    start = time.monotonic()
     forget(folders)
     start = time.monotonic()
     read = sum(len(file.path.read_bytes()) for file in folders.files())

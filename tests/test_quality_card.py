@@ -208,7 +208,10 @@ def test_refusals(tmp_path: Path) -> None:
     done = run_here("eval", "card", "-m", "tiny-v4", home=tmp_path)
     assert done.code == 2 and "--out" in done.stderr
     done = run_here("eval", "card", "-o", str(tmp_path / "a" / "b"), home=tmp_path)
-    assert done.code == 1 and "cannot make the folder" in done.stderr
+    assert done.code == 1 and "there is no folder" in done.stderr
+    (tmp_path / "file").touch()
+    done = run_here("eval", "card", "-o", str(tmp_path / "file"), home=tmp_path)
+    assert done.code == 1 and "cannot write" in done.stderr
 
 
 def test_show_names_the_card(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_damaged_files_are_told_and_left_out(damage: str, saved: SavedSessions) 
         saved.read("bad")
     found, faults = saved.read_all()
     assert [session.name for session in found] == ["good"]
-    assert [fault.path for fault in faults] == [path]
+    assert [str(path) in fault.message for fault in faults] == [True]
 
 
 @pytest.mark.parametrize(

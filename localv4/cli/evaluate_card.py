@@ -1,23 +1,20 @@
 """`localv4 eval card`: a page about the quality of a model, kept with its weights."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from localv4 import __version__
-from localv4.cli import evaluation, options
-from localv4.cli.evaluate_kld import divergence_document
-from localv4.cli.evaluate_ppl import result_document
+from localv4.cli import evaluate_kld, evaluate_ppl, evaluation, options
 from localv4.errors import LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
     from localv4.cli.progress import Progress
-    from localv4.engine.divergence import Measured
     from localv4.engine.engine import Engine
-    from localv4.engine.perplexity import Perplexity
     from localv4.engine.quality_card import Card
     from localv4.engine.windows import Windows
 
@@ -85,7 +82,7 @@ def card(
             f"the folder of {found.name} is not ours to write to", hint="choose one with --out"
         )
     folder = out or quality_card.card_folder(found.path)
-    _prepare(folder)
+    _check_target(folder)
     loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
     tokens = evaluation.tokenize(loaded.engine, text, file)
     cuts = [evaluation.cut_text(loaded.engine, tokens, size, windows, bos) for size in sizes]
@@ -102,12 +99,13 @@ def card(
     print(folder)
 
 
-def _prepare(folder: Path) -> None:
-    """Make the folder, long before there is a card to put into it."""
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise LocalV4Error(f"cannot make the folder {folder}: {error.strerror}") from error
+def _check_target(folder: Path) -> None:
+    """Raise a LocalV4Error if no card can be put there, long before there is one."""
+    if not folder.parent.is_dir():
+        raise NotFoundError(f"there is no folder {folder.parent} for the card")
+    place = folder if folder.is_dir() else folder.parent
+    if (folder.exists() and not folder.is_dir()) or not os.access(place, os.W_OK):
+        raise LocalV4Error(f"cannot write to {folder}")
 
 
 def _document(
@@ -122,7 +120,7 @@ def _document(
     from localv4.engine.quality_card import manifest_digest
 
     engine = loaded.engine
-    results = [_perplexity(engine, part, floor_windows, progress) for part in cuts]
+    results = [evaluate_ppl.measure(engine, part, floor_windows, progress) for part in cuts]
     return {
         "schema": evaluation.SCHEMA,
         "tool": f"localv4 {__version__}",
@@ -134,22 +132,11 @@ def _document(
         "text": text.document,
         "bos": cuts[0].bos is not None,
         "perplexity": [
-            result_document(part, found) for part, found in zip(cuts, results, strict=True)
+            evaluate_ppl.result_document(part, found)
+            for part, found in zip(cuts, results, strict=True)
         ],
         "base": base and _base_document(engine, base, cuts[0], floor_windows, progress),
     }
-
-
-def _perplexity(
-    engine: "Engine", windows: "Windows", floor_windows: int, progress: "Progress"
-) -> "Perplexity":
-    from localv4.cli import worker
-    from localv4.engine import perplexity
-
-    def report(done: int, total: int) -> None:
-        progress(f"reading windows of {windows.size}", done, total)
-
-    return worker.call(lambda: perplexity.measure(engine, windows, floor_windows, report))
 
 
 def _base_document(
@@ -159,26 +146,20 @@ def _base_document(
     floor_windows: int,
     progress: "Progress",
 ) -> dict[str, Any]:
-    from localv4.cli import worker
-    from localv4.engine import divergence
+    from localv4.engine.divergence import LiveBase
 
-    def report(done: int, total: int) -> None:
-        progress("comparing predictions", done, total)
-
-    def measure() -> "Measured":
-        source = divergence.LiveBase(base.engine, windows)
-        return divergence.measure(engine, source, floor_windows, report)
-
-    measured = worker.call(measure)
+    source = LiveBase(base.engine, windows)
+    measured = evaluate_kld.measure(engine, source, floor_windows, progress)
+    rounding = measured.rounding
     return {
         "name": base.name,
         "numerics": base.engine.network.name,
         "bytes_per_token": _bytes_per_token(base.engine),
         "context": windows.size,
         "windows": len(windows),
-        "divergence": divergence_document(measured.divergence),
+        "divergence": evaluate_kld.divergence_document(measured.divergence),
         "floor_windows": min(floor_windows, len(windows)),
-        "rounding": divergence_document(measured.rounding),
+        "rounding": rounding and evaluate_kld.divergence_document(rounding),
     }
 
 
@@ -202,6 +183,7 @@ def _write(folder: Path, card: "Card", others: "list[Card]") -> None:
         "README.md": card_page.markdown(card, others).encode(),
         FILE: (card.model_dump_json(by_alias=True, indent=2) + "\n").encode(),
     }
+    folder.mkdir(exist_ok=True)
     for name, data in contents.items():
         with finished_file(folder / name, len(data)) as file:
             file.write(data)

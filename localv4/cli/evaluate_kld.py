@@ -9,10 +9,12 @@ import typer
 
 from localv4.cli import evaluation, options, terminal
 from localv4.cli.evaluation import figure, pair, percent
-from localv4.errors import BadFileError, LocalV4Error, UsageError
+from localv4.cli.show import print_json
+from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
+    from localv4.cli.progress import Progress
     from localv4.engine.divergence import Base, Divergence, Measured
     from localv4.engine.engine import Engine
     from localv4.engine.logits_file import LogitsFile
@@ -66,45 +68,50 @@ def kld(
         raise UsageError("give the base: either --base FILE or --base-model MODEL")
     if base is not None and (file, context, bos, base_numerics) != (None, None, None, None):
         raise UsageError("--base FILE holds the text and its windows: leave -f, -c and --bos out")
+    if base is not None and not base.is_file():
+        raise NotFoundError(f"no such file: {base}")
     text = evaluation.read_text(file) if base is None else ""
 
-    from localv4.cli import worker
     from localv4.cli.progress import Progress
-    from localv4.engine import divergence
+    from localv4.engine.divergence import LiveBase
 
     loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
     engine = loaded.engine
     with ExitStack() as stack:
+        about: dict[str, Any]
+        source: Base
         if base is not None:
-            opened = _open_file(base, engine, windows)
-            source: Base = stack.enter_context(opened)
-            about: dict[str, Any] = {"file": base.name}
+            source = stack.enter_context(_open_file(base, engine, windows))
+            about = {"file": base.name}
         else:
-            other = evaluation.load(
-                base_model, threads, pin, base_numerics or numerics, quiet, no_color
-            )
+            numerics = base_numerics or numerics
+            other = evaluation.load(base_model, threads, pin, numerics, quiet, no_color)
             tokens = evaluation.tokenize(engine, text, file)
-            size = context or evaluation.WINDOW
-            part = evaluation.cut_text(engine, tokens, size, windows, bos is not False)
             evaluation.check_same_tokens(engine, other.engine, tokens)
+            size = context or evaluation.WINDOW
             evaluation.check_size(other.engine, size)
-            source = divergence.LiveBase(other.engine, part)
-            about = {
-                "model": other.name,
-                "numerics": other.engine.network.name,
-                "text": tokens.document,
-            }
+            part = evaluation.cut_text(engine, tokens, size, windows, bos is not False)
+            source = LiveBase(other.engine, part)
+            about = {"model": other.name, "numerics": other.engine.network.name}
+            about["text"] = tokens.document
         progress = stack.enter_context(Progress(quiet=quiet, no_color=no_color))
-
-        def report(done: int, total: int) -> None:
-            progress("comparing predictions", done, total)
-
-        measured = worker.call(lambda: divergence.measure(engine, source, floor_windows, report))
+        measured = measure(engine, source, floor_windows, progress)
     floors = min(floor_windows, len(source.windows))
     if as_json:
-        print(evaluation.to_json(_document(loaded, about, source.windows, measured, floors)))
+        print_json(_document(loaded, about, source.windows, measured, floors))
     else:
         _print(loaded, about, source.windows, measured, no_color)
+
+
+def measure(engine: "Engine", base: "Base", floor_windows: int, progress: "Progress") -> "Measured":
+    """Measure the divergence from a base, with progress; Ctrl-C is seen at once."""
+    from localv4.cli import worker
+    from localv4.engine import divergence
+
+    def report(done: int, total: int) -> None:
+        progress("comparing predictions", done, total)
+
+    return worker.call(lambda: divergence.measure(engine, base, floor_windows, report))
 
 
 def _open_file(path: Path, engine: "Engine", windows: int | None) -> "LogitsFile":

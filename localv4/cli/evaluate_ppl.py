@@ -7,9 +7,12 @@ import typer
 
 from localv4.cli import evaluation, options, terminal
 from localv4.cli.evaluation import figure, finite, pair, percent
+from localv4.cli.show import print_json
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
+    from localv4.cli.progress import Progress
+    from localv4.engine.engine import Engine
     from localv4.engine.perplexity import Bucket, Perplexity
     from localv4.engine.windows import Windows
 
@@ -48,29 +51,31 @@ def ppl(
     sizes = evaluation.parse_sizes(context)
     text = evaluation.read_text(file)
 
-    from localv4.cli import worker
     from localv4.cli.progress import Progress
-    from localv4.engine import perplexity
 
     loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
     engine = loaded.engine
     tokens = evaluation.tokenize(engine, text, file)
     cuts = [evaluation.cut_text(engine, tokens, size, windows, bos, stride) for size in sizes]
-    found = []
     with Progress(quiet=quiet, no_color=no_color) as progress:
-        for part in cuts:
-
-            def report(done: int, total: int, size: int = part.size) -> None:
-                progress(f"reading windows of {size}", done, total)
-
-            def measured(part: "Windows" = part) -> "Perplexity":
-                return perplexity.measure(engine, part, floor_windows, report)
-
-            found.append((part, worker.call(measured)))
+        found = [(part, measure(engine, part, floor_windows, progress)) for part in cuts]
     if as_json:
-        print(evaluation.to_json(_document(loaded, tokens, stride, found)))
+        print_json(_document(loaded, tokens, stride, found))
     else:
         _print(loaded, tokens, found, no_color)
+
+
+def measure(
+    engine: "Engine", windows: "Windows", floor_windows: int, progress: "Progress"
+) -> "Perplexity":
+    """Measure the perplexity in windows of one size, with progress; Ctrl-C is seen at once."""
+    from localv4.cli import worker
+    from localv4.engine import perplexity
+
+    def report(done: int, total: int) -> None:
+        progress(f"reading windows of {windows.size}", done, total)
+
+    return worker.call(lambda: perplexity.measure(engine, windows, floor_windows, report))
 
 
 def _document(

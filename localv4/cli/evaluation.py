@@ -1,7 +1,6 @@
 """What the commands of `localv4 eval` share: the text, the windows, how figures are written."""
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,11 +180,6 @@ def pair(estimate: "Estimate | None") -> dict[str, float | None] | None:
 def finite(value: float) -> float | None:
     """Return a number for JSON: None stands for what is not finite."""
     return value if math.isfinite(value) else None
-
-
-def to_json(document: dict[str, Any]) -> str:
-    """Write a document as JSON."""
-    return json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False)
 
 
 def load(

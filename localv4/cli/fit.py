@@ -27,6 +27,17 @@ FitModel = Annotated[
         help="A known or installed model, name:quant, a path, or hf://org/repo (asks the hub).",
     ),
 ]
+PlannedContext = Annotated[
+    int | None,
+    typer.Option(
+        "-c",
+        "--ctx-size",
+        metavar="TOKENS",
+        envvar="LOCALV4_CTX_SIZE",
+        show_envvar=False,
+        help="Context to plan memory for. Default: 32768.",
+    ),
+]
 AllQuants = Annotated[
     bool, typer.Option("--all-quants", metavar="", help="Compare all forms of the model.")
 ]
@@ -67,7 +78,7 @@ def fit(
     model: options.Model = None,
     ram: options.Ram = None,
     reserve: options.Reserve = None,
-    ctx_size: options.ContextSize = None,
+    ctx_size: PlannedContext = None,
     io: options.Io = options.IoWay.AUTO,
     assume_ram: options.AssumeRam = None,
     assume_bandwidth: options.AssumeBandwidth = None,
@@ -96,7 +107,9 @@ def fit(
     )
     assumed = assumptions(assume_ram, assume_bandwidth, assume_disk, assume_cores)
     bytes_s = parse_rate(rate, "--rate")
-    answer = worker.call(lambda: _answer(reference, request, assumed, bytes_s, quiet))
+    answer = worker.call(
+        lambda: _answer(_subject(reference, all_quants, quiet), request, assumed, bytes_s, quiet)
+    )
     if options.wants_json(output_format, as_json):
         from localv4.cli.show import print_json
 
@@ -145,14 +158,13 @@ def describe_machine(assumed: Assumed, place: Any, record_bytes: int, quiet: boo
 
 
 def _answer(
-    reference: str | None, request: "Request", assumed: Assumed, rate: float, quiet: bool
+    subject: "Subject", request: "Request", assumed: Assumed, rate: float, quiet: bool
 ) -> Answer:
     from localv4 import paths
     from localv4.planning.assessment import assess, choose
     from localv4.planning.history import correction, past_runs
     from localv4.planning.recipes import load_recipes
 
-    subject = _subject(reference, quiet)
     if not subject.forms:
         raise UsageError(f"no form of {subject.name} has a known size")
     place = subject.path or paths.models_dir()
@@ -170,13 +182,13 @@ def _answer(
     return Answer(subject, machine, request, chosen, found, rate)
 
 
-def _subject(reference: str | None, quiet: bool) -> "Subject":
+def _subject(reference: str | None, all_quants: bool, quiet: bool) -> "Subject":
+    """Find the model; of an official one that is here, `all_quants` adds what it can become."""
     from localv4.planning import subject as subjects
 
-    if reference is None or not subjects.is_hub_reference(reference):
-        return subjects.find_subject(reference)
-    if subjects.is_here(reference):
-        return subjects.find_subject(reference)
+    if reference is None or not subjects.is_hub_reference(reference) or subjects.is_here(reference):
+        found = subjects.find_subject(reference)
+        return subjects.with_recipes(found) if all_quants else found
 
     from localv4.cli.loading import note
     from localv4.library.published import find_published
@@ -195,20 +207,24 @@ def _print_answer(console: "Console", answer: Answer) -> None:
     from rich.text import Text
 
     from localv4.cli import plan_report as report
-    from localv4.cli.tables import print_section
+    from localv4.cli.tables import print_section, print_table
     from localv4.planning.assessment import what_would_change
     from localv4.planning.history import past_runs
 
     one, machine = answer.chosen, answer.machine
     name = terminal.sanitize_line(one.facts.name)
-    console.print(Text.assemble((name, "bold"), f"  {report.headline(one)}"))
+    colour = report.COLOURS[one.verdict]
+    console.print(Text.assemble((name, "bold"), "  ", (report.headline(one), colour)))
     if not one.facts.is_exact:
         console.print(Text("estimated from the size of its files", style="dim"))
     console.print()
     print_section(console, "Machine", report.machine_rows(machine))
     if one.plan is not None:
         print_section(console, "Speed", report.speed_rows(one))
-        print_section(console, "Memory", report.memory_rows(one.plan))
+        console.print(Text("Memory", style="bold"))
+        rows = [(f"  {name}", size, remark) for name, size, remark in report.memory_rows(one.plan)]
+        print_table(console, rows, numbers=frozenset({1}))
+        console.print()
     free = None if "disk" in machine.assumed else machine.disk_free
     print_section(console, "Disk", report.disk_rows(one, answer.rate, free))
     forms = [other.facts for other in answer.found]

@@ -33,6 +33,9 @@ BOTTLENECKS = {
 }
 
 
+COLOURS = {"fits": "green", "pages": "yellow", "does not fit": "red"}
+
+
 def headline(one: Assessment) -> str:
     """Say in a line whether a model fits."""
     if one.plan is None:
@@ -49,7 +52,7 @@ def speed_rows(one: Assessment) -> Rows:
         return [("decode", "unknown: the machine was not measured")]
     rows = [
         ("decode", f"{bounds_text(forecast.decode)} tokens/s"),
-        ("", formula(forecast)),
+        *(("", line) for line in formula(forecast)),
         ("prompt", f"{bounds_text(forecast.prefill)} tokens/s, for {PROMPT_TOKENS:,} tokens"),
     ]
     if not plan.fits:
@@ -63,34 +66,30 @@ def speed_rows(one: Assessment) -> Rows:
     return rows
 
 
-def formula(forecast: Forecast) -> str:
-    """Write the terms of a likely token."""
-    read = f"{forecast.token_bytes / 1e9:.2f} GB read"
-    text = f"{read} in {1e3 * max(forecast.memory_s, forecast.compute_s):.0f} ms"
-    text += f" ({forecast.roofline:.1f} tokens/s at full bandwidth x {forecast.decode_share:.2f})"
+def formula(forecast: Forecast) -> list[str]:
+    """Write the terms of a likely token, a line for memory and one for the disk."""
+    busy_ms = 1e3 * max(forecast.memory_s, forecast.compute_s)
+    roof = f"{forecast.roofline:.1f} tokens/s at full bandwidth x {forecast.decode_share:.2f}"
+    lines = [f"{forecast.token_bytes / 1e9:.2f} GB read in {busy_ms:.0f} ms ({roof})"]
     if forecast.disk_s > 0:
-        text += (
-            f", {forecast.missed_bytes / 1e9:.2f} GB from disk in {1e3 * forecast.disk_s:.0f} ms"
-        )
-        text += ", partly at the same time"
-    return text
+        missed, disk_ms = forecast.missed_bytes / 1e9, 1e3 * forecast.disk_s
+        lines.append(f"{missed:.2f} GB from disk in {disk_ms:.0f} ms, partly at the same time")
+    return lines
 
 
-def memory_rows(plan: Plan) -> Rows:
-    """Return the memory by component."""
+def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """Return the memory by component: name, size, remark."""
     rows = []
     for name, nbytes in plan.components().items():
-        text = format_bytes(nbytes)
+        remark = ""
         if name == "decoder state":
-            text += f"  for {plan.ctx_size:,} tokens; up to {plan.most_ctx:,} would fit"
+            remark = f"for {plan.ctx_size:,} tokens; up to {plan.most_ctx:,} would fit"
         if name == "experts" and not plan.fits:
-            text += f"  {100 * plan.resident_share:.0f} % of {format_bytes(plan.all_experts)}"
-        rows.append((COMPONENT_NAMES[name], text))
+            remark = f"{100 * plan.resident_share:.0f} % of {format_bytes(plan.all_experts)}"
+        rows.append((COMPONENT_NAMES[name], format_bytes(nbytes), remark))
     left = f"{format_bytes(plan.reserve)} are left to other programs"
-    rows.append(
-        ("together", f"{format_bytes(plan.total)}  of {format_bytes(plan.usable)} usable; {left}")
-    )
-    return rows
+    usable = f"of {format_bytes(plan.usable)} usable; {left}"
+    return [*rows, ("together", format_bytes(plan.total), usable)]
 
 
 def disk_rows(one: Assessment, rate: float, free: int | None) -> Rows:

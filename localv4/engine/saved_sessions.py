@@ -151,16 +151,16 @@ class SavedSessions:
             raise BadFileError(path, "is the session of another name")
         return found
 
-    def read_all(self) -> tuple[list[SavedSession], list[BadFileError]]:
+    def read_all(self) -> tuple[list[SavedSession], list[LocalV4Error]]:
         """Return all conversations, the last used first, and what is wrong with other files."""
         found, faults = [], []
         for name in self.names():
             try:
                 found.append(self.read(name))
-            except BadFileError as error:
-                faults.append(error)
             except NotFoundError:
                 continue  # another process removed it
+            except LocalV4Error as error:
+                faults.append(error)
         return sorted(found, key=lambda session: session.used, reverse=True), faults
 
     def write(self, session: SavedSession) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ class SessionStore:
         self.folder = folder
         self._fingerprint = fingerprint
         self._warn: Warn | None = warn
+        self._telling = threading.Lock()
         self._held: int | None = None  # bytes in the folder, as far as this process knows
 
     def chain(self, session: Session) -> list[str]:
@@ -82,8 +84,9 @@ class SessionStore:
             return self._read(path, lambda path: blocks.put_block(path, state, index, token_ids))
 
         with ThreadPoolExecutor(THREADS) as pool:
-            if None in pool.map(put, wanted):
-                return None
+            done = list(pool.map(put, wanted))  # all of them, so that every bad one is removed
+        if None in done:
+            return None
         restore(state, snapshot)
         return snapshot
 
@@ -161,8 +164,9 @@ class SessionStore:
         return None
 
     def _tell(self, text: str) -> None:
-        """Warn, but only the first time."""
-        warn, self._warn = self._warn, None
+        """Warn, but only the first time, whichever of the threads it is."""
+        with self._telling:
+            warn, self._warn = self._warn, None
         if warn is not None:
             warn(text)
 

@@ -114,7 +114,7 @@ def download(
     task.check_space()
     small = [file for file in task.missing if len(file.etag) < 64]
     large = [file for file in task.missing if len(file.etag) == 64]
-    with _plain_errors(task):
+    with _plain_errors(task.store.base, task.needed):
         _fetch_all(task, small, jobs, on_bytes, on_note)
         for file in task.files:
             if file not in task.missing:
@@ -146,17 +146,18 @@ def stream_shard(
     """
     remote = open_remote(repo, filename, revision, on_note)
     target = folder / Path(filename).name
-    free = free_bytes(folder)
     part = target.with_name(f".{target.name}{PART_SUFFIX}")
-    if remote.size - (size_of(part) or 0) + SPARE_BYTES > free and not target.exists():
-        raise _no_space(folder, remote.size, free)
-    folder.mkdir(parents=True, exist_ok=True)
-    if size_of(target) == remote.size:
-        digester = Digester(remote.etag, remote.size)
-        digest_file(target, digester)
-        if digester.matches():
-            return target
-    _fetch_checked(remote, part, target, on_bytes, on_note)
+    with _plain_errors(folder, remote.size):
+        if size_of(target) == remote.size:
+            digester = Digester(remote.etag, remote.size)
+            digest_file(target, digester)
+            if digester.matches():
+                return target
+        missing, free = remote.size - (size_of(part) or 0), free_bytes(folder)
+        if missing + SPARE_BYTES > free:
+            raise _no_space(folder, missing, free)
+        folder.mkdir(parents=True, exist_ok=True)
+        _fetch_checked(remote, part, target, on_bytes, on_note)
     return target
 
 
@@ -170,14 +171,14 @@ def _no_space(folder: Path, missing: int, free: int) -> DoesNotFitError:
 
 
 @contextmanager
-def _plain_errors(task: Plan) -> Iterator[None]:
-    """Give what the disk refuses its meaning."""
+def _plain_errors(folder: Path, needed: int) -> Iterator[None]:
+    """Give what the disk of a folder refuses its meaning."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(task.store.base, task.needed, free_bytes(task.store.base)) from error
-        place = error.filename or task.store.folder
+            raise _no_space(folder, needed, free_bytes(folder)) from error
+        place = error.filename or folder
         raise LocalV4Error(f"cannot write {place}: {error.strerror or error}") from error
 
 
@@ -200,15 +201,16 @@ class _Crew:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def work(self, fetch: Callable[[HubFile, threading.Event], None]) -> None:
+        """Fetch files until none is left; report None, or the error that ended it."""
+        failure = None
         try:
             while not self.stop.is_set():
                 fetch(self.files.get_nowait(), self.stop)
         except queue.Empty:
-            self.done.put(None)
+            pass
         except Exception as error:
-            self.done.put(error)
-        else:
-            self.done.put(None)
+            failure = error
+        self.done.put(failure)
 
 
 def _fetch_all(

@@ -1,7 +1,6 @@
 """What the kernels make of this machine: layers of true dimensions, run for a second."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 
@@ -31,16 +30,11 @@ VOCABULARY = 512
 ROOF_BYTES = 512 << 20
 
 
-def measure_kernels(
-    config: ModelConfig,
-    recipe: Recipe,
-    threads: int,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> KernelShares:
+def measure_kernels(config: ModelConfig, recipe: Recipe, threads: int) -> KernelShares:
     """Run two layers of a network, one of each compressed kind, in the formats of a recipe.
 
-    Compiles what kernels are missing, which `on_progress(done, total)` is told. Raises
-    DoesNotFitError if there is no memory for the layers (1 GB for V4-Flash).
+    Compiles what kernels are missing. Raises DoesNotFitError if there is no memory for the layers
+    (1 GB for V4-Flash).
     """
     pair = _pair_of_layers(config)
     need = _bytes_of(pair, recipe) + ROOF_BYTES
@@ -49,7 +43,7 @@ def measure_kernels(
             f"measuring kernels takes {need / 2**30:.1f} GiB of memory", hint="close other programs"
         )
     weights = filled_weights(pair, recipe)
-    compile_kernels(families(weights), on_progress)
+    compile_kernels(families(weights))
     decode_s, prefill_s = _run(pair, weights, threads)
     del weights
     small = _small(pair)

@@ -80,7 +80,7 @@ def measured_machine(wanted: Wanted, on_step: OnStep | None = None) -> Machine:
             profile = profile.with_disk(key, _measure_disk(wanted.place, wanted.record_bytes))
             save_profile(profile)
     if wanted.kernels is not None and (profile.kernels is None or wanted.anew):
-        tell("kernels")
+        tell("kernels (a minute if they have to be compiled)")
         with suppress(DoesNotFitError):  # then constants have to do
             shares = measure_kernels(*wanted.kernels, default_threads())
             found = KernelProfile(

@@ -15,11 +15,13 @@ from typing import Literal
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.gemm import BATCH_TOKENS
 from localv4.model.config import ModelConfig
-from localv4.model.fast import CHUNK_TOKENS
+from localv4.model.fast import CHUNK_TOKENS, HEAD_TOKENS
 from localv4.model.fast_moe import HiddenLayers, WaveBuffers
+from localv4.model.program import Rows, Scratch
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
 from localv4.planning.memory import Memory
 from localv4.planning.model_facts import ModelFacts
+from localv4.planning.network import network_weights
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -35,7 +37,8 @@ LEAST_RESERVE, RESERVE_SHARE, MOST_RESERVE_SHARE = 4 * GIB, 0.08, 0.25
 a quarter of what there is and of what is available."""
 
 PROGRAM_BYTES = 450 * MIB
-"""Python, its libraries, compiled kernels and the tokenizer (measured: 330 to 430 MiB)."""
+"""Python, its libraries and compiled kernels, of which 200 MiB were measured, the terminal, the
+tokenizer of 129,280 tokens, and what allocators keep."""
 
 FLOOR_CYCLES = 1.5
 """The fewest experts to page with, in tokens' worth: with less than one every read is a miss."""
@@ -170,15 +173,18 @@ def workspace_bytes(config: ModelConfig, ctx: int, threads: int) -> int:
     """
     seen = Seen.before(ctx, config)
     attention = [AttentionBuffers(config, n, seen, threads) for n in (min(BATCH_TOKENS, ctx), 1)]
-    return _chunk_bytes(config, min(CHUNK_TOKENS, ctx)) + sum(map(buffer_bytes, attention))
+    return _chunk_bytes(config, min(CHUNK_TOKENS, ctx), threads) + sum(map(buffer_bytes, attention))
 
 
 @cache
-def _chunk_bytes(config: ModelConfig, tokens: int) -> int:
+def _chunk_bytes(config: ModelConfig, tokens: int, threads: int) -> int:
     """Return what does not depend on how much a token sees."""
     chunk = (ChunkBuffers(config, tokens), WaveBuffers(config, tokens))
     token = (ChunkBuffers(config, 1), HiddenLayers(config))
-    return sum(map(buffer_bytes, (*chunk, *token)))
+    widest = max(w.cols for w in network_weights(config) if w.role != "embedding")
+    scratch = Scratch.of(threads, widest)
+    logits = Rows(HEAD_TOKENS, config.vocab_size)
+    return sum(map(buffer_bytes, (*chunk, *token))) + scratch.nbytes + logits.nbytes
 
 
 def _check(ram: int | None, reserve: int | None, ctx: int) -> None:

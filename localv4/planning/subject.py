@@ -78,14 +78,13 @@ def facts_of_opened(name: str, path: Path, download_bytes: int) -> ModelFacts:
         return facts_of_checkpoint(name, "", checkpoint, download_bytes=download_bytes)
 
 
-def recipes_of(subject: Subject) -> Subject:
-    """Return a subject with the recipes that its published weights could be turned into.
-
-    Only official weights are a source for recipes.
-    """
+def with_recipes(subject: Subject) -> Subject:
+    """Return an installed official model together with the recipes that it can be turned into."""
     registry = load_registry()
     name = registry.find(subject.name.partition(":")[0])
-    if name is None or registry.models[name].format != "safetensors":
+    if subject.source != "installed" or name is None:
+        return subject
+    if registry.models[name].format != "safetensors" or subject.forms[0].is_packed:
         return subject
     known = _known(name, registry, "")
     return replace(subject, forms=(*subject.forms, *known.forms), chosen=None)
