@@ -1,6 +1,7 @@
 """`localv4 chat`: a conversation in the terminal."""
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from localv4 import __version__
@@ -25,6 +26,7 @@ def chat(
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
+    trace_routes: options.TraceRoutes = None,
     system: options.System = None,
     session: options.SessionName = None,
     resume: options.Continue = False,
@@ -39,6 +41,7 @@ def chat(
     think: options.Think = None,
     think_effort: options.ThinkEffort = None,
     hide_thinking: options.HideThinking = False,
+    stats: options.Stats = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -84,6 +87,7 @@ def chat(
         thinking=thinking,
         effort=effort,
         hide_thinking=hide_thinking,
+        stats=stats,
         archive=open_archive(loaded),
     )
     if resume:
@@ -92,7 +96,10 @@ def chat(
         session_commands.enter(talking, session)
     if system is not None:
         talking.conversation.system = system
-    talk(talking, no_color=no_color)
+    with ExitStack() as stack:
+        if trace_routes is not None:
+            stack.enter_context(loaded.record_routes(trace_routes))
+        talk(talking, no_color=no_color)
 
 
 def talk(chat: "Chat", *, no_color: bool) -> None:

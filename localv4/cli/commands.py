@@ -113,10 +113,7 @@ def _read(chat: Chat, argument: str) -> str:
 
 
 def _stats(chat: Chat, argument: str) -> None:
-    if chat.last is None:
-        chat.say("no answer yet")
-        return
-    chat.say(generation.stats_line(chat.last))
+    chat.tell_statistics()
     state = generation.format_bytes(chat.session.state_bytes)
     chat.say(f"context {chat.session.position} tokens, {state} of state")
 

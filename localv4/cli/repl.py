@@ -8,6 +8,7 @@ from rich.text import Text
 from localv4.cli import generation, terminal
 from localv4.cli.conversation import Conversation
 from localv4.cli.settings import Settings
+from localv4.cli.statistics import statistics_lines
 from localv4.cli.view import PlainView, TerminalView, View
 from localv4.errors import LocalV4Error
 
@@ -31,15 +32,17 @@ class Chat:
         thinking: bool,
         effort: str | None,
         hide_thinking: bool,
+        stats: bool = False,
         archive: "Archive | None" = None,
     ) -> None:
-        """Without an archive nothing is saved."""
+        """Without an archive nothing is saved; `stats` are told while and after answers come."""
         self.loaded = loaded
         self.console = console
         self.settings = settings
         self.thinking = thinking
         self.effort = effort
         self.hide_thinking = hide_thinking
+        self.stats = stats
         self.conversation = Conversation(system=system)
         self.archive = archive
         self.session = loaded.engine.new_session()
@@ -116,7 +119,9 @@ class Chat:
             thinking=self.thinking,
         )
         prompt_ids = engine.tokenizer.encode_prompt(prompt)
-        running = generation.Generation(engine, self.session, prompt_ids, options)
+        running = generation.Generation(
+            engine, self.session, prompt_ids, options, shows_paging=self.stats
+        )
         with self._view() as view:
             for delta in running.deltas():
                 if delta is not None:
@@ -124,6 +129,16 @@ class Chat:
                 view.tick(running)
             view.finish(running.finished())
         self._keep(running.finished())
+        if self.stats:
+            self.tell_statistics()
+
+    def tell_statistics(self) -> None:
+        """Say how fast the last answer came, and what it cost."""
+        if self.last is None:
+            self.say("no answer yet")
+            return
+        for line in statistics_lines(self.loaded, self.last):
+            self.say(line)
 
     def _view(self) -> View:
         stream = cast(TextIO, self.console.file)
