@@ -15,7 +15,7 @@ from quant.quantizers.grids import AffineGrid, PowerGrid, UniformGrid
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-TYPES = ("Q8_0", "Q4_0", "Q6_K", "Q3_K", "IQ4_XS", "Q4_K", "Q2_K")
+TYPES = ("Q8_0", "Q4_0", "Q6_K", "Q3_K", "IQ4_XS", "Q4_K", "Q2_K", "IQ2_XXS")
 
 
 def activations(tokens: int, cols: int, seed: int = 0) -> Doubles:

@@ -38,8 +38,14 @@ Doubles = NDArray[np.float64]
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "localv4" / "embedded" / "tiny-v4"
 TEXT = EMBEDDED.parent / "heldout.txt"
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
-FEW_BITS = ("Q4_K", "Q3_K", "Q2_K")
+TYPES = (
+    *("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K"),
+    "IQ2_XXS",
+)
+FEW_BITS = ("Q4_K", "Q3_K", "Q2_K", "IQ2_XXS")
+SLOW, SLOW_ROWS = "IQ2_XXS", 32
+"""What takes llama.cpp minutes is compared in a part of each tensor."""
+
 ROWS, COLS = 256, 2048
 MOST_MATRICES = 48
 REPEATS = 3
@@ -145,12 +151,14 @@ def _ratio(samples: list[Sample], name: str, ggml: GgmlQuantizers, weighted: boo
     ours = theirs = 0.0
     for sample in samples:
         importance = sample.importance if weighted else None
-        weights = sample.importance if weighted else np.ones(1, np.float32)
-        blocks = quantize_rows(sample.values, name, importance).blocks
-        peer = ggml(sample.values, name, importance)
-        energy = _weighted(sample.values, weights)
-        ours += _weighted(sample.values - decoded(blocks, name), weights) / energy
-        theirs += _weighted(sample.values - decoded(peer, name), weights) / energy
+        weights = sample.importance if weighted else np.ones(sample.values.shape[1], np.float32)
+        values = sample.values[:SLOW_ROWS] if name == SLOW else sample.values
+        blocks = quantize_rows(values, name, importance).blocks
+        # without any importance llama.cpp refuses this type
+        peer = ggml(values, name, weights if name == SLOW else importance)
+        energy = _weighted(values, weights)
+        ours += _weighted(values - decoded(blocks, name), weights) / energy
+        theirs += _weighted(values - decoded(peer, name), weights) / energy
     return math.sqrt(ours / theirs) if theirs else float(ours > 0)
 
 
@@ -174,6 +182,8 @@ def _print_outputs(samples: list[Sample], ggml: GgmlQuantizers) -> None:
                 {"importance": importance},
                 {"method": "feedback", "hessian": hessian},
             ]
+            if name == SLOW:
+                values = sample.values[:SLOW_ROWS]
             rounded = [ggml(values, name, importance)]
             rounded += [quantize_rows(values, name, **option).blocks for option in options]
             errors[name].append([_output_error(sample, decoded(b, name)) for b in rounded])
@@ -185,8 +195,8 @@ def _print_outputs(samples: list[Sample], ggml: GgmlQuantizers) -> None:
 def _output_error(sample: Sample, rounded: Floats) -> float:
     """Return the relative RMS error of the products with the activations to judge by."""
     assert sample.judged is not None
-    rest = sample.values.astype(np.float64) - rounded
-    size = sample.values.astype(np.float64)
+    size = sample.values[: len(rounded)].astype(np.float64)
+    rest = size - rounded
     error, energy = (((m @ sample.judged) * m).sum() for m in (rest, size))
     return math.sqrt(error / energy)
 
@@ -200,10 +210,10 @@ def _print_speeds(ggml: GgmlQuantizers) -> float:
     _row("type", "llama.cpp", "search", "ratio")
     slowest = math.inf
     for name in TYPES:
-        peer = [_speed(partial(ggml, values, name, w), values.size) for w in (None, importance)]
-        own = [
-            _speed(partial(quantize_rows, values, name, w), values.size) for w in (None, importance)
-        ]
+        part = values[: SLOW_ROWS // 4] if name == SLOW else values
+        given = (importance if name == SLOW else None, importance)
+        peer = [_speed(partial(ggml, part, name, w), part.size) for w in given]
+        own = [_speed(partial(quantize_rows, part, name, w), part.size) for w in given]
         if name == "Q4_K":
             q4_k = peer
         ratios = [o / p for o, p in zip(own, peer, strict=True)]

@@ -10,8 +10,7 @@ import socket
 import ssl
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -73,19 +72,8 @@ def host() -> str:
 
 
 def is_offline() -> bool:
-    """Tell whether HF_HUB_OFFLINE or `go_offline` forbids every request."""
+    """Tell whether HF_HUB_OFFLINE forbids every request."""
     return constants.is_offline_mode()
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Forbid every request, as HF_HUB_OFFLINE does, while the block runs."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 class Patience:

@@ -91,11 +91,14 @@ class ChosenPoints:
     scales: Codes
     factors: Floats
 
+    def steps(self) -> Floats:
+        """Return what the magnitudes of each block are multiplied with (rows, blocks)."""
+        return _products(self.factors, 2 * self.scales + np.int8(1)) / np.float32(8)
+
     def values(self) -> Floats:
         """Return the values (rows, cols) that decoders get."""
-        steps = _products(self.factors, 2 * self.scales + np.int8(1)) / np.float32(8)
         minus = np.unpackbits(self.signs, axis=1, bitorder="little")
-        sizes = GRID[self.points].reshape(minus.shape) * np.repeat(steps, BLOCK, axis=1)
+        sizes = GRID[self.points].reshape(minus.shape) * np.repeat(self.steps(), BLOCK, axis=1)
         return np.where(minus, -sizes, sizes)
 
 

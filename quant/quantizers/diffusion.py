@@ -34,11 +34,11 @@ MOST_COLUMNS = 256
 SCRATCH_LINES = 7 * MOST_COLUMNS
 
 # Lines of scratch behind the tile of values as they were before the unit
-_CHANGED = MOST_COLUMNS
+CHANGED = MOST_COLUMNS
 _CODES = 2 * MOST_COLUMNS
-_ROUNDED = 3 * MOST_COLUMNS
-_ERRORS = 4 * MOST_COLUMNS
-_STEPS = 5 * MOST_COLUMNS
+ROUNDED = 3 * MOST_COLUMNS
+ERRORS = 4 * MOST_COLUMNS
+STEPS = 5 * MOST_COLUMNS
 _OFFSETS = 6 * MOST_COLUMNS
 
 _ROWS, _COLUMNS = 4, 32
@@ -77,43 +77,43 @@ def diffuse(
     ratios = factor.ctypes.data + 4 * (first * factor.shape[1] + first)
     stride = 4 * factor.shape[1]
     for row in range(0, values.shape[0], LANES):
-        load_tile(scratch[LANES * _STEPS :], steps, row, 0, steps.shape[1])
+        load_tile(scratch[LANES * STEPS :], steps, row, 0, steps.shape[1])
         load_tile(scratch[LANES * _OFFSETS :], offsets, row, 0, steps.shape[1])
         load_tile(scratch, values, row, first, cols)
         for j in range(cols):
-            store_f32(base + LINE * (_CHANGED + j), load_f32(base + LINE * j))
+            store_f32(base + LINE * (CHANGED + j), load_f32(base + LINE * j))
         for j in range(cols):
-            changed = load_f32(base + LINE * (_CHANGED + j))
+            changed = load_f32(base + LINE * (CHANGED + j))
             _round(base, j, n, changed, lowest, highest, curved)
-            _make_good(base, j, cols, ratios + stride * j)
+            make_good(base, j, cols, ratios + stride * j)
         if passes > 0:
             _descend(base, cols, n, metric.ctypes.data, lowest, highest, curved, passes)
             for j in range(cols):
-                store_f32(base + LINE * (_CHANGED + j), load_f32(base + LINE * j))
+                store_f32(base + LINE * (CHANGED + j), load_f32(base + LINE * j))
             for j in range(cols):
-                _make_good(base, j, cols, ratios + stride * j)
+                make_good(base, j, cols, ratios + stride * j)
         store_codes(codes, scratch, _CODES, row, 0, cols)
-        store_numbers(errors, scratch, _ERRORS, row, 0, cols)
+        store_numbers(errors, scratch, ERRORS, row, 0, cols)
 
 
 @device
 def _round(base: int, j: int, n: int, x: Vector, low: Vector, high: Vector, curved: bool) -> None:
     """Write the code of column j that is nearest to x, and its value."""
-    step = load_f32(base + LINE * (_STEPS + j // n))
+    step = load_f32(base + LINE * (STEPS + j // n))
     offset = load_f32(base + LINE * (_OFFSETS + j // n))
     code = nearest_code(multiply(add(x, offset), inverse(step)), low, high, curved)
     store_f32(base + LINE * (_CODES + j), code)
-    store_f32(base + LINE * (_ROUNDED + j), multiply_add(step, code, negative(offset)))
+    store_f32(base + LINE * (ROUNDED + j), multiply_add(step, code, negative(offset)))
 
 
 @device
-def _make_good(base: int, j: int, cols: int, ratios: int) -> None:
+def make_good(base: int, j: int, cols: int, ratios: int) -> None:
     """Note the error of column j as it is now, and change the columns after it."""
-    changed = load_f32(base + LINE * (_CHANGED + j))
-    error = subtract(load_f32(base + LINE * (_ROUNDED + j)), changed)
-    store_f32(base + LINE * (_ERRORS + j), error)
+    changed = load_f32(base + LINE * (CHANGED + j))
+    error = subtract(load_f32(base + LINE * (ROUNDED + j)), changed)
+    store_f32(base + LINE * (ERRORS + j), error)
     for k in range(j + 1, cols):
-        later = base + LINE * (_CHANGED + k)
+        later = base + LINE * (CHANGED + k)
         store_f32(later, multiply_add(error, broadcast_f32(ratios + 4 * k), load_f32(later)))
 
 
@@ -121,26 +121,26 @@ def _make_good(base: int, j: int, cols: int, ratios: int) -> None:
 def _descend(
     base: int, cols: int, n: int, metric: int, low: Vector, high: Vector, curved: bool, passes: int
 ) -> None:
-    """Improve the codes one at a time; `_ERRORS` holds S (values - rounded) meanwhile."""
+    """Improve the codes one at a time; `ERRORS` holds S (values - rounded) meanwhile."""
     for j in range(cols):
-        rest = subtract(load_f32(base + LINE * j), load_f32(base + LINE * (_ROUNDED + j)))
-        store_f32(base + LINE * (_CHANGED + j), rest)
+        rest = subtract(load_f32(base + LINE * j), load_f32(base + LINE * (ROUNDED + j)))
+        store_f32(base + LINE * (CHANGED + j), rest)
     for j in range(cols):
         slope = zeros_f32()
         for k in range(cols):
             own = broadcast_f32(metric + 4 * (cols * j + k))
-            slope = multiply_add(own, load_f32(base + LINE * (_CHANGED + k)), slope)
-        store_f32(base + LINE * (_ERRORS + j), slope)
+            slope = multiply_add(own, load_f32(base + LINE * (CHANGED + k)), slope)
+        store_f32(base + LINE * (ERRORS + j), slope)
     for _ in range(passes):
         for j in range(cols):
             own = metric + 4 * cols * j
-            before = load_f32(base + LINE * (_ROUNDED + j))
-            slope = load_f32(base + LINE * (_ERRORS + j))
+            before = load_f32(base + LINE * (ROUNDED + j))
+            slope = load_f32(base + LINE * (ERRORS + j))
             best = multiply_add(slope, inverse(broadcast_f32(own + 4 * j)), before)
             _round(base, j, n, best, low, high, curved)
-            moved = subtract(before, load_f32(base + LINE * (_ROUNDED + j)))
+            moved = subtract(before, load_f32(base + LINE * (ROUNDED + j)))
             for k in range(cols):
-                line = base + LINE * (_ERRORS + k)
+                line = base + LINE * (ERRORS + k)
                 store_f32(line, multiply_add(moved, broadcast_f32(own + 4 * k), load_f32(line)))
 
 

@@ -1,16 +1,18 @@
 """Rounding with feedback: quantize a matrix for the activations that it will meet."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localv4.kernels.arrays import Floats
-from quant.quantizers.choice import Chosen, choose, scratch_lines
-from quant.quantizers.diffusion import SCRATCH_LINES, diffuse, spread
-from quant.quantizers.grids import AffineGrid, UniformGrid
+from localv4.kernels.iquants import GRID
+from quant.quantizers import diffusion, lattice_diffusion
+from quant.quantizers.choice import Chosen, ChosenPoints, choose, choose_points, scratch_lines
+from quant.quantizers.grids import AffineGrid, LatticeGrid, UniformGrid
+from quant.quantizers.lattice import GROUP, norms_of
 
 DAMPING = 0.01
 """What is added to the diagonal of the second moments, as a share of its mean."""
@@ -19,6 +21,8 @@ PASSES = 2
 """How often each code of a unit is improved; more passes change little."""
 
 _ROWS = 4
+
+Result = TypeVar("Result", Chosen, ChosenPoints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,43 +87,83 @@ def choose_with_feedback(
     The errors of the result are those of the output, as multiples of the feedback's scale: with
     errors made good as they are, d H d^T is the weighted sum of their squares.
     """
-    rows, cols = values.shape
-    work = np.zeros((-(-rows // _ROWS) * _ROWS, cols), np.float32)
-    work[:rows] = values
     low = 0 if isinstance(grid, AffineGrid) else grid.low
     curved = not isinstance(grid, AffineGrid) and grid.curved
-    scratch = scratch_lines(SCRATCH_LINES)
-    parts, squares = [], np.zeros(rows)
-    columns = feedback.metrics.shape[1]
-    for first in range(0, cols, columns):
-        own = slice(first, first + columns)
+    scratch = scratch_lines(diffusion.SCRATCH_LINES)
+
+    def round_unit(work: Floats, unit: int, own: slice) -> tuple[Chosen, Floats]:
         chosen = choose(np.ascontiguousarray(work[:, own]), grid, feedback.weights[own])
-        errors = np.empty(chosen.codes.shape, np.float32)
-        steps = chosen.steps()
-        offsets = chosen.offsets() if chosen.minima.size else np.zeros_like(steps)
-        diffuse(
+        errors, steps = np.empty(chosen.codes.shape, np.float32), chosen.steps()
+        diffusion.diffuse(
             chosen.codes,
             errors,
             work,
             steps,
-            offsets,
+            chosen.offsets() if chosen.minima.size else np.zeros_like(steps),
             feedback.factor,
-            feedback.metrics[first // columns],
+            feedback.metrics[unit],
             scratch,
-            first,
+            own.start,
             low,
             grid.high,
             curved,
             passes,
         )
-        spread(work, errors, feedback.factor, first)
+        return chosen, errors
+
+    return _round_units(values, feedback, round_unit)
+
+
+def choose_points_with_feedback(
+    values: Floats, grid: LatticeGrid, feedback: Feedback
+) -> ChosenPoints:
+    """Choose points and scales of values (rows, cols) likewise."""
+    scratch = scratch_lines(lattice_diffusion.SCRATCH_LINES)
+    norms = norms_of(feedback.weights)
+
+    def round_unit(work: Floats, unit: int, own: slice) -> tuple[ChosenPoints, Floats]:
+        chosen = choose_points(np.ascontiguousarray(work[:, own]), grid, feedback.weights[own])
+        errors = np.empty((len(work), grid.columns), np.float32)
+        lattice_diffusion.diffuse_points(
+            chosen.points,
+            chosen.signs,
+            errors,
+            work,
+            chosen.steps(),
+            feedback.factor,
+            feedback.weights[own],
+            norms[own.start // GROUP : own.stop // GROUP],
+            GRID,
+            scratch,
+            own.start,
+        )
+        return chosen, errors
+
+    return _round_units(values, feedback, round_unit)
+
+
+def _round_units(
+    values: Floats,
+    feedback: Feedback,
+    round_unit: Callable[[Floats, int, slice], tuple[Result, Floats]],
+) -> Result:
+    """Round one unit of columns after the other, and let the later ones make its errors good."""
+    rows, cols = values.shape
+    work = np.zeros((-(-rows // _ROWS) * _ROWS, cols), np.float32)
+    work[:rows] = values
+    columns = feedback.metrics.shape[1]
+    parts, squares = [], np.zeros(rows)
+    for unit in range(cols // columns):
+        own = slice(unit * columns, (unit + 1) * columns)
+        chosen, errors = round_unit(work, unit, own)
+        diffusion.spread(work, errors, feedback.factor, own.start)
         parts.append(chosen)
         squares += (np.square(errors[:rows], dtype=np.float64) * feedback.weights[own]).sum(1)
     return _joined(parts, squares)
 
 
-def _joined(parts: list[Chosen], errors: NDArray[np.float64]) -> Chosen:
+def _joined(parts: list[Result], errors: NDArray[np.float64]) -> Result:
     """Put the columns of parts side by side; rows that filled up the last four are left out."""
-    rows, names = len(errors), [field.name for field in fields(Chosen) if field.name != "errors"]
+    rows, names = len(errors), [field.name for field in fields(parts[0]) if field.name != "errors"]
     columns = {name: np.concatenate([getattr(p, name) for p in parts], 1)[:rows] for name in names}
-    return Chosen(errors=errors, **columns)
+    return type(parts[0])(errors=errors, **columns)

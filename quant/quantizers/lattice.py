@@ -42,7 +42,14 @@ from quant.quantizers.lanes import (
     subtract,
     where_less,
 )
-from quant.quantizers.tiles import LANES, add_errors, load_tile, store_codes, store_numbers
+from quant.quantizers.tiles import (
+    LANES,
+    add_errors,
+    load_tile,
+    store_bytes,
+    store_codes,
+    store_numbers,
+)
 
 SUPERBLOCK, BLOCK, GROUP = 256, 32, 8
 BLOCKS, GROUPS, POINTS = SUPERBLOCK // BLOCK, SUPERBLOCK // GROUP, len(GRID)
@@ -52,12 +59,12 @@ LARGEST_MAGNITUDE = 43.0
 # Lines of scratch: values, then magnitudes, then signs of all columns; by block: free step,
 # chosen scale, scale on trial; by group: the point; then d and the error
 _SIZES = SUPERBLOCK
-_SIGNS = 2 * SUPERBLOCK
+SIGNS = 2 * SUPERBLOCK
 _FREE = 3 * SUPERBLOCK
 _CHOSEN = _FREE + BLOCKS
 _TRIAL = _CHOSEN + BLOCKS
-_POINT = _TRIAL + BLOCKS
-_FACTOR = _POINT + GROUPS
+POINT = _TRIAL + BLOCKS
+_FACTOR = POINT + GROUPS
 _ERROR = _FACTOR + 1
 SCRATCH_LINES = _ERROR + 1
 
@@ -108,39 +115,32 @@ def search_lattice(
                 x, w = load_f32(base + LINE * j), broadcast_f32(own + 4 * j)
                 energy = multiply_add(multiply(w, x), x, energy)
             for group in range(GROUPS):
-                _split(base, GROUP * group, own)
+                split(base, GROUP * group, own)
             for block in range(BLOCKS):
                 _find_step(base, block, own, own_norms, table, fractions)
             reduction = _choose(base, own, own_norms, table, ranges)
             store_f32(base + LINE * _ERROR, at_least(subtract(energy, reduction), zeros_f32()))
-            store_bytes(points, scratch, _POINT, row, GROUPS * i, GROUPS)
-            _store_signs(signs, scratch, row, GROUPS * i)
+            store_bytes(points, scratch, POINT, row, GROUPS * i, GROUPS)
+            store_signs(signs, scratch, row, GROUPS * i)
             store_codes(scales, scratch, _CHOSEN, row, BLOCKS * i, BLOCKS)
             store_numbers(factors, scratch, _FACTOR, row, i, 1)
             add_errors(errors, scratch, _ERROR, row)
 
 
 @device
-def store_bytes(out: Bytes, scratch: Floats, line: int, row: int, col: int, cols: int) -> None:
-    """Write numbers from 0 to 255 from a line of scratch on to columns of up to sixteen rows."""
-    for lane in range(min(LANES, out.shape[0] - row)):
-        for j in range(cols):
-            out[row + lane, col + j] = np.uint8(np.int32(scratch[LANES * (line + j) + lane]))
-
-
-@device
-def _store_signs(out: Bytes, scratch: Floats, row: int, first: int) -> None:
+def store_signs(out: Bytes, scratch: Floats, row: int, first: int) -> None:
+    """Write the signs of a superblock as bits, for groups from `first` on."""
     for lane in range(min(LANES, out.shape[0] - row)):
         for group in range(GROUPS):
             bits = 0
             for j in range(GROUP):
-                line = _SIGNS + GROUP * group + j
+                line = SIGNS + GROUP * group + j
                 bits |= (1 << j) if scratch[LANES * line + lane] < np.float32(0) else 0
             out[row + lane, first + group] = np.uint8(bits)
 
 
 @device
-def _split(base: int, first: int, weights: int) -> None:
+def split(base: int, first: int, weights: int) -> None:
     """Write magnitudes and signs of a group; the signs get an even number of minus."""
     one, zero = splat_f32(np.float32(1)), zeros_f32()
     parity, least, place = one, splat_f32(np.float32(3e38)), zero
@@ -153,17 +153,17 @@ def _split(base: int, first: int, weights: int) -> None:
         place = where_less(matters, least, splat_f32(np.float32(j)), place)
         least = where_less(matters, least, matters, least)
         store_f32(base + LINE * (_SIZES + j), size)
-        store_f32(base + LINE * (_SIGNS + j), sign)
+        store_f32(base + LINE * (SIGNS + j), sign)
     for j in range(first, first + GROUP):
         apart = magnitude(subtract(place, splat_f32(np.float32(j))))
         turn = where_less(apart, splat_f32(np.float32(0.5)), parity, one)
-        for lines in (_SIZES, _SIGNS):
+        for lines in (_SIZES, SIGNS):
             at = base + LINE * (lines + j)
             store_f32(at, multiply(turn, load_f32(at)))
 
 
 @device
-def _best_point(base: int, group: int, weights: int, norms: int, table: int, step: Vector) -> Any:
+def best_point(base: int, group: int, weights: int, norms: int, table: int, step: Vector) -> Any:
     """Return the number of the best point, its score, and sum w x g."""
     first = GROUP * group
     at, own = base + LINE * (_SIZES + first), weights + 4 * first
@@ -202,8 +202,8 @@ def _try_step(base: int, block: int, weights: int, norms: int, table: int, step:
     products, norm = zeros_f32(), zeros_f32()
     inverted = inverse(step)
     for group in range(4 * block, 4 * block + 4):
-        best, score, product = _best_point(base, group, weights, norms, table, step)
-        store_f32(base + LINE * (_POINT + group), best)
+        best, score, product = best_point(base, group, weights, norms, table, step)
+        store_f32(base + LINE * (POINT + group), best)
         products = add(products, product)
         norm = multiply_add(subtract(product, score), inverted, norm)
     return products, norm

@@ -10,8 +10,12 @@ from numpy.typing import NDArray
 
 from localv4.kernels.arrays import Bytes, Floats
 from quant.quantizers.choice import GRIDS, Chosen, ChosenPoints, blocks_of, choose, choose_points
-from quant.quantizers.error_feedback import Feedback, choose_with_feedback
-from quant.quantizers.grids import Grid, LatticeGrid, UniformGrid, plain
+from quant.quantizers.error_feedback import (
+    Feedback,
+    choose_points_with_feedback,
+    choose_with_feedback,
+)
+from quant.quantizers.grids import Grid, LatticeGrid, PowerGrid, UniformGrid, plain
 from quant.quantizers.tiles import LANES
 
 Method = Literal["round", "search", "feedback"]
@@ -64,7 +68,7 @@ def quantize_rows(
     activations; None: all the same. Methods: "round" takes the scales that the largest values ask
     for; "search" looks for those of the least error; "feedback" lets the columns that come later
     make good the error of each column, for activations with the second moments `hessian`
-    (`prepare_feedback`). Without these, and for MXFP4 and IQ2_XXS, it is the search. Every row is
+    (`prepare_feedback`). Without these, and for MXFP4, it is the search. Every row is
     rounded on its own: rows may be shared among threads in any way, the compiled searches release
     Python's lock.
 
@@ -79,7 +83,7 @@ def quantize_rows(
     if cols % grid.columns:
         raise ValueError(f"{cols} columns are not a multiple of {grid.columns} ({target})")
     weights, mean = prepared_weights(importance, cols)
-    if method == "feedback" and hessian is not None and isinstance(grid, UniformGrid):
+    if method == "feedback" and hessian is not None and not isinstance(grid, PowerGrid):
         if hessian.weights.size != cols:
             raise ValueError(f"second moments of {hessian.weights.size} columns, not {cols}")
         return _with_feedback(values, ggml, grid, hessian)
@@ -132,10 +136,16 @@ def _choose_within_range(values: Floats, grid: Grid, weights: Floats) -> Chosen 
     return replace(chosen, errors=(rest * rest * weights).sum(1))
 
 
-def _with_feedback(values: Floats, ggml: str, grid: UniformGrid, feedback: Feedback) -> Quantized:
+def _with_feedback(
+    values: Floats, ggml: str, grid: UniformGrid | LatticeGrid, feedback: Feedback
+) -> Quantized:
     """Round all rows together: each pass reads the whole factor."""
     largest = np.float32(grid.largest)
     limited = np.clip(values, -largest, largest)
-    chosen = choose_with_feedback(limited, grid, feedback)
+    chosen: Chosen | ChosenPoints
+    if isinstance(grid, LatticeGrid):
+        chosen = choose_points_with_feedback(limited, grid, feedback)
+    else:
+        chosen = choose_with_feedback(limited, grid, feedback)
     lost = ((values.astype(np.float64) - limited) ** 2 * feedback.weights).sum(1)
     return Quantized(ggml, blocks_of(chosen, ggml), feedback.scale * (chosen.errors + lost))

@@ -8,7 +8,7 @@ those lanes are dropped.
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.kernels.arrays import Floats
+from localv4.kernels.arrays import Bytes, Floats
 from localv4.kernels.device import device
 
 LANES = 16
@@ -33,6 +33,14 @@ def store_codes(
         target = codes[row + lane]
         for j in range(cols):
             target[col + j] = np.int8(np.int32(scratch[LANES * (line + j) + lane]))
+
+
+@device
+def store_bytes(out: Bytes, scratch: Floats, line: int, row: int, col: int, cols: int) -> None:
+    """Write numbers from 0 to 255 from a line of scratch on to columns of up to sixteen rows."""
+    for lane in range(min(LANES, out.shape[0] - row)):
+        for j in range(cols):
+            out[row + lane, col + j] = np.uint8(np.int32(scratch[LANES * (line + j) + lane]))
 
 
 @device
