@@ -46,7 +46,7 @@ def test_short_help(arguments: list[str], tmp_path: Path) -> None:
 
 
 def test_unfinished_commands_are_not_there(tmp_path: Path) -> None:
-    for command in ("pull", "serve", "batch", "quantize", "doctor"):
+    for command in ("serve", "stop"):
         assert run_here(command, home=tmp_path).code == 2
 
 
@@ -67,7 +67,7 @@ def test_no_arguments_show_the_help(tmp_path: Path) -> None:
         (["rnu"], "Did you mean 'run'?", "localv4 --help"),
         (["run", "--tmep", "1"], "--temp", "localv4 run --help"),
         (["run", "-n", "many", "x"], "valid integer", "localv4 run --help"),
-        (["eval", "logits"], "--tokens", "localv4 eval logits --help"),
+        (["eval", "logits"], "--tokens", ""),
         (["chat"], "needs a terminal", "localv4 run"),
         (["run", "x", "-p", "y"], "given twice", ""),
         (["run", "--raw", "--think", "x"], "--raw", ""),
