@@ -34,7 +34,9 @@ class Converter:
 
     def spans(self, name: str, matrix: Matrix) -> Iterator[tuple[int, int]]:
         """Yield first and end row of the strips of a matrix; none has rows of two groups."""
-        groups = self.importance.groups(name) if self.importance is not None else 1
+        groups = 1
+        if self.importance is not None:
+            groups = self.importance.groups(name, matrix.rows, matrix.cols)
         rows = matrix.rows // groups
         for group in range(groups):
             for first, end in strips_of(rows, matrix.cols):
@@ -63,7 +65,7 @@ class Converter:
             raise BadFileError(self.path, f"tensor {name!r} holds a NaN or an infinity")
         importance = None
         if self.importance is not None:
-            importance = self.importance.of(name, first, matrix.rows)
+            importance = self.importance.of(name, matrix.rows, matrix.cols, first)
         kind = ggml_name(target)
         if kind in _FLOAT_TYPES:
             data, error = _as_floats(values, kind), 0.0

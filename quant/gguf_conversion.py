@@ -135,8 +135,9 @@ class GgufConversion:
         done = {name: found for name, found in kept.items() if found is not None}
         left = [file for file in files if file.name not in done]
         for file in left:
-            if (folder / file.name).exists() and not journal.knows(file.name):
+            if (folder / file.name).exists() and not journal.path.exists():
                 raise UsageError(f"{folder / file.name} is there", hint="remove it first")
+        journal.begin()
         reserve_all(folder, {file.name: file.nbytes for file in left})
         total = sum(file.nbytes for file in files)
         errors = self.converter.errors

@@ -53,13 +53,16 @@ class Journal:
             return None
         return found if _digest(path) == found.file.sha256 else None
 
-    def knows(self, name: str) -> bool:
-        """Tell whether a file was finished once, whatever has become of it."""
-        return name in self._files
+    def begin(self) -> None:
+        """Write the journal, so that finished files are known to be part of a conversion."""
+        self._write()
 
     def add(self, name: str, finished: Finished) -> None:
         """Note that a file is finished."""
         self._files[name] = asdict(finished)
+        self._write()
+
+    def _write(self) -> None:
         document = {"task": self._task, "files": self._files}
         write_file(self.path, [json.dumps(document).encode()])
 

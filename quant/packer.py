@@ -117,6 +117,7 @@ class Packer:
         finished = {name: journal.finished(name) for name, _ in plan.files}
         done = {name: found for name, found in finished.items() if found is not None}
         left = {name: nbytes for name, nbytes in plan.files if name not in done}
+        journal.begin()
         reserve_all(target, left)
         for found in done.values():
             self.converter.errors.add_file(found.errors)

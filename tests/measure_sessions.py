@@ -31,6 +31,9 @@ from localv4.model.snapshot import restore, take_snapshot
 from localv4.model.state import State
 from localv4.planning.subject import flash_network
 
+ROUNDS = 5
+"""The best of them counts: other programs only ever make it slower."""
+
 DOCUMENT = 20_000
 QUESTION, ANSWER = 300, 60
 """Tokens of a synthetic conversation: a document first, then questions with their answers."""
@@ -116,19 +119,20 @@ def measure_disk(tokens: int, folder: Path) -> None:
     print(f"{tokens} tokens of V4-Flash, float32 rows: {nbytes / 1e6:.1f} MB on disk", end=", ")
     print(f"{(nbytes - mark) / tokens:,.0f} B a token and {mark / 1e6:.1f} MB for a snapshot")
     print(f"saved and synced at {nbytes / seconds / 1e9:.2f} GB/s")
-    for kind in ("past the page cache", "from the page cache", "from the page cache"):
-        if kind.startswith("past"):
-            forget(folders)
-        state = State(session.state.config, 256)
-        start = time.monotonic()
-        found = store.load(state, session.tokens, 0)
-        seconds = time.monotonic() - start
-        assert found is not None and state.position == tokens
-        print(f"loaded {kind} at {nbytes / seconds / 1e9:.2f} GB/s, {seconds:.2f} s")
-    forget(folders)
-    start = time.monotonic()
-    read = sum(len(file.path.read_bytes()) for file in folders.files())
-    print(f"plain reading past the page cache: {read / (time.monotonic() - start) / 1e9:.2f} GB/s")
+    for place in ("past the page cache", "from the page cache"):
+        best = {"plain reading": 0.0, "loading": 0.0}
+        for _ in range(ROUNDS):  # in turns, so that both have the same machine
+            for kind in best:
+                if place.startswith("past"):
+                    forget(folders)
+                state = State(session.state.config, 256)
+                start = time.monotonic()
+                if kind == "loading":
+                    assert store.load(state, session.tokens, 0) is not None
+                else:
+                    assert sum(len(file.path.read_bytes()) for file in folders.files()) == nbytes
+                best[kind] = max(best[kind], nbytes / (time.monotonic() - start) / 1e9)
+        print(f"{place}: " + ", ".join(f"{kind} {rate:.2f} GB/s" for kind, rate in best.items()))
     start = time.monotonic()
     restore(session.state, session.ladder.landmarks[0])
     print(f"restoring a rung takes {(time.monotonic() - start) * 1e3:.1f} ms")
@@ -157,7 +161,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         (Path(folder) / "model").mkdir()
         measure_disk(arguments.rows, Path(folder))
-        measure_rewinding(arguments.tokens, Path(folder))
+        if arguments.tokens:
+            measure_rewinding(arguments.tokens, Path(folder))
 
 
 if __name__ == "__main__":

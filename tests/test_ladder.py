@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from networks import CONTEXT, logits, open_network
 from numpy.typing import NDArray
 
+from localv4.engine.engine import Engine, NumericsName
 from localv4.engine.ladder import KEPT_PROMPTS, STEP_TOKENS, Ladder
 from localv4.engine.session import Network, Session, common_prefix
 from localv4.errors import Cancelled, LocalV4Error
+from localv4.library.installed import resolve
 from localv4.model.snapshot import Snapshot, restore, take_snapshot
 
 TOKENS = 560
@@ -215,6 +217,23 @@ def test_forks_rewind_by_the_rungs_they_inherited(
     fork.extend(OTHER[:300])
     assert fork.reuse(IDS[:540]) == 512
     assert np.array_equal(fork.all_logits(IDS[512:]), clean[512:])
+
+
+@pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT", "0") != "0", reason="too slow")
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_the_built_in_model_goes_back_anywhere(numerics: NumericsName) -> None:
+    network = Engine.load(resolve("tiny-v4").path, threads=2, numerics=numerics).network
+    cuts = [*CUTS, *np.random.default_rng(5).integers(1, 298, 5).tolist()]
+    clean = Session(network, CONTEXT).all_logits(IDS[:300])
+    session, snapshots = Session(network, CONTEXT), []
+    for cut in sorted(cut for cut in set(cuts) if cut < 298):
+        session.extend(IDS[session.position : cut])
+        snapshots.append(take_snapshot(session.state, cut))
+    session.extend(IDS[session.position : 300])
+    for snapshot in snapshots:
+        restore(session.state, snapshot)
+        again = session.all_logits(IDS[snapshot.position : snapshot.position + 2])
+        assert np.array_equal(again, clean[snapshot.position : snapshot.position + 2])
 
 
 # the rule itself

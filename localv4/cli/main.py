@@ -23,6 +23,7 @@ from localv4.cli import (
     sessions,
     show,
     terminal,
+    tune,
     verify,
 )
 from localv4.cli.precedence import Command
@@ -63,6 +64,7 @@ app.command("prune", cls=Command)(remove.prune)
 app.command("show", cls=Command)(show.show)
 app.command("fit", cls=Command)(fit.fit)
 app.command("doctor", cls=Command)(doctor.doctor)
+app.command("tune", cls=Command)(tune.tune)
 app.command("bench", cls=Command)(bench.bench)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(sessions.app, name="sessions")

@@ -23,7 +23,7 @@ from localv4.model.state import State
 LEFT_FREE = 1 << 30
 """Bytes of the disk that are left to others."""
 
-THREADS = 4
+THREADS = min(4, os.cpu_count() or 1)
 """Files that are read or written at the same time: disks want several requests."""
 
 T = TypeVar("T")

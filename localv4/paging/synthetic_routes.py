@@ -20,6 +20,7 @@ RECORD_BYTES = 13_369_344
 """An expert of Flash at 4.25 bits per weight."""
 
 _VOCABULARY, _WORD_EXPONENT = 4096, 1.05
+_TINY = np.float32(1e-30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def synthetic_trace(
     for t in range(tokens):
         # the k largest of log p + Gumbel noise are k draws without replacement
         noise = rng.standard_exponential(likely.shape[1:], np.float32)
-        merit = likely[topic[t]] - np.log(noise)
+        merit = likely[topic[t]] - np.log(np.maximum(noise, _TINY))
         if t > 0:
             stay = rng.random((len(rows), K)) < style.kept
             merit[rows, chosen[t - 1, HASH_LAYERS:]] += np.where(stay, np.float32(1000), 0)

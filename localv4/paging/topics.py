@@ -16,7 +16,7 @@ MOST_TOPICS = 16
 """Topics that are remembered, 44 kB each for Flash; the one that was met longest ago goes first."""
 
 _DRIFT, _ALARM = 1.0, 8.0  # in standard deviations of a token's surprise (Page's CUSUM)
-_LEARNING = 16  # tokens that show what surprise is usual in a topic
+_LEARNING = 16  # first tokens, which show what surprise is usual in a topic
 _WINDOW = 64  # tokens over which the usual surprise is averaged then
 _LEAST_DEVIATION = 0.02  # a perfectly steady text is no reason for an alarm
 _RECENT = 0.5 ** (1 / 4)  # a half-life of 4 tokens tells the new topic from the old at an alarm
@@ -76,8 +76,10 @@ class TopicMemory:
 
     def _is_change(self, surprise: float) -> bool:
         """Say whether surprises have been larger than usual for so long that it is no accident."""
+        if self._age <= _WAIT:
+            return False  # what begins is surprising, but only at first
         if self._age <= _LEARNING:
-            share = 1 / self._age
+            share = 1 / (self._age - _WAIT)
         else:
             share = 1 / _WINDOW
             deviation = max(self._variance**0.5, _LEAST_DEVIATION)

@@ -1,0 +1,108 @@
+"""The picture of a replay: hit rate and bytes read per token against memory for experts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localv4.cli.bench_plot import DPI, GRID, OWN, PEER, ROOF, TEXT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from localv4.cli.tune import Report
+    from localv4.paging.replay import Outcome
+
+GIB, GB = 2**30, 1e9
+SIZE_INCHES = (10.4, 4.4)
+LFU = "#8a6bb8"
+# colour, dashes, width, label of each curve; also apart in grey
+CURVES = {
+    "optimal": (ROOF, (4, 2), 1.3, "optimum: knows the future"),
+    "decay": (OWN, (), 2.2, "decay (default)"),
+    "lru": (PEER, (), 1.5, "lru"),
+    "lfu": (LFU, (1, 1), 1.5, "lfu"),
+}
+
+
+def draw(report: "Report", path: Path) -> None:
+    """Write the picture; raise OSError if that fails."""
+    figure = make_figure(report)
+    unfinished = path.with_name(f".{path.name}.part")
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    try:
+        figure.savefig(
+            unfinished,
+            format=path.suffix[1:].lower(),
+            dpi=DPI,
+            metadata=metadata,
+            facecolor="white",
+        )
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def make_figure(report: "Report") -> "Figure":
+    """Return the picture: hits on the left, reading on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    hits, reads = figure.subplots(1, 2)
+    for policy, (color, dashes, width, label) in CURVES.items():
+        outcomes = report.replay.outcomes[policy]
+        memory = _memory(outcomes)
+        style = {"color": color, "dashes": dashes, "linewidth": width, "label": label}
+        hits.plot(memory, [100 * o.hits for o in outcomes], **style)
+        reads.plot(memory, [o.bytes_read / GB for o in outcomes], **style)
+    _finish(hits, report, "Experts found in memory", "% of all uses")
+    hits.set_ylim(top=101)
+    _finish(reads, report, "Read from the disk", "GB per token")
+    reads.set_ylim(bottom=0)
+    _mark(reads, report)
+    hits.legend(loc="lower right", frameon=False, fontsize=8.5, labelcolor=TEXT)
+    name = report.trace.head.model.replace("$", r"\$")  # a dollar sign would begin a formula
+    title = f"{name}: {report.replay.scored:,} generated tokens"
+    figure.suptitle(title, fontsize=11, color=TEXT, x=0.01, ha="left")
+    return figure
+
+
+def _memory(outcomes: "Sequence[Outcome]") -> list[float]:
+    return [outcome.capacity_bytes / GIB for outcome in outcomes]
+
+
+def _finish(axes: "Axes", report: "Report", title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=10.5, loc="left", color=TEXT)
+    axes.set_xlabel("GiB of memory for experts", color=TEXT, fontsize=9.5)
+    axes.set_ylabel(unit, color=TEXT, fontsize=9.5)
+    axes.set_xlim(0, report.total_bytes / GIB)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=TEXT, length=0, labelsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _mark(axes: "Axes", report: "Report") -> None:
+    """Mark the amounts of memory that were asked for, and what 16 GiB more make of them."""
+    for capacity in report.asked:
+        now, then = report.at(capacity), report.at(report.more(capacity))
+        start = (now.capacity_bytes / GIB, now.bytes_read / GB)
+        end = (then.capacity_bytes / GIB, then.bytes_read / GB)
+        axes.plot([start[0], end[0]], [start[1], end[1]], "o", color=OWN, markersize=5.5)
+        if end == start:
+            continue
+        axes.annotate(
+            "",
+            end,
+            start,
+            arrowprops={"arrowstyle": "->", "color": OWN, "connectionstyle": "arc3,rad=0.35"},
+        )
+        more = (then.capacity_bytes - capacity) / GIB
+        axes.annotate(
+            f"{more:.3g} GiB more:\n{start[1]:.2f} to {end[1]:.2f} GB",
+            ((start[0] + end[0]) / 2, max(start[1], end[1])),
+            xytext=(10, 18),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=OWN,
+        )

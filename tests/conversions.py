@@ -1,0 +1,66 @@
+"""Small models in official storage, whole enough to be converted to any format."""
+
+import json
+import shutil
+from pathlib import Path
+
+from golden_files import load_golden, write_stored
+
+from localv4.storage import open_checkpoint
+from quant.gguf_conversion import GgufConversion
+from quant.importance import Statistics
+from quant.packer import Packer
+from quant.recipe import Recipe, load_recipe
+from quant.source import open_source
+from quant.task import OnProgress, Task
+
+
+def official_model(folder: Path, name: str = "wide") -> Path:
+    """Write a golden model with a tokenizer of bytes."""
+    golden = load_golden(name)
+    write_stored(golden, folder)
+    add_tokenizer(folder, golden.preset.dims["vocab_size"])
+    return folder
+
+
+def add_tokenizer(folder: Path, size: int) -> None:
+    """Write a tokenizer of two special tokens, a merge and bytes, as far as they fit."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    letters = [chr(byte if byte in kept else next(spare)) for byte in range(256)]
+    vocabulary = ["<bos>", "<eos>", '!"', *letters][:size]
+    added = [{"id": n, "content": vocabulary[n], "special": True} for n in (0, 1)]
+    model = {
+        "type": "BPE",
+        "vocab": {text: number for number, text in enumerate(vocabulary) if number > 1},
+        "merges": [["!", '"']],
+    }
+    document = {"added_tokens": added, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+
+
+def converted(
+    source: Path,
+    target: Path,
+    recipe: str | Recipe = "q4",
+    *,
+    statistics: Statistics | None = None,
+    threads: int = 2,
+    on_progress: OnProgress | None = None,
+    split_bytes: int = 0,
+) -> Path:
+    """Convert to a packed folder, or to a GGUF file where the target ends in .gguf."""
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    with open_checkpoint(source) as opened:
+        task = Task(open_source(opened), chosen, threads, statistics)
+        if target.suffix == ".gguf":
+            GgufConversion(task, split_bytes, "m").run(target, on_progress)
+        else:
+            Packer(task).run(target, on_progress)
+    return target
+
+
+def copied(source: Path, target: Path) -> Path:
+    """Return a copy of a model that a test may change."""
+    shutil.copytree(source, target)
+    return target

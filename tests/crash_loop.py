@@ -1,0 +1,141 @@
+"""Kill a conversion at each of its changes to the disk in turn, and let it go on after that.
+
+    python crash_loop.py packed|gguf SOURCE SCRATCH STRIDE
+
+STRIDE 1 takes every step. Prints how many there are and how many were taken. Each run is a fork of
+this process, which has the compiled code in memory; it has no other threads while it forks.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from localv4.storage import open_checkpoint
+from quant.gguf_conversion import GgufConversion
+from quant.packer import Packer
+from quant.recipe import load_recipe
+from quant.source import open_source
+from quant.task import Task
+
+STEPS = ("write", "fsync", "replace", "ftruncate", "posix_fallocate", "unlink")
+SPLIT_BYTES = 300_000
+TAIL = 6
+"""Last steps, which finish the whole: always taken."""
+
+
+def convert(form: str, source: Path, target: Path) -> None:
+    """Convert by the recipe q2, with one thread."""
+    with open_checkpoint(source) as opened:
+        task = Task(open_source(opened), load_recipe("q2"), 1)
+        if form == "packed":
+            Packer(task).run(target)
+        else:
+            target.mkdir(exist_ok=True)
+            GgufConversion(task, SPLIT_BYTES, "m").run(target)
+
+
+def killed_at(step: int, work: Callable[[], None]) -> None:
+    """Run work in a fork that is killed before its step number `step`."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def before() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        watch_steps(before)
+        work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"step {step}: the run ended by itself")
+
+
+def steps_of(work: Callable[[], None]) -> int:
+    """Return how many steps a run has that nothing stops."""
+    originals = {name: getattr(os, name) for name in STEPS}
+    count = 0
+
+    def before() -> None:
+        nonlocal count
+        count += 1
+
+    watch_steps(before)
+    work()
+    for name, function in originals.items():
+        setattr(os, name, function)
+    return count
+
+
+def watch_steps(before: Callable[[], None]) -> None:
+    """Call `before` ahead of every change to the disk."""
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            before()
+            return function(*arguments, **options)
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, watched(getattr(os, name)))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digests of all files but the lock."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+        if not file.name.endswith(".lock")
+    }
+
+
+def main() -> None:
+    """Loop over the steps, every STRIDE of them, the last ones always."""
+    form, source, scratch, stride = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    convert(form, source, scratch / "whole")
+    expected = contents(scratch / "whole")
+    if any(name.startswith(".") for name in expected):
+        sys.exit(f"left behind: {sorted(expected)}")
+    steps = steps_of(lambda: convert(form, source, scratch / "counted"))
+    chosen = [n for n in range(1, steps + 1) if n % int(stride) == 0 or n > steps - TAIL]
+    for step in chosen:
+        target = scratch / f"target{step}"
+        killed_at(step, lambda: convert(form, source, target))  # noqa: B023
+        check_unfinished(form, target, expected)
+        if not is_finished(form, target, expected):
+            convert(form, source, target)
+        found = {n: d for n, d in contents(target).items() if not n.startswith(".")}
+        if found != expected:
+            sys.exit(f"step {step}: other files than without a stop: {sorted(found)}")
+        shutil.rmtree(target)
+    print(steps, len(chosen))
+
+
+def is_finished(form: str, target: Path, expected: dict[str, str]) -> bool:
+    """Tell whether all files were there when the process was killed."""
+    return target.exists() and contents(target).keys() >= expected.keys()
+
+
+def check_unfinished(form: str, target: Path, expected: dict[str, str]) -> None:
+    """A name without a dot in front is a whole file, and the manifest comes last of all."""
+    found = contents(target) if target.exists() else {}
+    for name, digest in found.items():
+        if not name.startswith(".") and digest != expected[name]:
+            sys.exit(f"{name} is not whole")
+    if "manifest.json" in found and not is_finished(form, target, expected):
+        sys.exit("a manifest without all of its files")
+
+
+if __name__ == "__main__":
+    main()
