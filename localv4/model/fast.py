@@ -160,7 +160,7 @@ class FastTransformer:
         """Process some tokens of a prompt; take more at a time from now on if they had to wait.
 
         Each chunk streams the experts that are not in memory once, so the more tokens it has, the
-        more work there is to hide that behind. Memory for their activations is taken from experts.
+        more work there is to hide that behind. Memory for more activations is taken from experts.
         """
         store, held = self.store, self._many.nbytes
         if not isinstance(store, PagedStore):
@@ -169,7 +169,7 @@ class FastTransformer:
         vectors = self._many.run(token_ids, state)
         waited_s = store.counts.wait_s - waited_s
         added = self._many.nbytes - held
-        if held and added > 0:
+        if len(token_ids) > CHUNK_TOKENS:  # smaller chunks have their part in every plan
             store.change_memory(-added)
         is_full = len(token_ids) == self.chunk_tokens < MOST_CHUNK_TOKENS
         if is_full and waited_s > BALANCE * (time.perf_counter() - start):
