@@ -7,7 +7,7 @@ from pathlib import Path
 from localv4.errors import UsageError
 from localv4.kernels.threads import most_threads
 from localv4.small_file import read_small_file
-from localv4.storage import Checkpoint, PackedFolder
+from localv4.storage import Checkpoint
 from localv4.storage.names import member_path
 from quant.chooser import Chooser
 from quant.converter import Converter
@@ -57,8 +57,6 @@ def pack_folder(
 
     Raises UsageError for a source that is packed already.
     """
-    if isinstance(source, PackedFolder):
-        raise UsageError(f"{source.path} is packed already")
     Packer(Task(open_source(source), LOSSLESS, threads or most_threads())).run(target, on_progress)
 
 

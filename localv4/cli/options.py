@@ -228,6 +228,17 @@ Raw = Annotated[
 System = Annotated[
     str | None, _option("-s", "--system", panel="Prompt", metavar="TEXT", help="System prompt.")
 ]
+
+
+def _session_name(value: str | None) -> str | None:
+    """Judge the name of a session long before a model is loaded."""
+    if value is None:
+        return None
+    from localv4.engine.saved_sessions import checked_name
+
+    return checked_name(value)
+
+
 SessionName = Annotated[
     str | None,
     _option(
@@ -235,6 +246,7 @@ SessionName = Annotated[
         panel="Prompt",
         metavar="NAME",
         env=False,
+        callback=_session_name,
         help="Go on with the saved conversation of this name, or begin it.",
     ),
 ]

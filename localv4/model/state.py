@@ -132,7 +132,7 @@ class State:
         self._written = 0  # one past the furthest position that was ever put into the rings
         self._oldest = 0  # the first position that the rings let us go back to
         self._held = 0  # one past the last position whose entries are ours: forks spare them
-        self._sharing: WeakSet[State] = WeakSet([self])  # that have entries in the same arrays
+        self._sharing: WeakSet[State] = WeakSet([self])  # whose entries our arrays have
         self._reserved = 0
         self.layers = [_layer_state(config, layer, slack) for layer in range(config.n_layers)]
         self.addresses = np.zeros((config.n_layers, CELLS), np.int64)
