@@ -60,6 +60,16 @@ class Source:
         return self.checkpoint.path
 
     @property
+    def name(self) -> str:
+        """How the source is called."""
+        return self.path.name
+
+    @property
+    def label(self) -> Path:
+        """What errors about its tensors name."""
+        return self.path
+
+    @property
     def folder(self) -> Path:
         """Where the small files of the model are."""
         return self.path if self.path.is_dir() else self.path.parent
