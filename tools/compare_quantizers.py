@@ -53,13 +53,17 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """A matrix, how much its columns count, and the second moments of two halves of a text."""
+    """A matrix, how much its columns count, and the second moments of two halves of a text.
+
+    The first half has `tokens`.
+    """
 
     kind: str
     values: Floats
     importance: Floats
     learnt: Doubles | None = None
     judged: Doubles | None = None
+    tokens: int = 0
 
 
 def main() -> int:
@@ -106,7 +110,8 @@ def _matrices(path: Path, text: str, tokens: int) -> Iterator[Sample]:
     for item in met[:: max(1, len(met) // MOST_MATRICES)]:
         learnt, judged = (part.mean() for part in item.parts)
         importance = np.diag(learnt).astype(np.float32)
-        yield Sample("model", item.values()[:1024], importance, learnt, judged)
+        tokens = item.parts[0].tokens
+        yield Sample("model", item.values()[:1024], importance, learnt, judged, tokens)
 
 
 def _random_matrices() -> Iterator[Sample]:
@@ -174,7 +179,7 @@ def _print_outputs(samples: list[Sample], ggml: GgmlQuantizers) -> None:
     for sample in samples:
         assert sample.learnt is not None
         values, importance = sample.values, sample.importance
-        hessian = prepare_feedback(sample.learnt)
+        hessian = prepare_feedback(sample.learnt, sample.tokens)
         for name in FEW_BITS:
             options: list[dict[str, Any]] = [
                 {"method": "round"},
