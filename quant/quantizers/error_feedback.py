@@ -47,8 +47,10 @@ def prepare_feedback(
     """Return what `quantize_rows` needs of the mean of x x^T over activations x (cols, cols).
 
     `tokens` is how many activations the mean was taken over: what few of them say about pairs of
-    columns is mostly chance, and is believed accordingly (`trust`). Raises ValueError unless the
-    moments are square, finite, and positive semidefinite up to rounding.
+    columns is mostly chance, and is believed accordingly (`trust`). Takes memory for five matrices
+    of float64; NumPy's linear algebra works on all processors, and their number may change the last
+    bits of its results. Raises ValueError unless the moments are square, finite, and positive
+    semidefinite up to rounding.
     """
     moments = np.array(second_moments, np.float64)
     if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or not np.isfinite(moments).all():
