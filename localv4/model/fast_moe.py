@@ -21,6 +21,9 @@ from localv4.model.weights import Expert, Router
 from localv4.model.workspace import ChunkBuffers
 from localv4.paging.store import ExpertStore
 
+SHARED_TOKENS = 960
+"""Tokens that go through the shared expert in one program: what Ctrl-C waits for."""
+
 WAVE_SLOTS = 4096
 """Pairs of token and expert that are multiplied together: bounds the memory of activations."""
 
@@ -55,7 +58,7 @@ class WaveBuffers:
         inner = config.expert_width
         self.slots = max(tokens, min(WAVE_SLOTS, tokens * config.experts_per_token))
         self.x, self.hidden = Rounded(self.slots, config.hidden_size), Rounded(self.slots, inner)
-        self.shared = SharedBuffers(tokens, inner * config.shared_experts)
+        self.shared = SharedBuffers(min(tokens, SHARED_TOKENS), inner * config.shared_experts)
 
 
 class ExpertGroups:
