@@ -61,7 +61,7 @@ def recipe(*formats: str, tensors: list[str] = DENSE, **fields: Any) -> Recipe:
 # --- values
 
 
-@pytest.mark.parametrize("name", ["Q8", "Q6", "Q4", "Q4K", "Q3", "Q2", "MX4"])
+@pytest.mark.parametrize("name", ["Q8", "Q6", "Q4", "Q4K", "Q3", "Q2", "IQ2", "MX4"])
 def test_matrices_have_the_values_of_the_quantizer(name: str, source: Path, tmp_path: Path) -> None:
     chosen = recipe(name, tensors=["head", "attention_q"])
     folder = converted(source, tmp_path / "out", chosen)
