@@ -15,7 +15,6 @@ def half_life_after(tokens: int, correlation: float, seed: int) -> float:
     rng = np.random.default_rng(seed)
     uses, policy = Uses(LAYERS, EXPERTS), DecayedFrequency()
     liking, kept = rng.normal(size=(LAYERS, EXPERTS)) * 2, np.exp(-1 / correlation)
-    resident = np.ones((LAYERS, EXPERTS), bool)
     for _ in range(tokens):
         fresh = rng.normal(size=liking.shape) * 2
         liking = kept * liking + np.sqrt(1 - kept**2) * fresh
@@ -23,7 +22,7 @@ def half_life_after(tokens: int, correlation: float, seed: int) -> float:
         uses.clock += 1
         for layer, numbers in enumerate(np.argsort(-merit, axis=1)[:, :K]):
             uses.record(layer, numbers)
-        policy.observe(uses, resident)
+        policy.observe(uses)
     assert policy.memory.changes <= tokens // 100  # drifting is no change of topic
     return uses.half_life
 

@@ -240,7 +240,7 @@ class PagedStore:
         """Learn what became of guesses: wrong ones are the first to go."""
         clock = int(self.uses.clock[0])
         self.counts.tokens += 1
-        self.policy.observe(self.uses, self.resident)
+        self.policy.observe(self.uses)
         for key in [key for key in self._guessed if self.addresses[key] != ON_ITS_WAY]:
             self._guessed.discard(key)
             if self.uses.last[key] == clock:

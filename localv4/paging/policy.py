@@ -1,4 +1,4 @@
-"""Which records to give up when memory is needed, and which to take in after a prompt."""
+"""Which records to give up when memory is needed."""
 
 import math
 from typing import Protocol
@@ -37,7 +37,7 @@ class Policy(Protocol):
         tokens used only when nothing else is left; so it may free less than `need`.
         """
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
+    def observe(self, uses: Uses) -> None:
         """Learn from the token that has just been decoded: what it used has the clock's time."""
 
 
@@ -67,7 +67,7 @@ class LeastRecentlyUsed:
         order = uses.last * layers + np.arange(layers)[:, None]  # a token goes layer by layer
         return _coldest(order, uses, resident, nbytes, need, keep)
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
+    def observe(self, uses: Uses) -> None:
         """Do nothing: there is nothing to adapt."""
 
 
@@ -82,7 +82,7 @@ class LeastFrequentlyUsed:
         """See `Policy`."""
         return _coldest(uses.scores(), uses, resident, nbytes, need, keep)
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
+    def observe(self, uses: Uses) -> None:
         """Do nothing: there is nothing to adapt."""
 
 
@@ -101,7 +101,7 @@ class DecayedFrequency:
         """See `Policy`."""
         return _coldest(uses.scores(), uses, resident, nbytes, need, keep)
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
+    def observe(self, uses: Uses) -> None:
         """Notice a change of topic, and adapt the half-life; about 0.3 ms per token for Flash."""
         changes = self.memory.changes, self.memory.recalls
         self.memory.observe(uses)
@@ -109,22 +109,6 @@ class DecayedFrequency:
             self._half_lives.restart(uses.scores())
         else:
             self._half_lives.observe(uses)
-
-
-def admission(
-    usage: NDArray[np.floating], resident: Mask, nbytes: Sizes, room: int, least: float = 0.0
-) -> Keys:
-    """Return what to take into `room` bytes after a prompt: absent experts, most used first.
-
-    A prompt is computed without taking its experts in; `usage` (layers, experts) is how much each
-    was used, and only what has more than `least` is returned. The caller may count as room what it
-    is ready to give up, for instance residents with a lower score.
-    """
-    order = np.argsort(-usage, axis=None, kind="stable")
-    wanted = order[(~resident & (usage > least)).ravel()[order]]
-    sizes = _sizes(nbytes, usage.shape).ravel()[wanted]
-    fitting = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
-    return _keys(wanted[:fitting], usage.shape[1])
 
 
 def _coldest(
