@@ -299,7 +299,7 @@ def _run(job: Job, asked: Asked) -> None:
             if asked.machine.ray is None:
                 documents = _on_this_machine(job, asked, todo, cancelled, report)
             else:
-                documents = _on_cluster(job, asked, todo, cancelled, asked.machine.ray)
+                documents = _on_cluster(job, asked, todo, cancelled, report, asked.machine.ray)
             _collect(documents, cancelled, file, report)
         report.finish(as_json=job.as_json, stats=job.stats)
         if file.failed:
@@ -348,16 +348,16 @@ def _on_this_machine(
 
 
 def _on_cluster(
-    job: Job, asked: Asked, todo: "Sequence[Place]", cancelled: threading.Event, address: str
+    job: Job,
+    asked: Asked,
+    todo: "Sequence[Place]",
+    cancelled: threading.Event,
+    report: "Report",
+    address: str,
 ) -> "Iterator[Document]":
     """Return the results of the rows as they come from the nodes."""
-    from localv4.cli import loading
     from localv4.engine.node_engine import EngineOrder
     from localv4.engine.ray_cluster import RayCluster
-
-    def tell(text: str) -> None:
-        if not job.quiet:
-            loading.note(text)
 
     machine = asked.machine
     order = EngineOrder(
@@ -373,7 +373,7 @@ def _on_cluster(
         numerics=machine.numerics.value,
         memory=machine.memory,
     )
-    cluster = RayCluster(address, order, job.rows.is_text, tell, cancelled)
+    cluster = RayCluster(address, order, job.rows.is_text, report.tell, cancelled)
     return cluster.answer(job.rows.lines(todo))
 
 
