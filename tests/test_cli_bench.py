@@ -185,13 +185,12 @@ def test_an_interrupt_before_the_first_result(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process on Windows")
 def test_ctrl_c(tmp_path: Path) -> None:
-    # the way back is too long to be free: the tokens before are read again for each repeat
-    sizes = ("-p", "257", "-n", "0", "-d", "0,1500,1501,1502,1503", "-r", "1")
+    sizes = ("-p", "257", "-n", "0", "-d", "0,1500", "-r", "1000")
     sizes += ("--numerics", "exact")  # slow enough for progress to be seen
     with start_localv4("bench", "-m", "tiny-v4", *sizes, home=tmp_path) as process:
         assert process.stderr is not None and process.stdout is not None
         seen = b""
-        while b"@ d150" not in seen:
+        while b"pp257" not in seen:
             line = process.stderr.readline()
             assert line, seen
             seen += line
@@ -200,4 +199,4 @@ def test_ctrl_c(tmp_path: Path) -> None:
         written = process.stdout.read().decode()
         assert process.wait() == 130
         assert time.monotonic() - start < 10
-    assert "| pp257 " in written and "d1503" not in written
+    assert "d1500" not in written

@@ -100,7 +100,7 @@ def test_a_manifest_of_something_else_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ('"version": 1', '"version": 2', "made by a newer version"),
+        ('"version": 1', '"version": 9', "made by a newer version"),
         ('"source"', '"sauce"', "the key 'sauce' is not known"),
         ('"bytes": 10', '"bytes": -1', "bytes is not a number"),
         ("localv4-packed", "another", "is not the manifest of a packed model"),

@@ -39,7 +39,7 @@ class Site:
     def left(self, update: Floats) -> Floats:
         """The streams after an update."""
         out = np.empty_like(self.streams)
-        post, comb = self.mix[:, : self.n], self.mix[:, self.n :]
+        post, comb = self.mix[:, : self.n], np.ascontiguousarray(self.mix[:, self.n :])
         hyper.expand(
             *(out, np.ascontiguousarray(post), comb.reshape(-1, self.n, self.n)),
             *(np.ascontiguousarray(update), self.streams),

@@ -105,7 +105,7 @@ class Engine:
 
     def _begin_usage(self) -> None:
         store = self.network.store if isinstance(self.network, FastTransformer) else None
-        if isinstance(store, PagedStore) and store.arena.capacity < int(store.nbytes.sum()):
+        if isinstance(store, PagedStore) and store.pages:
             self._usage = ExpertUsage(store, self.checkpoint)
             self._usage.begin()
             weakref.finalize(self, self._usage.keep)  # at the end of the process at the latest

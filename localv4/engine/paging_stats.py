@@ -78,7 +78,7 @@ class PagingMeter:
 
     def __init__(self, network: Network) -> None:
         store = network.store if isinstance(network, FastTransformer) else None
-        self._store = store if isinstance(store, PagedStore) else None
+        self._store = store if isinstance(store, PagedStore) and store.pages else None
         self._k = network.config.experts_per_token
         self._final: PagingStats | None = None
         if self._store is not None:

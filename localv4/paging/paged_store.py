@@ -71,6 +71,11 @@ class PagedStore:
         return self.arena.used
 
     @property
+    def pages(self) -> bool:
+        """Whether there are more records than there is room for."""
+        return self.arena.capacity < int(self.nbytes.sum())
+
+    @property
     def resident(self) -> NDArray[np.bool_]:
         """Which records (layers, experts) are in memory."""
         return self.addresses > 0
