@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import Cancelled
+from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts, MakeStore
@@ -24,7 +25,7 @@ OnRoutes = Callable[[NDArray[np.integer], bool], None]
 class FastNetwork:
     """The layers of a network over packed weights, and the team that runs their programs.
 
-    `slack` is that of every `State` the network is used with.
+    `slack` and `rows` are those of every `State` that the network is used with.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class FastNetwork:
         team: Team,
         slack: int,
         make_store: MakeStore,
+        rows: RowFormat,
     ) -> None:
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.rows = config, weights, rows
         self.cancelled: threading.Event | None = None
         self.on_routes: OnRoutes | None = None
         self.team = team
@@ -45,7 +47,7 @@ class FastNetwork:
         self._scratch = Scratch.of(team.members, weights.widest)
         self._cells = np.zeros((config.n_layers, CELLS), np.int64)
         self.layers = [
-            FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack)
+            FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack, rows)
             for i, layer in enumerate(weights.layers)
         ]
         self.head_site = Site(weights.head_hc, weights.norm, config)
