@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quant.formats import GGML_TARGETS, KEEP, PACKED_TARGETS, Target
-from quant.recipe import Rule
+from quant.recipe import Method, Rule
 from quant.tensor_class import TensorClass
 
 ROWS_ONLY = (TensorClass.EMBEDDING,)
@@ -19,7 +19,7 @@ class Choice:
     """The format of a matrix; `target` None keeps its values. `note`: why not the first wish."""
 
     target: Target | None
-    method: str = "search"
+    method: Method = "search"
     note: str = ""
 
 

@@ -13,6 +13,7 @@ from quant.choice import Choice
 from quant.errors_made import ErrorTotals
 from quant.formats import GGML_TARGETS, PACKED_TARGETS, Target
 from quant.importance import Importance
+from quant.recipe import Method
 from quant.strips import is_finite, strip, strips_of
 from quant.tensor_class import class_of
 
@@ -50,7 +51,7 @@ class Converter:
         return part
 
     def rounded(
-        self, name: str, matrix: Matrix, first: int, end: int, target: Target, method: str
+        self, name: str, matrix: Matrix, first: int, end: int, target: Target, method: Method
     ) -> Matrix:
         """Return rows `first` to `end` in blocks of a ggml type: that of `target` or its kin.
 

@@ -47,7 +47,7 @@ class GgufConversion:
             )
         importance = Importance(task.statistics) if task.statistics is not None else None
         self.task = task
-        self.converter = Converter(task.source.path, importance)
+        self.converter = Converter(task.source.label, importance)
         self._chooser = Chooser(task.recipe, task.source.config.n_layers, task.statistics)
         self._split_bytes = split_bytes
         self._name = name

@@ -48,7 +48,8 @@ class Importance:
         if found is None or found.ndim == 1:
             return found
         if self.groups(name, rows, cols) == 1:
-            return found.mean(0, dtype=np.float64).astype(np.float32)
+            mean: Floats = found.mean(0, dtype=np.float64).astype(np.float32)
+            return mean
         return np.ascontiguousarray(found[first * len(found) // rows])
 
     def groups(self, name: str, rows: int, cols: int) -> int:

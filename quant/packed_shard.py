@@ -30,10 +30,10 @@ from localv4.model.weights import Expert
 from quant.choice import Choice
 from quant.converter import Converter, ggml_name
 from quant.decision import Decision
+from quant.output_file import Job
 from quant.packed_writer import (
     PACKED_BYTES,
     PAGE,
-    Job,
     MatrixEntry,
     ShardTensor,
     packed_bytes_tensor,

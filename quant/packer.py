@@ -7,7 +7,7 @@ from pathlib import Path
 from localv4.errors import UsageError
 from localv4.kernels.threads import most_threads
 from localv4.small_file import read_small_file
-from localv4.storage import Checkpoint, PackedFolder
+from localv4.storage import Checkpoint
 from localv4.storage.names import member_path
 from quant.chooser import Chooser
 from quant.converter import Converter
@@ -57,8 +57,6 @@ def pack_folder(
 
     Raises UsageError for a source that is packed already.
     """
-    if isinstance(source, PackedFolder):
-        raise UsageError(f"{source.path} is packed already")
     Packer(Task(open_source(source), LOSSLESS, threads or most_threads())).run(target, on_progress)
 
 
@@ -69,7 +67,7 @@ class Packer:
         """Raises UsageError for a recipe that needs statistics that the task does not have."""
         importance = Importance(task.statistics) if task.statistics is not None else None
         self.task = task
-        self.converter = Converter(task.source.path, importance)
+        self.converter = Converter(task.source.label, importance)
         layers = task.source.config.n_layers
         self._chooser = Chooser(task.recipe, layers, task.statistics)
 
@@ -155,10 +153,10 @@ class Packer:
         files = {name: found.file for name, found in done.items()}
         files |= _small_files(source.checkpoint, target)
         recipe = self.task.recipe
-        report = report_of(recipe, source.path.name, plan, self.converter.errors.finished)
+        report = report_of(recipe, source.name, plan, self.converter.errors.finished)
         files[REPORT_NAME] = write_file(target / REPORT_NAME, [report])
         entries = {key: entry for found in done.values() for key, entry in found.matrices.items()}
-        origin = f"{source.path.name}, recipe {recipe.name}"
+        origin = f"{source.name}, recipe {recipe.name}"
         write_manifest(target, origin, files, entries)
 
 

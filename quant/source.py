@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.errors import UsageError
 from localv4.model import weights as tree
 from localv4.model.config import ModelConfig
 from localv4.model.loading import read_model_config
 from localv4.model.matrix import Floats, Matrix
 from localv4.model.names import Slice, official_names
-from localv4.storage import Checkpoint
+from localv4.storage import Checkpoint, PackedFolder
 from quant.packed_shard import Leaf, ShardSource
 
 ROOT_SHARD = "embedding-and-head.safetensors"
@@ -59,6 +60,16 @@ class Source:
         return self.checkpoint.path
 
     @property
+    def name(self) -> str:
+        """How the source is called."""
+        return self.path.name
+
+    @property
+    def label(self) -> Path:
+        """What errors about its tensors name."""
+        return self.path
+
+    @property
     def folder(self) -> Path:
         """Where the small files of the model are."""
         return self.path if self.path.is_dir() else self.path.parent
@@ -97,7 +108,13 @@ class Source:
 
 
 def open_source(checkpoint: Checkpoint) -> Source:
-    """Return a checkpoint as a source; raise BadFileError if it is no model that is known."""
+    """Return a checkpoint as a source.
+
+    Raises UsageError for one that is packed: its rows are gone. Raises BadFileError if it is no
+    model that is known.
+    """
+    if isinstance(checkpoint, PackedFolder):
+        raise UsageError(f"{checkpoint.path} is packed already", hint="convert what it was made of")
     table = official_names(checkpoint)
     return Source(checkpoint, table, read_model_config(checkpoint, table))
 

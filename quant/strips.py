@@ -1,7 +1,7 @@
 """Matrices in strips of rows: what a thread converts at a time, whatever the size of the whole."""
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -58,10 +58,10 @@ def is_finite(matrix: Matrix) -> bool:
 
 _MOST_FP4 = 252  # 6 * 2^(252 - 127) is finite
 _MOST_F8 = 246  # 448 * 2^(246 - 127) is finite
-_WORDS = {
-    blocks.F32: (np.dtype("<u4"), 0x7F800000),
-    blocks.F16: (np.dtype("<u2"), 0x7C00),
-    blocks.BF16: (np.dtype("<u2"), 0x7F80),
+_WORDS: Mapping[int, tuple[str, int]] = {
+    blocks.F32: ("<u4", 0x7F800000),
+    blocks.F16: ("<u2", 0x7C00),
+    blocks.BF16: ("<u2", 0x7F80),
 }
 _HALVES = {
     **dict.fromkeys((blocks.Q8_0, blocks.Q4_0, blocks.IQ4_NL), (0,)),

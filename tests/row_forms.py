@@ -106,10 +106,12 @@ def decode(name: str, stored: Bytes, n: int, rope: int) -> Floats:
         codes = np.concatenate([pairs & 15, pairs >> 4], 2)
         values = np.where(codes & 8, -1, 1) * _E2M1[codes & 7]
         k = stored[:, n // 2 :].astype(np.int64) - 127 - 14
-        return np.ldexp(values, k[:, :, None]).reshape(count, n).astype(F32)
+        result: Floats = np.ldexp(values, k[:, :, None]).reshape(count, n).astype(F32)
+        return result
     coded = (n - rope) // 16 * 16
     codes, end = stored[:, :coded], 2 * n - coded
     values = np.where(codes & 128, -1, 1) * _E4M3[codes & 127]
     k = np.repeat(stored[:, end:].astype(np.int64) - 127 - 8, 64, 1)[:, :coded]
     rest = from_bf16(np.ascontiguousarray(stored[:, coded:end]).view(np.uint16))
-    return np.concatenate([np.ldexp(values, k).astype(F32), rest], 1)
+    result = np.concatenate([np.ldexp(values, k).astype(F32), rest], 1)
+    return result

@@ -72,7 +72,7 @@ class Case:
             even * sin + odd * cos,
         )
         if self.rows.index.is_mixed:
-            queries = row_forms.mixed(queries)
+            queries = row_forms.mixed(queries.astype(F32)).astype(np.float64)
         dots = np.maximum(queries @ self.entries[: self.visible(t)].T.astype(np.float64), 0)
         weights: Wide = self.weights[t, : self.heads].astype(np.float64) * FACTOR
         return weights @ dots

@@ -251,6 +251,13 @@ def first_file(**values: Any) -> Callable[[dict[str, Any]], None]:
         (entry(RECORDS, down_format="B16"), "has records of MX4 and B16"),
         (entry(RECORDS, down_format="Q99"), "Q99, which is not known"),
         (without("matrices", RECORDS, "down_format"), "expected the fields"),
+        (entry(RECORDS, experts=[0, 1, 2]), "experts is not a list of its records' numbers"),
+        (entry(RECORDS, experts=[0, 2, 1, 3]), "experts is not a list of its records' numbers"),
+        (entry(RECORDS, experts=[0, 1, 2, True]), "experts is not a list of its records' numbers"),
+        (entry(RECORDS, experts="0123"), "experts is not a list of its records' numbers"),
+        (entry(RECORDS, experts=[0, 1, 2, 1 << 20]), "experts is not a list of its records"),
+        (entry(RECORDS, experts=[0, 1, 2, 4]), "holds 4 experts, expert 3 is not there"),
+        (entry(WQ_A, experts=[0]), "expected the fields cols, format, layout, rows"),
     ],
 )
 def test_a_wrong_manifest(
@@ -299,6 +306,40 @@ def test_records_of_another_network(whole: Path) -> None:
             read.matrix(part.replace("4", "0"), 128, 256)
         with pytest.raises(BadFileError, match="holds 4 experts, expected 3"):
             read.with_records(replace(layer, experts=layer.experts[:3]), 1)
+
+
+def test_records_of_several_tensors(copy: Path) -> None:
+    def divide(document: dict[str, Any]) -> None:
+        entries = document["matrices"]
+        entries[f"{RECORDS}.MX4"] = entries.pop(RECORDS) | {"experts": [0, 1, 2, 3]}
+
+    changed(copy, divide)
+    raw = (copy / SHARD).read_bytes()
+    name = f'"{RECORDS}"'.encode()
+    longer = raw.replace(name, f'"{RECORDS}.MX4"'.encode()).replace(b"}}    ", b"}}", 1)
+    (copy / SHARD).write_bytes(longer)
+    load(copy)
+
+    def double(document: dict[str, Any]) -> None:
+        entries = document["matrices"]
+        entries["layers.0.ffn.experts"]["experts"] = [0, 1, 2, 3]
+        entries["layers.0.ffn.experts.MX4"] = dict(entries["layers.0.ffn.experts"])
+
+    changed(copy, double)
+    first = copy / "layer-00000.safetensors"
+    (copy / "twice.safetensors").write_bytes(
+        first.read_bytes()
+        .replace(b'"layers.0.', b'"layers.8.')
+        .replace(b'"layers.8.ffn.experts"', b'"layers.0.ffn.experts.MX4"', 1)
+        .replace(b"}}    ", b"}}", 1)
+    )
+    size = (copy / "twice.safetensors").stat().st_size
+    sha256 = "0" * 64
+    changed(
+        copy, lambda d: d["files"].update({"twice.safetensors": {"bytes": size, "sha256": sha256}})
+    )
+    with pytest.raises(BadFileError, match=r"holds expert 0, as 'layers\.0\.ffn\.experts' does"):
+        load(copy)
 
 
 # --- crafted shards

@@ -222,10 +222,12 @@ def test_show_names_the_card(tmp_path: Path) -> None:
     assert rows["perplexity @ 64"] == "60.000 ± 0.100, a.txt"
     assert rows["same likeliest token"] == "95.00 ± 1.00 %"
     assert rows["card"] == str(place / "README.md")
+    assert card_page.document(model) == document()
     assert "attention" in rows  # the card is of a model without a manifest
     changed = document() | {"manifest": quality_card.manifest_digest(model)}
     (place / quality_card.FILE).write_text(json.dumps(changed))
     assert "attention" not in dict(card_page.section(model))
     (place / quality_card.FILE).write_text("{")
     assert list(dict(card_page.section(model))) == ["card"]
+    assert card_page.document(model) is None
     assert card_page.section(tmp_path) == []

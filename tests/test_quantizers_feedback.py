@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quant.quantizers import Feedback, Quantized, prepare_feedback, quantize_rows
 from quant.quantizers.choice import GRIDS, choose
-from quant.quantizers.error_feedback import DAMPING, choose_with_feedback
+from quant.quantizers.error_feedback import DAMPING, choose_with_feedback, trust
 from quant.quantizers.grids import AffineGrid, PowerGrid, UniformGrid
 
 Floats = NDArray[np.float32]
@@ -56,7 +56,7 @@ def test_output_is_nearer_than_with_the_best_search(name: str) -> None:
     importance = np.diag(second).astype(np.float32)
     search = quantize_rows(values, name, importance)
     feedback = quantize_rows(
-        values, name, importance, method="feedback", hessian=prepare_feedback(second)
+        values, name, importance, method="feedback", hessian=prepare_feedback(second, np.inf)
     )
     assert feedback.blocks.shape == search.blocks.shape
     before = output_error(values, decoded(search), second).sum()
@@ -67,7 +67,9 @@ def test_output_is_nearer_than_with_the_best_search(name: str) -> None:
 def test_reported_error_is_that_of_the_output(name: str) -> None:
     second, values = moments(256), weights(21, 256)
     damped = second + DAMPING * np.trace(second) / 256 * np.eye(256)
-    result = quantize_rows(values, name, method="feedback", hessian=prepare_feedback(second))
+    result = quantize_rows(
+        values, name, method="feedback", hessian=prepare_feedback(second, np.inf)
+    )
     expected = output_error(values, decoded(result), damped)
     np.testing.assert_allclose(result.row_errors, expected, rtol=2e-3)
 
@@ -87,7 +89,7 @@ def twin_codes(values: Floats, steps: Floats, offsets: Floats, factor: Doubles) 
 @pytest.mark.parametrize("name", ["Q3_K", "Q2_K"])
 def test_codes_follow_the_rule(name: str) -> None:
     second, values = moments(512), weights(16, 512)
-    feedback, grid = prepare_feedback(second), _uniform(name)
+    feedback, grid = prepare_feedback(second, np.inf), _uniform(name)
     chosen = choose_with_feedback(values, grid, feedback, passes=0)
     damped = second + DAMPING * np.trace(second) / 512 * np.eye(512)
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
@@ -103,7 +105,7 @@ def test_codes_follow_the_rule(name: str) -> None:
 @pytest.mark.parametrize("name", ["Q3_K", "Q2_K", "Q4_0"])
 def test_no_code_can_be_improved_alone(name: str) -> None:
     second, values, grid = moments(256), weights(16, 256), _uniform(name)
-    feedback = prepare_feedback(second)
+    feedback = prepare_feedback(second, np.inf)
     plain, chosen = (choose_with_feedback(values, grid, feedback, passes=n) for n in (0, 50))
     assert chosen.errors.sum() < 0.98 * plain.errors.sum()
     damped = second + DAMPING * np.trace(second) / 256 * np.eye(256)
@@ -118,7 +120,7 @@ def test_no_code_can_be_improved_alone(name: str) -> None:
 
 def test_scales_of_the_first_unit_are_those_of_the_search() -> None:
     values, grid = weights(16, 256), _uniform("Q2_K")
-    feedback = prepare_feedback(moments(256))
+    feedback = prepare_feedback(moments(256), np.inf)
     searched = choose(values, grid, feedback.weights)
     chosen = choose_with_feedback(values, grid, feedback)
     for name in ("scales", "minima", "factors", "floors"):
@@ -135,7 +137,7 @@ def test_without_correlation_it_is_the_search() -> None:
     importance = np.exp(np.random.default_rng(0).standard_normal(256))
     values = weights(20, 256)
     damped = importance + DAMPING * importance.mean()
-    feedback = prepare_feedback(np.diag(importance))
+    feedback = prepare_feedback(np.diag(importance), np.inf)
     np.testing.assert_allclose(feedback.weights * feedback.scale, damped, rtol=1e-5)
     for name in TYPES:
         alone = quantize_rows(values, name, feedback.weights)
@@ -144,7 +146,7 @@ def test_without_correlation_it_is_the_search() -> None:
 
 
 def test_without_second_moments_and_for_mxfp4_it_is_the_search() -> None:
-    values, feedback = weights(4, 256), prepare_feedback(moments(256))
+    values, feedback = weights(4, 256), prepare_feedback(moments(256), np.inf)
     searched = quantize_rows(values, "Q3_K")
     fed = quantize_rows(values, "Q3_K", method="feedback")
     np.testing.assert_array_equal(fed.blocks, searched.blocks)
@@ -154,7 +156,7 @@ def test_without_second_moments_and_for_mxfp4_it_is_the_search() -> None:
 
 
 def test_rows_are_independent_of_company_and_threads() -> None:
-    values, feedback = weights(37, 512), prepare_feedback(moments(512))
+    values, feedback = weights(37, 512), prepare_feedback(moments(512), np.inf)
 
     def quantize(first: int, end: int) -> Quantized:
         return quantize_rows(values[first:end], "Q3", method="feedback", hessian=feedback)
@@ -168,7 +170,7 @@ def test_rows_are_independent_of_company_and_threads() -> None:
 
 
 def test_values_beyond_the_format_become_its_largest() -> None:
-    values, feedback = weights(4, 256), prepare_feedback(moments(256))
+    values, feedback = weights(4, 256), prepare_feedback(moments(256), np.inf)
     values[1, 7] = 3e30
     result = quantize_rows(values, "Q4_0", method="feedback", hessian=feedback)
     assert np.isfinite(decoded(result)).all()
@@ -177,20 +179,48 @@ def test_values_beyond_the_format_become_its_largest() -> None:
 
 def test_second_moments_are_checked() -> None:
     with pytest.raises(ValueError, match="square"):
-        prepare_feedback(np.ones((4, 5)))
+        prepare_feedback(np.ones((4, 5)), np.inf)
     with pytest.raises(ValueError, match="finite"):
-        prepare_feedback(np.full((4, 4), np.nan))
+        prepare_feedback(np.full((4, 4), np.nan), np.inf)
     with pytest.raises(ValueError, match="semidefinite"):
-        prepare_feedback(np.array([[1.0, 5.0], [5.0, 1.0]]))
-    feedback = prepare_feedback(moments(256))
+        prepare_feedback(np.array([[1.0, 5.0], [5.0, 1.0]]), np.inf)
+    feedback = prepare_feedback(moments(256), np.inf)
     with pytest.raises(ValueError, match="256 columns, not 512"):
         quantize_rows(weights(1, 512), "Q4", method="feedback", hessian=feedback)
 
 
 def test_activations_that_never_were_give_plain_feedback() -> None:
-    feedback = prepare_feedback(np.zeros((256, 256)))
+    feedback = prepare_feedback(np.zeros((256, 256)), np.inf)
     assert isinstance(feedback, Feedback)
     values = weights(4, 256)
     fed = quantize_rows(values, "Q4_K", method="feedback", hessian=feedback)
     np.testing.assert_array_equal(fed.blocks, quantize_rows(values, "Q4_K").blocks)
     assert fed.squared_error == 0
+
+
+def test_few_activations_are_believed_less() -> None:
+    second = moments(256)
+    believed = []
+    for tokens in (0, 64, 256, 4096, np.inf):
+        factor = prepare_feedback(second, tokens).factor
+        believed.append(np.abs(np.triu(factor, 1)).sum())
+    assert believed[0] == 0
+    assert (np.diff(believed) > 0).all()
+    assert trust(256, 256) == pytest.approx(1 / 3)
+    assert trust(256, np.inf) == 1
+
+
+def test_chance_is_not_taken_for_correlation() -> None:
+    x = activations(256, 256, seed=9)
+    second, values = moments(256), weights(32, 256)
+    learnt = x.T @ x / len(x)
+    doubting = prepare_feedback(learnt, len(x))
+    believing = prepare_feedback(learnt, np.inf)
+    errors = [
+        output_error(values, decoded(found), second).sum()
+        for found in (
+            quantize_rows(values, "Q3", method="feedback", hessian=feedback)
+            for feedback in (doubting, believing)
+        )
+    ]
+    assert errors[0] < 0.95 * errors[1]

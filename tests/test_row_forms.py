@@ -6,7 +6,6 @@ import pytest
 import row_forms as twin
 from reference_packed import address
 
-from localv4.kernels import row_forms
 from localv4.kernels.row_forms import BF16_ROWS, E2M1_ROWS, E4M3_ROWS, F32_ROWS, RowForm
 from localv4.kernels.simd import store_f32
 
@@ -23,7 +22,7 @@ SHAPES = [(512, 64), (128, 64), (96, 10), (32, 0), (64, 64), (480, 24)]
 def _encoder(form: RowForm):  # type: ignore[no-untyped-def]
     encode = form.encode
 
-    @numba.njit
+    @numba.njit  # type: ignore[untyped-decorator]
     def run(row: int, source: int, n: int, rope: int) -> None:
         encode(row, source, n, rope)
 
@@ -33,7 +32,7 @@ def _encoder(form: RowForm):  # type: ignore[no-untyped-def]
 def _reader(form: RowForm):  # type: ignore[no-untyped-def]
     load = form.load
 
-    @numba.njit
+    @numba.njit  # type: ignore[untyped-decorator]
     def run(out: int, row: int, n: int, rope: int) -> None:
         for channel in range(0, n, 16):
             store_f32(out + 4 * channel, load(row, channel, n, rope))
@@ -118,4 +117,3 @@ def test_mixing_keeps_products() -> None:
     for n in (32, 96, 128):
         x, y = rng.standard_normal((2, 7, n)).astype(F32)
         np.testing.assert_allclose(twin.mixed(x) @ twin.mixed(y).T, x @ y.T, atol=1e-4)
-        assert row_forms.mixed_block.py_func(n) == n & -n

@@ -27,7 +27,7 @@ from localv4.engine.benchmark import trace
 from localv4.engine.engine import Engine
 from localv4.engine.memory import MemoryOptions
 from localv4.model.fast import FastTransformer
-from localv4.planning.forecast import Forecast, make_forecast
+from localv4.planning.forecast import PROMPT_TOKENS, Forecast, make_forecast
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.hit_rate import CountedRouting
 from localv4.planning.machine import Machine
@@ -59,6 +59,7 @@ class Row:
     forecast: Forecast
     achieved: float
     missed_bytes: float
+    prompt: float
 
     @property
     def error(self) -> float:
@@ -142,6 +143,17 @@ class Decoder:
         self._done += count
         return time.perf_counter() - start
 
+    def read_prompt(self, count: int) -> float:
+        """Read a prompt of `count` tokens twice; return the seconds of the second time."""
+        ids = trace(self.engine.config.vocab_size, count)
+        seconds = 0.0
+        for _ in range(2):
+            session = self.engine.new_session()
+            start = time.perf_counter()
+            session.extend(ids)
+            seconds = time.perf_counter() - start
+        return seconds
+
     @property
     def bytes_read(self) -> int:
         """What tokens lacked so far, in bytes of experts."""
@@ -178,8 +190,9 @@ def _measure(
     before = decoder.bytes_read
     seconds = decoder.decode(options.tokens)
     missed = (decoder.bytes_read - before) / options.tokens
+    prompt_s = decoder.read_prompt(PROMPT_TOKENS)
     decoder.network.close()
-    return Row(case, plan, forecast, options.tokens / seconds, missed)
+    return Row(case, plan, forecast, options.tokens / seconds, missed, PROMPT_TOKENS / prompt_s)
 
 
 def _line(row: Row) -> str:
@@ -196,16 +209,17 @@ def _table(rows: Sequence[Row], machine: Machine) -> str:
     lines = [
         f"Read roof {machine.read_bytes_s / 1e9:.1f} GB/s, disk {disk}, {machine.cores} cores.",
         "",
-        "| experts in memory | io | predicted tok/s | achieved | error | MB missed: predicted "
-        "| MB missed | bound by |",
-        "|--:|---|--:|--:|--:|--:|--:|---|",
+        "| experts in memory | mode | tok/s predicted | achieved | error | MB missed, predicted "
+        "| achieved | prompt tok/s predicted | achieved | error |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         lines.append(
             f"| {100 * row.plan.resident_share:.0f} % | {row.plan.mode} "
             f"| {row.forecast.decode.likely:.2f} | {row.achieved:.2f} | {100 * row.error:+.0f} % "
             f"| {row.forecast.missed_bytes / 1e6:.1f} | {row.missed_bytes / 1e6:.1f} "
-            f"| {row.forecast.bottleneck} |"
+            f"| {row.forecast.prefill.likely:.0f} | {row.prompt:.0f} "
+            f"| {100 * (row.forecast.prefill.likely / row.prompt - 1):+.0f} % |"
         )
     return "\n".join(lines)
 

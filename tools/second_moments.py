@@ -73,10 +73,10 @@ def record(path: Path, text: str, tokens: int) -> list[Met]:
     recorder = Recorder(network.weights)
     recording = Transformer(network.config, network.weights, recorder)
     ids = np.array(engine.tokenizer.encode(text)[:tokens], np.int64)
-    for start in range(0, len(ids), WINDOW):
-        recorder.part = int(start >= len(ids) // 2)
-        state = State(network.config, 2 * CHUNK)
-        for first in range(start, min(start + WINDOW, len(ids)), CHUNK):
-            chunk = ids[first : min(first + CHUNK, start + WINDOW)]
-            recording.logits(recording.forward(chunk, state))
+    for recorder.part, half in enumerate(np.array_split(ids, 2)):
+        for start in range(0, len(half), WINDOW):
+            window = half[start : start + WINDOW]
+            state = State(network.config, 2 * CHUNK)
+            for first in range(0, len(window), CHUNK):
+                recording.logits(recording.forward(window[first : first + CHUNK], state))
     return list(recorder.met.values())

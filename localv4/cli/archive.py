@@ -104,8 +104,9 @@ class Archive:
             used=time,
         )
 
-    def _hold(self, session: SavedSession, timeout_s: float = 0) -> None:
-        lock = self.saved.claim(session.name, timeout_s)
+    def _hold(self, session: SavedSession) -> None:
+        """Hold a conversation that is new, or a copy, instead of the present one."""
+        lock = self.saved.claim(session.name, 0)
         self.release()
         self.held, self._lock = session, lock
 
@@ -130,9 +131,18 @@ class Archive:
 
     def open(self, name: str) -> SavedSession:
         """Hold a saved conversation instead of the present one; return it as it was written."""
-        found = self.saved.read(name)
-        if self.held is None or self.held.name != found.name:
-            self._hold(found)
+        if self.held is not None and self.held.name == checked_name(name):
+            return self.saved.read(name)
+        if not self.saved.exists(name):
+            self.saved.read(name)  # raises the error that says so, and leaves no lock behind
+        lock = self.saved.claim(name, 0)
+        try:
+            found = self.saved.read(name)  # not before: its holder may just have written it
+        except LocalV4Error:
+            lock.release()
+            raise
+        self.release()
+        self.held, self._lock = found, lock
         return found
 
     def rename(self, name: str, conversation: Conversation, session: "Session") -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from localv4.cli.generation import format_bytes
 from localv4.errors import BadFileError, NotFoundError
@@ -59,6 +59,16 @@ def section(model: Path) -> list[tuple[str, str]]:
     if card.manifest != manifest_digest(model):
         rows.append(("attention", "measured before the model was changed"))
     return [*rows, ("card", str(folder / "README.md"))]
+
+
+def document(model: Path) -> dict[str, Any] | None:
+    """Return the quality card of a model for JSON, None where it has none that can be read."""
+    from localv4.engine.quality_card import card_folder, read_card
+
+    try:
+        return read_card(card_folder(model)).model_dump(mode="json", by_alias=True)
+    except (NotFoundError, BadFileError):
+        return None
 
 
 def plain(text: str) -> str:

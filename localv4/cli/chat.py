@@ -26,6 +26,7 @@ def chat(
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
+    kv: options.KvRows = None,
     trace_routes: options.TraceRoutes = None,
     system: options.System = None,
     session: options.SessionName = None,
@@ -50,11 +51,7 @@ def chat(
     Commands begin with a slash: /help lists them. Ctrl-C stops an answer, Ctrl-D leaves. What is
     said is kept for --continue and /load, unless LOCALV4_NOHISTORY=1 is set.
     """
-    if not (terminal.is_terminal(sys.stdin) and terminal.is_terminal(sys.stdout)):
-        raise UsageError(
-            "chat needs a terminal for both input and output",
-            hint='in scripts and pipes: localv4 run "PROMPT"',
-        )
+    _check_terminal()
     if session is not None and resume:
         raise UsageError("--session contradicts --continue")
     thinking, effort = options.thinking_mode(think, think_effort)
@@ -62,20 +59,17 @@ def chat(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
 
-    from localv4.cli import loading, session_commands
+    from localv4.cli import loading
     from localv4.cli.archive import open_archive
     from localv4.cli.repl import Chat
-    from localv4.engine.saved_sessions import checked_name
 
-    if session is not None:
-        session = checked_name(session)
     loaded = loading.load_engine(
         options.one_of(model_argument, model, "--model"),
         ctx_size=ctx_size,
         threads=threads,
         pin=pin,
         numerics=numerics.value,
-        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch),
+        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv),
         quiet=quiet,
         no_color=no_color,
     )
@@ -90,16 +84,31 @@ def chat(
         stats=stats,
         archive=open_archive(loaded),
     )
-    if resume:
-        session_commands.resume(talking)
-    elif session is not None:
-        session_commands.enter(talking, session)
-    if system is not None:
-        talking.conversation.system = system
+    _find_conversation(talking, resume, session, system)
     with ExitStack() as stack:
         if trace_routes is not None:
             stack.enter_context(loaded.record_routes(trace_routes))
         talk(talking, no_color=no_color)
+
+
+def _check_terminal() -> None:
+    if not (terminal.is_terminal(sys.stdin) and terminal.is_terminal(sys.stdout)):
+        raise UsageError(
+            "chat needs a terminal for both input and output",
+            hint='in scripts and pipes: localv4 run "PROMPT"',
+        )
+
+
+def _find_conversation(chat: "Chat", resume: bool, session: str | None, system: str | None) -> None:
+    """Make a saved conversation the present one, if that was asked for."""
+    from localv4.cli import session_commands
+
+    if resume:
+        session_commands.resume(chat)
+    elif session is not None:
+        session_commands.enter(chat, session)
+    if system is not None:
+        chat.conversation.system = system
 
 
 def talk(chat: "Chat", *, no_color: bool) -> None:

@@ -120,7 +120,7 @@ def _document(
     from localv4.engine.quality_card import manifest_digest
 
     engine = loaded.engine
-    results = [evaluate_ppl.measure(engine, part, floor_windows, progress) for part in cuts]
+    results = evaluate_ppl.measure_all(engine, cuts, floor_windows, progress)
     return {
         "schema": evaluation.SCHEMA,
         "tool": f"localv4 {__version__}",
@@ -131,10 +131,7 @@ def _document(
         "manifest": manifest_digest(loaded.model.path),
         "text": text.document,
         "bos": cuts[0].bos is not None,
-        "perplexity": [
-            evaluate_ppl.result_document(part, found)
-            for part, found in zip(cuts, results, strict=True)
-        ],
+        "perplexity": [evaluate_ppl.result_document(part, found) for part, found in results],
         "base": base and _base_document(engine, base, cuts[0], floor_windows, progress),
     }
 

@@ -1,5 +1,6 @@
 """`localv4 eval logits`: what a model predicts, as a file for others to compare with."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from localv4.engine.windows import Windows
 
 Report = Callable[[int, int], None]
+
+ROWS_WAITING = 256
+"""Rows on their way to the disk: 66 MB for a vocabulary of 129,280."""
 
 
 def _option(*names: str, panel: str, **rest: Any) -> Any:
@@ -148,10 +152,12 @@ def _write_base(engine: "Engine", windows: "Windows", path: Path, report: Report
     from localv4.engine.scoring import logits_rows
 
     vocab = engine.config.vocab_size
+    room = threading.Semaphore(ROWS_WAITING)  # the disk may be slower than the model
 
     def rows() -> "Iterator[NDArray[np.uint16]]":
         for index in range(len(windows)):
             for row in logits_rows(engine, windows.inputs(index), windows.first):
+                room.acquire()
                 yield logits_file.encode(row)
             report(index + 1, len(windows))
 
@@ -161,3 +167,4 @@ def _write_base(engine: "Engine", windows: "Windows", path: Path, report: Report
         for row in worker.stream(rows):
             if row is not None:
                 file.write(row.tobytes())
+                room.release()

@@ -39,6 +39,7 @@ def ppl(
     threads: options.Threads = None,
     pin: options.Pin = False,
     numerics: options.Numerics = options.Arithmetic.FAST,
+    kv: options.KvRows = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -53,19 +54,30 @@ def ppl(
 
     from localv4.cli.progress import Progress
 
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv)
     engine = loaded.engine
     tokens = evaluation.tokenize(engine, text, file)
     cuts = [evaluation.cut_text(engine, tokens, size, windows, bos, stride) for size in sizes]
     with Progress(quiet=quiet, no_color=no_color) as progress:
-        found = [(part, measure(engine, part, floor_windows, progress)) for part in cuts]
+        found = measure_all(engine, cuts, floor_windows, progress)
     if as_json:
         print_json(_document(loaded, tokens, stride, found))
     else:
         _print(loaded, tokens, found, no_color)
 
 
-def measure(
+def measure_all(
+    engine: "Engine", cuts: "list[Windows]", floor_windows: int, progress: "Progress"
+) -> "list[tuple[Windows, Perplexity]]":
+    """Measure windows of several sizes, the largest first: buffers get their size once."""
+    found = {
+        part.size: _measure(engine, part, floor_windows, progress)
+        for part in sorted(cuts, key=lambda part: -part.size)
+    }
+    return [(part, found[part.size]) for part in cuts]
+
+
+def _measure(
     engine: "Engine", windows: "Windows", floor_windows: int, progress: "Progress"
 ) -> "Perplexity":
     """Measure the perplexity in windows of one size, with progress; Ctrl-C is seen at once."""

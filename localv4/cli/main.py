@@ -10,6 +10,7 @@ import typer
 
 from localv4 import __version__
 from localv4.cli import (
+    batch,
     bench,
     chat,
     doctor,
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 app.command("run", cls=Command)(run.run)
 app.command("chat", cls=Command)(chat.chat)
+app.command("batch", cls=Command)(batch.batch)
 app.command("pull", cls=Command)(pull.pull)
 app.command("quantize", cls=Command)(quantize.quantize)
 app.command("list", cls=Command)(models.list_models)

@@ -38,6 +38,14 @@ class IoWay(StrEnum):
     BUFFERED = "buffered"
 
 
+class Kv(StrEnum):
+    """How compressed rows of the context are stored."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    COMPACT = "compact"
+
+
 class Caching(StrEnum):
     """Which experts stay in memory."""
 
@@ -168,6 +176,14 @@ Prefetch = Annotated[
         help="Read what the next layer may need while that makes tokens faster.",
     ),
 ]
+KvRows = Annotated[
+    Kv | None,
+    _option(
+        "--kv",
+        panel="Memory",
+        help="How the compressed context is stored; compact: FP8 and FP4. Default: f32.",
+    ),
+]
 TraceRoutes = Annotated[
     Path | None,
     _option(
@@ -228,6 +244,17 @@ Raw = Annotated[
 System = Annotated[
     str | None, _option("-s", "--system", panel="Prompt", metavar="TEXT", help="System prompt.")
 ]
+
+
+def _session_name(value: str | None) -> str | None:
+    """Judge the name of a session long before a model is loaded."""
+    if value is None:
+        return None
+    from localv4.engine.saved_sessions import checked_name
+
+    return checked_name(value)
+
+
 SessionName = Annotated[
     str | None,
     _option(
@@ -235,6 +262,7 @@ SessionName = Annotated[
         panel="Prompt",
         metavar="NAME",
         env=False,
+        callback=_session_name,
         help="Go on with the saved conversation of this name, or begin it.",
     ),
 ]
@@ -363,6 +391,7 @@ def memory_options(
     policy: Caching,
     readers: int | None,
     prefetch: bool,
+    kv: Kv | None = None,
 ) -> "MemoryOptions":
     """Return what was said about memory. Raises UsageError for what is no size."""
     from localv4.cli.sizes import parse_bytes
@@ -375,6 +404,7 @@ def memory_options(
         policy=policy.value,
         readers=readers,
         prefetch=prefetch,
+        kv=kv.value if kv is not None else None,
     )
 
 

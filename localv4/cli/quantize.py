@@ -115,7 +115,7 @@ def quantize(
 
         statistics = read_imatrix(imatrix)
         mark = hashlib.sha256(imatrix.read_bytes()).hexdigest()
-    with _opened(source, source_streaming) as (opened, base_name):
+    with _opened(source, source_streaming, output, quiet) as (opened, base_name):
         task = Task(opened, chosen, threads or usable_processors(), statistics, mark)
         is_gguf = form is OutputForm.GGUF
         work, target = _work(task, output, base_name, is_gguf, split_bytes)
@@ -153,14 +153,17 @@ def _work(
 
 
 @contextmanager
-def _opened(reference: str, is_streamed: bool) -> "Iterator[tuple[Source, str]]":
+def _opened(
+    reference: str, is_streamed: bool, output: Path | None, quiet: bool
+) -> "Iterator[tuple[Source, str]]":
     """Open what is converted; give it with the name that its forms have in the folder of models."""
     from quant.source import open_source
 
     if is_streamed:
         from localv4.cli.quantize_streaming import opened_on_hub
 
-        with opened_on_hub(reference) as found:
+        scratch = output.absolute().parent if output is not None else None
+        with opened_on_hub(reference, scratch, quiet) as found:
             yield found
         return
     from localv4.library.installed import resolve

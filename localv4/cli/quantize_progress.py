@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 10.0
 DRAW_EVERY_S = 0.1
-LEAST_S = 2.0
-"""Before that a speed says nothing."""
+WINDOW_S = 60.0
+"""The speed is that of the last minute: the first part waits for the compiler."""
 
 
 class QuantizeProgress:
@@ -28,9 +29,12 @@ class QuantizeProgress:
         self._shows_bar = terminal.can_move_cursor(sys.stderr)
         self._bar: Bar | None = None
         self._task: TaskID | None = None
-        self._start = time.monotonic()
-        self._done_at_start: int | None = None
-        self._next_at = self._start + (DRAW_EVERY_S if self._shows_bar else LINE_EVERY_S)
+        self._seen: deque[tuple[float, int]] = deque()
+        self._next_at = time.monotonic() + self._pause
+
+    @property
+    def _pause(self) -> float:
+        return DRAW_EVERY_S if self._shows_bar else LINE_EVERY_S
 
     def __enter__(self) -> Self:
         return self
@@ -46,28 +50,32 @@ class QuantizeProgress:
 
     def __call__(self, progress: "Progress") -> None:
         """Show how far the conversion is, if it is time to."""
-        if self._done_at_start is None:
-            self._done_at_start = progress.bytes_done
         now = time.monotonic()
+        if not self._seen:
+            self._seen.append((now, progress.bytes_done))
         if self._quiet or now < self._next_at:
             return
-        self._next_at = now + (DRAW_EVERY_S if self._shows_bar else LINE_EVERY_S)
-        text = self._text(progress, now - self._start)
+        self._next_at = now + self._pause
+        self._seen.append((now, progress.bytes_done))
+        while len(self._seen) > 2 and now - self._seen[0][0] > WINDOW_S:
+            self._seen.popleft()
+        text = self._text(progress)
         if self._shows_bar:
             self._draw(text, progress)
         else:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
-    def _text(self, progress: "Progress", seconds: float) -> str:
+    def _text(self, progress: "Progress") -> str:
         from localv4.cli.generation import format_bytes
 
         parts = [
             f"{format_bytes(progress.bytes_done)} of {format_bytes(progress.bytes_total)}",
             f"{progress.files_done} of {progress.files_total} files",
         ]
-        done = progress.bytes_done - (self._done_at_start or 0)
-        if seconds > LEAST_S and done > 0:
+        (first_at, first), (last_at, last) = self._seen[0], self._seen[-1]
+        done, seconds = last - first, last_at - first_at
+        if done > 0 and seconds > 1:
             left = (progress.bytes_total - progress.bytes_done) * seconds / done
             parts.append(f"{format_bytes(int(done / seconds))}/s")
             parts.append(f"{format_duration(left)} left")

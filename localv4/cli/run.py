@@ -61,6 +61,7 @@ def run(
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
+    kv: options.KvRows = None,
     trace_routes: options.TraceRoutes = None,
     prompt_option: options.PromptOption = None,
     file: options.PromptFile = None,
@@ -89,13 +90,11 @@ def run(
 ) -> None:
     """Answer one prompt: an argument, a file and stdin, joined by blank lines.
 
-    stdout carries the answer and nothing else. On a terminal, reasoning is
-    shown dimmed before the answer; a pipe gets the answer alone (all of it
-    with --format human), and --format json has both as fields.
+    stdout carries the answer and nothing else. On a terminal, reasoning is shown dimmed before the
+    answer; a pipe gets the answer alone (all of it with --format human), JSON has both as fields.
     """
     from localv4.cli import inputs, loading
     from localv4.cli.conversation import read_tools
-    from localv4.engine.saved_sessions import checked_name
 
     given = options.one_of(prompt, prompt_option, "--prompt")
     thinking, effort = options.thinking_mode(think, think_effort)
@@ -104,8 +103,6 @@ def run(
     values = options.sampling_values(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
-    if session is not None:
-        session = checked_name(session)
     known_tools = tuple(read_tools(tools)) if tools is not None else ()
     text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
     loaded = loading.load_engine(
@@ -114,7 +111,7 @@ def run(
         threads=threads,
         pin=pin,
         numerics=numerics.value,
-        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch),
+        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv),
         quiet=quiet,
         no_color=no_color,
     )

@@ -42,11 +42,13 @@ def show(
         _show_known(name, registry.models[name], error.hint, wants_json, no_color)
         return
 
+    from localv4.cli import card_page
     from localv4.cli.description import describe
 
     description = describe(found)
     if wants_json:
-        print_json(description.document(tensors=tensors))
+        quality = card_page.document(found.path)
+        print_json({**description.document(tensors=tensors), "quality": quality})
     else:
         _print_description(description, tensors, no_color)
 

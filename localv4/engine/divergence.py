@@ -157,7 +157,7 @@ def compare(log_p: Row, base: Row, target: int, least_log_p: float = -np.inf) ->
     if least_log_p > -np.inf:
         weights[base <= least_log_p] = 0.0
     return Comparison(
-        float(weights @ (base - log_p)),
+        float((weights * (base - log_p)).sum()),
         bool(log_p.argmax() == base.argmax()),
         -float(log_p[target]),
         -float(base[target]),

@@ -6,6 +6,7 @@ time where queries are multiplied with them, and CHANNELS channels at a time whe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from localv4.kernels.attend import (
     KEY_BLOCK,
@@ -37,13 +38,21 @@ _tile_floats = stack_floats(TILE_ROWS * MOST_CHANNELS)
 _tile_addresses = stack_floats(2 * TILE_ROWS)
 
 
+Score = Callable[[int, int, int, int, int, int, int, int], None]
+SumValues = Callable[[int, int, int, int, int, int, int, int], None]
+
+
+AttendOne = Callable[[int, int, int, int, int, int, int], None]
+Operation = Callable[[int, int, int], None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AttendKeys:
-    """What operations share out: (operation, member, members)."""
+    """The functions of the operations that read keys, with entries of one form."""
 
-    scores: Callable[[int, int, int], None]
-    values: Callable[[int, int, int], None]
-    many: Callable[[int, int, int], None]
+    scores: Operation
+    values: Operation
+    attend: Operation
 
 
 @device
@@ -51,6 +60,40 @@ def float_count(operation: int, t: int) -> int:
     """Return how many keys of token t, copies of the last one included, lie in its window."""
     raw, count = window_count(operation, t), key_count(operation, t)
     return raw if raw < count else count + TILE_ROWS
+
+
+@device
+def find_keys(
+    operation: int, t: int, scratch: int, heads: int, n: int, entry_row: int, first: int, end: int
+) -> None:
+    """Write the addresses of tiles of keys to their rows; behind the last key its copies.
+
+    entry_row: bytes of an entry.
+    """
+    row = lane_row(heads)
+    keys, last = keys_of(scratch, heads, n) + row, key_count(operation, t) - 1
+    for j in range(first * TILE_ROWS, end * TILE_ROWS):
+        key = key_address(operation, t, min(j, last), 4 * n, entry_row)
+        write_i64(keys + j * (row + LINE), key)
+
+
+@device
+def score_tile(
+    scratch: int, at: int, row: int, n: int, keys: Any, next_keys: Any, ahead: int
+) -> None:
+    """Write the scores of a tile of keys to its rows at `at`; keys: where its float32 are.
+
+    Of the next keys, `ahead` bytes are asked for with each LANES channels.
+    """
+    key_row = row + LINE
+    for v in range(0, row // 64, TILE_VECTORS):
+        sums = _zeros()
+        for line in range(0, n, LANES):
+            _prefetch(next_keys, line // LANES * ahead)
+            for channel in range(line, line + LANES, STEP):
+                queries = scratch + channel * row + 64 * v
+                sums = _add_channels(sums, queries, row, keys, 4 * channel)
+        _store(at + 64 * v, key_row, sums)
 
 
 @device
@@ -77,24 +120,19 @@ def add_slots(scratch: int, keys: int, slot: int, row: int, first: int, count: i
 
 def attend_keys(form: RowForm) -> AttendKeys:
     """Make the functions for one form of entries."""
-    stride, read, is_plain = form.stride, form.load, form.is_plain
+    score, sum_values = _scorer(form), _summer(form)
+    attend = _share_tokens(_attend_one(score, sum_values))
+    return AttendKeys(_share_scores(score), _share_values(sum_values), attend)
 
-    @device
-    def find_keys(
-        operation: int, t: int, scratch: int, heads: int, n: int, rope: int, first: int, end: int
-    ) -> None:
-        """Write the addresses of tiles of keys to their rows; behind the last key its copies."""
-        row, entry_row = lane_row(heads), stride(n, rope)
-        keys, last = keys_of(scratch, heads, n) + row, key_count(operation, t) - 1
-        for j in range(first * TILE_ROWS, end * TILE_ROWS):
-            key = key_address(operation, t, min(j, last), 4 * n, entry_row)
-            write_i64(keys + j * (row + LINE), key)
+
+def _scorer(form: RowForm) -> Score:
+    stride, read, is_plain = form.stride, form.load, form.is_plain
 
     @device
     def read_tile(
         places: int, out: int, keys: int, key_row: int, raw: int, n: int, rope: int
     ) -> None:
-        """Write the addresses of float32 of a tile of keys: the first `raw` of them are where they are."""
+        """Write where the float32 of a tile of keys are: the first `raw` have them."""
         for i in range(TILE_ROWS):
             key = read_i64(keys + i * key_row)
             if i >= raw:
@@ -105,11 +143,12 @@ def attend_keys(form: RowForm) -> AttendKeys:
             write_i64(places + 8 * i, key)
 
     @device
-    def score_keys(
-        scratch: int, heads: int, n: int, rope: int, raw: int, first: int, end: int
+    def score(
+        operation: int, t: int, scratch: int, heads: int, n: int, rope: int, first: int, end: int
     ) -> None:
-        """Write the scores of tiles of keys, of which the first `raw` keys are float32."""
-        row = lane_row(heads)
+        """Find and score tiles of keys of token t."""
+        find_keys(operation, t, scratch, heads, n, stride(n, rope), first, end)
+        row, raw = lane_row(heads), float_count(operation, t)
         key_row, ahead = row + LINE, stride(n, rope) * LANES // n
         floats, places = _tile_floats(), _tile_addresses()
         for tile in range(first, end):
@@ -120,14 +159,13 @@ def attend_keys(form: RowForm) -> AttendKeys:
                 own = raw - tile * TILE_ROWS
                 read_tile(places, floats, at + row, key_row, own, n, rope)
                 keys = _addresses(places, 8)
-            for v in range(0, row // 64, TILE_VECTORS):
-                sums = _zeros()
-                for line in range(0, n, LANES):
-                    _prefetch(next_keys, line // LANES * ahead)
-                    for channel in range(line, line + LANES, STEP):
-                        queries = scratch + channel * row + 64 * v
-                        sums = _add_channels(sums, queries, row, keys, 4 * channel)
-                _store(at + 64 * v, key_row, sums)
+            score_tile(scratch, at, row, n, keys, next_keys, ahead)
+
+    return score
+
+
+def _summer(form: RowForm) -> SumValues:
+    read = form.load
 
     @device
     def add_values(
@@ -166,6 +204,10 @@ def attend_keys(form: RowForm) -> AttendKeys:
             for first in range(start, end, CHANNELS):
                 add_values(scratch, at, slot, row, n, rope, first, raw - j, some)
 
+    return sum_values
+
+
+def _share_scores(score: Score) -> Operation:
     @device
     def scores(operation: int, member: int, members: int) -> None:
         """Multiply the queries of one token with its keys.
@@ -174,16 +216,19 @@ def attend_keys(form: RowForm) -> AttendKeys:
         scratch, pairs.
         """
         heads, n, scratch = word(operation, 10), word(operation, 11), word(operation, 12)
-        rope, raw = 2 * word(operation, 13), float_count(operation, 0)
+        rope = 2 * word(operation, 13)
         tiles = (key_count(operation, 0) + TILE_ROWS - 1) // TILE_ROWS
         chunk = chunk_groups(tiles, members)
         first = take_chunk(operation) * chunk
         while first < tiles:
             end = min(first + chunk, tiles)
-            find_keys(operation, 0, scratch, heads, n, rope, first, end)
-            score_keys(scratch, heads, n, rope, raw, first, end)
+            score(operation, 0, scratch, heads, n, rope, first, end)
             first = take_chunk(operation) * chunk
 
+    return scores
+
+
+def _share_values(sum_values: SumValues) -> Operation:
     @device
     def values(operation: int, member: int, members: int) -> None:
         """Sum the values of one token and turn them back.
@@ -204,21 +249,34 @@ def attend_keys(form: RowForm) -> AttendKeys:
                 finish_values(out, scratch, first, heads, n, cos, sin, pairs)
             start = take_chunk(operation) * chunk
 
+    return values
+
+
+def _attend_one(score: Score, sum_values: SumValues) -> AttendOne:
     @device
     def attend_one(
-        operation: int, t: int, scratch: int, heads: int, n: int, rope: int, sinks: int
+        operation: int,
+        t: int,
+        scratch: int,
+        heads: int,
+        n: int,
+        rope: int,
+        sinks: int,
     ) -> None:
-        """Replace the query of token t, in lanes of the scratch memory, by the sums of its values."""
+        """Replace the query of token t, in lanes of scratch memory, by the sums of its values."""
         row, raw, count = lane_row(heads), float_count(operation, t), key_count(operation, t)
         tiles, keys = (count + TILE_ROWS - 1) // TILE_ROWS, keys_of(scratch, heads, n)
-        find_keys(operation, t, scratch, heads, n, rope, 0, tiles)
-        score_keys(scratch, heads, n, rope, raw, 0, tiles)
+        score(operation, t, scratch, heads, n, rope, 0, tiles)
         for v in range(row // 64):
             softmax(keys + 64 * v, row + LINE, count, load_f32(sinks + 64 * v))
         sum_values(scratch, heads, n, rope, raw, count, 0, n)
 
+    return attend_one
+
+
+def _share_tokens(attend_one: AttendOne) -> Operation:
     @device
-    def many(operation: int, member: int, members: int) -> None:
+    def attend(operation: int, member: int, members: int) -> None:
         """Replace the raw queries of each token by the output of its attention.
 
         Words: context, span, ratio, counts, chosen, top_k, window, capacity, entries, x, its row
@@ -241,4 +299,4 @@ def attend_keys(form: RowForm) -> AttendKeys:
                 finish_values(own, scratch, first, heads, n, cos, sin, pairs)
             t = take_chunk(operation)
 
-    return AttendKeys(scores, values, many)
+    return attend

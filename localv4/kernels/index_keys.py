@@ -42,13 +42,20 @@ _TILES_AHEAD = 8
 """How far ahead of its reads a tile asks for memory."""
 
 
+Prepare = Callable[[int, int, int, int, int, int, int, int, np.float32, int], None]
+Score = Callable[[int, int, int, int, int, int, int], None]
+
+
+Operation = Callable[[int, int, int], None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class IndexKeys:
-    """What operations share out: (operation, member, members)."""
+    """The functions of the operations that read entries of one form, or what suits them."""
 
-    query: Callable[[int, int, int], None]
-    scores: Callable[[int, int, int], None]
-    many: Callable[[int, int, int], None]
+    query: Operation
+    scores: Operation
+    choose: Operation
 
 
 @device
@@ -70,8 +77,12 @@ def mix_heads(at: int, row: int, n: int) -> None:
 
 def index_keys(form: RowForm) -> IndexKeys:
     """Make the functions for one form of entries."""
-    stride, read = form.stride, form.load
-    is_plain, is_mixed = form.is_plain, form.is_mixed
+    prepare, score = _preparer(form), _scorer(form)
+    return IndexKeys(_share_query(prepare), _share_scores(score), _share_tokens(prepare, score))
+
+
+def _preparer(form: RowForm) -> Prepare:
+    is_mixed = form.is_mixed
 
     @device
     def prepare(
@@ -91,6 +102,12 @@ def index_keys(form: RowForm) -> IndexKeys:
         if is_mixed:
             mix_heads(scratch + 64 * v, lane_row(heads), n)
 
+    return prepare
+
+
+def _scorer(form: RowForm) -> Score:
+    stride, read, is_plain = form.stride, form.load, form.is_plain
+
     @device
     def read_tile(out: int, entries: int, first: int, last: int, n: int, rope: int) -> None:
         """Write a tile of entries as float32; behind the last one its copies."""
@@ -105,10 +122,10 @@ def index_keys(form: RowForm) -> IndexKeys:
             out += 4 * n
 
     @device
-    def score_entries(
+    def score(
         scratch: int, entries: int, visible: int, heads: int, n: int, rope: int, tile: int
     ) -> None:
-        """Write the scores of a tile of entries; behind the last one its copies."""
+        """Score a tile of entries."""
         row, first, floats = lane_row(heads), tile * TILE_ROWS, _tile_floats()
         if is_plain:
             keys = _places(entries + 4 * n * first, 4 * n, visible - first)
@@ -126,6 +143,10 @@ def index_keys(form: RowForm) -> IndexKeys:
             parts = add_weighted(parts, sums, at + n * row)
         store_totals(scores_of(scratch, heads, n) + 4 * first, parts)
 
+    return score
+
+
+def _share_query(prepare: Prepare) -> Operation:
     @device
     def query(operation: int, member: int, members: int) -> None:
         """Lay out the index queries of one token in lanes, turned and mixed as the entries are.
@@ -142,6 +163,10 @@ def index_keys(form: RowForm) -> IndexKeys:
             prepare(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
             v = take_chunk(operation)
 
+    return query
+
+
+def _share_scores(score: Score) -> Operation:
     @device
     def scores(operation: int, member: int, members: int) -> None:
         """Score the entries that one token sees; nothing is done when all of them are chosen.
@@ -156,11 +181,15 @@ def index_keys(form: RowForm) -> IndexKeys:
         first = take_chunk(operation) * chunk
         while first < tiles:
             for tile in range(first, min(first + chunk, tiles)):
-                score_entries(scratch, entries, visible, heads, n, rope, tile)
+                score(scratch, entries, visible, heads, n, rope, tile)
             first = take_chunk(operation) * chunk
 
+    return scores
+
+
+def _share_tokens(prepare: Prepare, score: Score) -> Operation:
     @device
-    def many(operation: int, member: int, members: int) -> None:
+    def choose_all(operation: int, member: int, members: int) -> None:
         """Choose the entries of each token.
 
         Words: context, ratio, top_k, heads, n, entries (cell), x, its row stride in floats, tokens,
@@ -183,11 +212,11 @@ def index_keys(form: RowForm) -> IndexKeys:
                 for v in range(lane_row(heads) // 64):
                     prepare(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
                 for tile in range((visible + TILE_ROWS - 1) // TILE_ROWS):
-                    score_entries(scratch, entries, visible, heads, n, 2 * pairs, tile)
+                    score(scratch, entries, visible, heads, n, 2 * pairs, tile)
             chosen = word(operation, 16) + 4 * top_k * t
             choose(
                 scores_of(scratch, heads, n), visible, top_k, chosen, word(operation, 17) + 8 * t
             )
             t = take_chunk(operation)
 
-    return IndexKeys(query, scores, many)
+    return choose_all

@@ -1,8 +1,9 @@
 """Compressed keys: projections of tokens go into rings, whole windows are pooled into entries.
 
 The rings keys, gates (capacity, width) f32 are indexed by position % capacity; entries have n
-channels, n a multiple of 32 and at most MOST_CHANNELS, in a form of `kernels.row_forms`. width is n, or 2 n where windows overlap: then an entry pools the
-previous window with its first n channels and its own window with its last n channels.
+channels, n a multiple of 32 and at most MOST_CHANNELS, in a form of `kernels.row_forms`. width is
+n, or 2 n where windows overlap: then an entry pools the previous window with its first n channels
+and its own window with its last n channels.
 """
 
 from collections.abc import Callable

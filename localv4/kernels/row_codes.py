@@ -1,8 +1,8 @@
 """Sixteen numbers of a row in fewer bytes: bfloat16, FP8 (E4M3) and FP4 (E2M1), there and back.
 
-Codes are made of numbers that are scaled already, rounded to the nearest, ties to even. Codes are
-read as halves, without their scale: a code that is shifted to its place in a half is its value times
-a power of two, exactly, subnormals included.
+Codes are made of numbers that are scaled already, rounded to the nearest, ties to even. They are
+read as halves, without their scale: a code that is shifted to its place in a half is its value
+times a power of two, exactly, subnormals included.
 """
 
 from llvmlite import ir

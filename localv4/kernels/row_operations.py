@@ -42,51 +42,51 @@ class RowFormat:
 # --- f32 ---
 
 _f32_keys, _f32_index = attend_keys(F32_ROWS), index_keys(F32_ROWS)
-_f32_pool = pooling(F32_ROWS)
-_f32_attend, _f32_attend_scores = _f32_keys.many, _f32_keys.scores
+_f32_attend, _f32_attend_scores = _f32_keys.attend, _f32_keys.scores
 _f32_attend_values, _f32_index_query = _f32_keys.values, _f32_index.query
-_f32_index_scores, _f32_index_choose = _f32_index.scores, _f32_index.many
+_f32_index_scores, _f32_index_choose = _f32_index.scores, _f32_index.choose
+_f32_pool = pooling(F32_ROWS)
 
 
 @entry("kv-f32")
 def f32_pool(operation: int, member: int, members: int) -> None:
-    """`pooling.pooling`"""
+    """`pooling`"""
     _f32_pool(operation, member, members)
 
 
 @entry("kv-f32")
 def f32_attend(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: many"""
+    """`attend_keys`: attend"""
     _f32_attend(operation, member, members)
 
 
 @entry("kv-f32")
 def f32_attend_scores(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: scores"""
+    """`attend_keys`: scores"""
     _f32_attend_scores(operation, member, members)
 
 
 @entry("kv-f32")
 def f32_attend_values(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: values"""
+    """`attend_keys`: values"""
     _f32_attend_values(operation, member, members)
 
 
 @entry("kv-f32")
 def f32_index_query(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: query"""
+    """`index_keys`: query"""
     _f32_index_query(operation, member, members)
 
 
 @entry("kv-f32")
 def f32_index_scores(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: scores"""
+    """`index_keys`: scores"""
     _f32_index_scores(operation, member, members)
 
 
 @entry("kv-f32")
 def f32_index_choose(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: many"""
+    """`index_keys`: choose"""
     _f32_index_choose(operation, member, members)
 
 
@@ -99,51 +99,51 @@ F32 = RowFormat(
 # --- bf16 ---
 
 _bf16_keys, _bf16_index = attend_keys(BF16_ROWS), index_keys(BF16_ROWS)
-_bf16_pool = pooling(BF16_ROWS)
-_bf16_attend, _bf16_attend_scores = _bf16_keys.many, _bf16_keys.scores
+_bf16_attend, _bf16_attend_scores = _bf16_keys.attend, _bf16_keys.scores
 _bf16_attend_values, _bf16_index_query = _bf16_keys.values, _bf16_index.query
-_bf16_index_scores, _bf16_index_choose = _bf16_index.scores, _bf16_index.many
+_bf16_index_scores, _bf16_index_choose = _bf16_index.scores, _bf16_index.choose
+_bf16_pool = pooling(BF16_ROWS)
 
 
 @entry("kv-bf16")
 def bf16_pool(operation: int, member: int, members: int) -> None:
-    """`pooling.pooling`"""
+    """`pooling`"""
     _bf16_pool(operation, member, members)
 
 
 @entry("kv-bf16")
 def bf16_attend(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: many"""
+    """`attend_keys`: attend"""
     _bf16_attend(operation, member, members)
 
 
 @entry("kv-bf16")
 def bf16_attend_scores(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: scores"""
+    """`attend_keys`: scores"""
     _bf16_attend_scores(operation, member, members)
 
 
 @entry("kv-bf16")
 def bf16_attend_values(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: values"""
+    """`attend_keys`: values"""
     _bf16_attend_values(operation, member, members)
 
 
 @entry("kv-bf16")
 def bf16_index_query(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: query"""
+    """`index_keys`: query"""
     _bf16_index_query(operation, member, members)
 
 
 @entry("kv-bf16")
 def bf16_index_scores(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: scores"""
+    """`index_keys`: scores"""
     _bf16_index_scores(operation, member, members)
 
 
 @entry("kv-bf16")
 def bf16_index_choose(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: many"""
+    """`index_keys`: choose"""
     _bf16_index_choose(operation, member, members)
 
 
@@ -156,57 +156,58 @@ BF16 = RowFormat(
 # --- compact ---
 
 _compact_keys, _compact_index = attend_keys(E4M3_ROWS), index_keys(E2M1_ROWS)
-_compact_pool, _compact_index_pool = pooling(E4M3_ROWS), pooling(E2M1_ROWS)
-_compact_attend, _compact_attend_scores = _compact_keys.many, _compact_keys.scores
+_compact_attend, _compact_attend_scores = _compact_keys.attend, _compact_keys.scores
 _compact_attend_values, _compact_index_query = _compact_keys.values, _compact_index.query
-_compact_index_scores, _compact_index_choose = _compact_index.scores, _compact_index.many
+_compact_index_scores, _compact_index_choose = _compact_index.scores, _compact_index.choose
+_compact_pool = pooling(E4M3_ROWS)
+_compact_index_pool = pooling(E2M1_ROWS)
 
 
 @entry("kv-compact")
 def compact_pool(operation: int, member: int, members: int) -> None:
-    """`pooling.pooling`"""
+    """`pooling`"""
     _compact_pool(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_index_pool(operation: int, member: int, members: int) -> None:
-    """`pooling.pooling`"""
+    """`pooling`"""
     _compact_index_pool(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_attend(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: many"""
+    """`attend_keys`: attend"""
     _compact_attend(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_attend_scores(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: scores"""
+    """`attend_keys`: scores"""
     _compact_attend_scores(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_attend_values(operation: int, member: int, members: int) -> None:
-    """`attend_keys.attend_keys`: values"""
+    """`attend_keys`: values"""
     _compact_attend_values(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_index_query(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: query"""
+    """`index_keys`: query"""
     _compact_index_query(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_index_scores(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: scores"""
+    """`index_keys`: scores"""
     _compact_index_scores(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_index_choose(operation: int, member: int, members: int) -> None:
-    """`index_keys.index_keys`: many"""
+    """`index_keys`: choose"""
     _compact_index_choose(operation, member, members)
 
 

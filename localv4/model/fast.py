@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.kernels.gemm import BATCH_TOKENS
 from localv4.kernels import row_operations
+from localv4.kernels.gemm import BATCH_TOKENS
 from localv4.kernels.route import MOST_EXPERTS
 from localv4.kernels.row_forms import MOST_CHANNELS
 from localv4.kernels.row_operations import RowFormat
@@ -174,7 +174,7 @@ class FastTransformer:
         """Process some tokens of a prompt; take more at a time from now on if they had to wait.
 
         Each chunk streams the experts that are not in memory once, so the more tokens it has, the
-        more work there is to hide that behind. Memory for their activations is taken from experts.
+        more work there is to hide that behind. Memory for more activations is taken from experts.
         """
         store, held = self.store, self._many.nbytes
         if not isinstance(store, PagedStore):
@@ -183,7 +183,7 @@ class FastTransformer:
         vectors = self._many.run(token_ids, state)
         waited_s = store.counts.wait_s - waited_s
         added = self._many.nbytes - held
-        if held and added > 0:
+        if len(token_ids) > CHUNK_TOKENS:  # smaller chunks have their part in every plan
             store.change_memory(-added)
         is_full = len(token_ids) == self.chunk_tokens < MOST_CHUNK_TOKENS
         if is_full and waited_s > BALANCE * (time.perf_counter() - start):

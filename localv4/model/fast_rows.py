@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from localv4.model.experts import UnpackableError
 from localv4.model.fast_attention import Cells, Part
-from localv4.model.fast_moe import ExpertGroups
+from localv4.model.fast_moe import ExpertGroups, WaveBuffers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.fast_token import FIRST_POSITIONS, Segment
 from localv4.model.matrix import Floats
@@ -67,6 +67,7 @@ class RowsProgram:
         self._groups = ExpertGroups(config, rows, network.most_forms)
         self._attention = AttentionBuffers(config, rows, Seen.before(positions, config), rows)
         self._attention.context = np.zeros(rows, np.int64)
+        self._waves: WaveBuffers | None = None
         self._cells = np.zeros((rows, config.n_layers, CELLS), np.int64)
         self._segments = self._build()
 
@@ -101,31 +102,44 @@ class RowsProgram:
             if done == len(segment.program):
                 return True
             layer = segment.lookups[done - 1]
+            numbers = np.unique(self._chunk.chosen[: self._rows]).tolist()
             try:
-                self._fetch(layer)
+                if network.store.can_hold(layer, numbers):
+                    self._fetch(layer, numbers)
+                    done -= 1
+                else:
+                    self._mix_in_waves(layer)
+                    done = segment.resumes[layer]
             except UnpackableError:
                 network.experts.drop_forms(layer)
                 return False
-            done -= 1
 
-    def _fetch(self, layer: int) -> None:
+    def _fetch(self, layer: int, numbers: list[int]) -> None:
         """Bring the experts that the rows have chosen into memory."""
-        store, chosen = self._network.store, self._chunk.chosen[: self._rows]
-        store.count_misses(layer, chosen.ravel().tolist())
-        numbers = np.unique(chosen).tolist()
-        store.claim(layer, numbers)
-        try:
-            while (store.addresses[layer, numbers] <= 0).any():
-                self._network.check_cancelled()
-                store.wait(layer, numbers)
-        finally:
-            store.end_prompt(layer)
+        store = self._network.store
+        store.count_misses(layer, self._chunk.chosen[: self._rows].ravel().tolist())
+        store.request(layer, numbers)
+        while (store.addresses[layer, numbers] <= 0).any():
+            self._network.check_cancelled()
+            store.wait(layer, numbers)
+
+    def _mix_in_waves(self, layer: int) -> None:
+        """Compute `update` with as many experts at a time as there is room for."""
+        network, chunk = self._network, self._chunk
+        if self._waves is None:
+            self._waves = WaveBuffers(network.config, self._rows)
+        chunk.update.values[: self._rows] = 0
+        moe = network.layers[layer].moe
+        for wave in moe.waves(chunk, self._waves, self._rows):
+            program = network.new_program()
+            moe.add_wave(program, chunk, self._waves, wave)
+            network.run(program)
 
     def _build(self) -> list[Segment]:
         network, chunk, rows = self._network, self._chunk, self._rows
         parts = [self._attention.row(index) for index in range(rows)]
         segments: list[Segment] = []
-        program, lookups = network.new_program(), dict[int, int]()
+        program, lookups, resumes = network.new_program(), dict[int, int](), dict[int, int]()
         with program.alongside():
             for part in parts:
                 part.add_angles(program, 1)
@@ -139,13 +153,14 @@ class RowsProgram:
             layer.add_router(program, chunk, rows)
             layer.moe.add_shared(program, chunk, self._groups.shared, rows)
             if not layer.moe.forms:
-                segments.append(Segment(program.finish(), lookups, {}, {}, index))
-                program, lookups = network.new_program(), {}
+                segments.append(Segment(program.finish(), lookups, {}, resumes, index))
+                program, lookups, resumes = network.new_program(), {}, {}
                 continue
             lookups[len(program)] = index
             layer.moe.add_groups(program, chunk, self._groups, network.team.halt_address)
+            resumes[index] = len(program)
         site = network.head_site
         site.add_mixing(program, chunk, rows, updates=2, leaves=True)
         site.add_head_entry(program, chunk, rows)
-        segments.append(Segment(program.finish(), lookups, {}, {}, None))
+        segments.append(Segment(program.finish(), lookups, {}, resumes, None))
         return segments

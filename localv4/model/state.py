@@ -35,6 +35,13 @@ class Rows:
         else:
             self.values = np.empty((0, form.nbytes(width, rope)), np.uint8)
 
+    @property
+    def floats(self) -> Floats:
+        """The rows (n, width), where they are float32."""
+        if self.values.dtype != F32:
+            raise ValueError("compressed rows are no float32 here")
+        return self.values.view(F32)
+
     def reserve(self, count: int) -> None:
         """Make room for `count` rows in all."""
         held = self.values.shape[0]
@@ -51,7 +58,7 @@ class Rows:
         """Put rows of float32 at index `first` and after, over whatever was there."""
         end = first + rows.shape[0]
         self.reserve(end)
-        self.values[first:end] = rows
+        self.floats[first:end] = rows
 
 
 class Ring:
@@ -147,7 +154,7 @@ class State:
         self._written = 0  # one past the furthest position that was ever put into the rings
         self._oldest = 0  # the first position that the rings let us go back to
         self._held = 0  # one past the last position whose entries are ours: forks spare them
-        self._sharing: WeakSet[State] = WeakSet([self])  # that have entries in the same arrays
+        self._sharing: WeakSet[State] = WeakSet([self])  # whose entries our arrays have
         self._reserved = 0
         self.layers = [_layer_state(config, layer, slack, rows) for layer in range(config.n_layers)]
         self.addresses = np.zeros((config.n_layers, CELLS), np.int64)

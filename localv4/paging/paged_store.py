@@ -34,7 +34,6 @@ GUESS_SLOTS = 16
 CLAIM_SLOTS = 16
 """Records of a prompt that are claimed at a time; as many again are read meanwhile."""
 
-
 RECENT_COST = 1e6
 """What makes the record of a recent token dearer than any other."""
 
@@ -129,11 +128,24 @@ class PagedStore:
         """Have absent records read; they are needed soon."""
         wanted = list(numbers)
         self._collect(self.readers.finished())
+        self._make_room(layer, wanted)
         for key in [(layer, number) for number in wanted]:
             if self.addresses[key] == ABSENT:
                 self._read(key, wanted)
             elif self.addresses[key] == ON_ITS_WAY and key in self._guessed | self._warming:
                 self.readers.make_urgent([key])
+
+    def _make_room(self, layer: int, wanted: list[int]) -> None:
+        """Give up what has to go for the absent ones of some records, all at once."""
+        if self._is_mixed:
+            return
+        absent = int(np.count_nonzero(self.addresses[layer, wanted] == ABSENT))
+        need = absent * int(self.nbytes.flat[0]) - (self.arena.capacity - self.arena.used)
+        if need > 0:
+            keep = self._claimed.copy()
+            keep[layer, wanted] = True
+            for victim in self._victims(keep, need):
+                self._give_up(victim)
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
         """Note that a token stands still for want of some records."""
@@ -272,6 +284,10 @@ class PagedStore:
             if not self._stays[layer, number]:
                 self._going[layer, number] = int(self.uses.clock[0])
 
+    def can_hold(self, layer: int, numbers: Iterable[int]) -> bool:
+        """Say whether there is room for all of these records at the same time."""
+        return int(self.nbytes[layer, list(numbers)].sum()) <= self.arena.capacity
+
     def largest_claim(self, layer: int) -> int:
         """Return how many records of a layer to claim at a time."""
         fitting = self.arena.capacity // (2 * max(1, int(self.nbytes[layer].max())))
@@ -313,13 +329,25 @@ class PagedStore:
         return cost
 
     def _victims(self, keep: NDArray[np.bool_], need: int) -> list[Key]:
-        """Return what to give up next: what is going anyhow, then the coldest."""
-        for key, since in list(self._going.items()):
+        """Return what to give up for `need` bytes: what is going anyhow, then the coldest."""
+        victims: list[Key] = []
+        returned: list[Key] = []
+        for key, since in self._going.items():
+            if need <= 0:
+                break
             if self.uses.last[key] > since:
-                del self._going[key]  # a token has come back to it
+                returned.append(key)  # a token has come back to it
             elif self.addresses[key] > 0 and not keep[key]:
-                return [key]
-        return self.policy.victims(self.uses, self.resident, self.nbytes, need, keep)
+                victims.append(key)
+                need -= int(self.nbytes[key])
+        for key in returned:
+            del self._going[key]
+        if need > 0:
+            keep = keep.copy()
+            for key in victims:
+                keep[key] = True
+            victims += self.policy.victims(self.uses, self.resident, self.nbytes, need, keep)
+        return victims
 
     def _give_up(self, key: Key) -> None:
         self.arena.give_back(int(self.addresses[key]))

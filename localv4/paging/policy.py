@@ -156,7 +156,8 @@ def _lowest(
     count = min(len(places), -(-need // int(sizes[places].min())))
     values = score.ravel()[places]
     if count < len(places):
-        chosen = np.argpartition(values, count - 1)[:count]
+        # with all that are equal to the last: among them the first places come first
+        chosen = values <= np.partition(values, count - 1)[count - 1]
         places, values = places[chosen], values[chosen]
     places = places[np.lexsort((places, values))]
     freed = np.cumsum(sizes[places])

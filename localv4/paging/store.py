@@ -60,6 +60,9 @@ class ExpertStore(Protocol):
     def release(self, layer: int, numbers: Iterable[int]) -> None:
         """Let claimed records go."""
 
+    def can_hold(self, layer: int, numbers: Iterable[int]) -> bool:
+        """Say whether there is room for all of these records at the same time."""
+
     def largest_claim(self, layer: int) -> int:
         """Return how many records of a layer to claim at a time."""
 
@@ -113,6 +116,10 @@ class MappedStore:
 
     def release(self, layer: int, numbers: Iterable[int]) -> None:
         """Do nothing."""
+
+    def can_hold(self, layer: int, numbers: Iterable[int]) -> bool:
+        """They are all there."""
+        return True
 
     def largest_claim(self, layer: int) -> int:
         """Return the number of experts."""

@@ -41,7 +41,7 @@ class Quantized:
     """Rows in blocks of a ggml type.
 
     blocks (rows, bytes of a row) u8; row_errors (rows,) f64: the sum over columns of importance
-    times squared difference.
+    times squared difference, or with feedback the squared error of the output that is expected.
     """
 
     ggml: str
@@ -68,9 +68,9 @@ def quantize_rows(
     activations; None: all the same. Methods: "round" takes the scales that the largest values ask
     for; "search" looks for those of the least error; "feedback" lets the columns that come later
     make good the error of each column, for activations with the second moments `hessian`
-    (`prepare_feedback`). Without these, and for MXFP4, it is the search. Every row is
-    rounded on its own: rows may be shared among threads in any way, the compiled searches release
-    Python's lock.
+    (`prepare_feedback`); without these, and for MXFP4, it is the search. Every row is rounded on
+    its own: rows may be shared among threads in any way, and the compiled searches release Python's
+    lock.
 
     Raises ValueError for an unknown target, a number of columns that is not whole blocks of it,
     importance that is negative or not finite, and a hessian of another number of columns.

@@ -1,0 +1,366 @@
+"""`localv4 batch`: a file of prompts in, a file of answers out."""
+
+import re
+import shlex
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from localv4.cli import options
+from localv4.errors import Cancelled, UsageError
+
+if TYPE_CHECKING:
+    from localv4.cli.batch_report import Report
+    from localv4.cli.settings import Settings
+    from localv4.engine.batch_input import BatchInput, Place, Row
+    from localv4.engine.batch_request import BatchSettings
+    from localv4.engine.batch_results import Document, ResultFile, Results
+    from localv4.engine.memory import MemoryOptions
+    from localv4.library.installed import InstalledModel
+    from localv4.storage import Checkpoint
+    from localv4.text.effort import Release
+
+ROWS_FAILED, INTERRUPTED, TERMINATED = 3, 130, 143
+MOST_SHARDS = 1_000_000
+
+_PANEL = "Batch"
+Input = Annotated[
+    Path,
+    typer.Option(
+        "-i",
+        "--input",
+        rich_help_panel=_PANEL,
+        metavar="FILE",
+        help="Rows to answer: JSONL as for OpenAI's Batch API, or .txt with one prompt a line.",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        rich_help_panel=_PANEL,
+        metavar="FILE",
+        help="Where results go. Rows that are there already are not answered again.",
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        rich_help_panel=_PANEL,
+        metavar="",
+        help="Begin anew: discard what the output holds.",
+    ),
+]
+Parallel = Annotated[
+    int | None,
+    typer.Option(
+        "--parallel",
+        rich_help_panel=_PANEL,
+        metavar="N",
+        min=1,
+        max=64,
+        envvar="LOCALV4_PARALLEL",
+        show_envvar=False,
+        help="Rows that decode together. Default: what processor and memory allow.",
+    ),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        rich_help_panel=_PANEL,
+        metavar="I/N",
+        help="Answer only the lines I, I + N, I + 2N ...: one of N equal parts.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How the engine is to use this machine."""
+
+    ctx_size: int | None
+    threads: int | None
+    pin: bool
+    numerics: options.Arithmetic
+    memory: "MemoryOptions"
+    parallel: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be answered, where it goes, and how much is told about it."""
+
+    rows: "BatchInput"
+    shard: tuple[int, int]
+    output: Path
+    overwrite: bool
+    as_json: bool
+    stats: bool
+    quiet: bool
+    no_color: bool
+
+
+def batch(
+    input_file: Input,
+    output: Output,
+    model: options.Model = None,
+    parallel: Parallel = None,
+    shard: Shard = None,
+    overwrite: Overwrite = False,
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
+    pin: options.Pin = False,
+    numerics: options.Numerics = options.Arithmetic.FAST,
+    ram: options.Ram = None,
+    reserve: options.Reserve = None,
+    io: options.Io = options.IoWay.AUTO,
+    cache_policy: options.CachePolicy = options.Caching.DECAY,
+    readers: options.ExpertReaders = None,
+    prefetch: options.Prefetch = True,
+    kv: options.KvRows = None,
+    system: options.System = None,
+    raw: options.Raw = False,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    greedy: options.Greedy = False,
+    stop: options.Stop = None,
+    think: options.Think = None,
+    think_effort: options.ThinkEffort = None,
+    output_format: options.Format = options.OutputFormat.AUTO,
+    as_json: options.Json = False,
+    stats: options.Stats = False,
+    quiet: options.Quiet = False,
+    no_color: options.NoColor = False,
+) -> None:
+    """Answer every row of a file; many at a time, and resumable.
+
+    Rows may be OpenAI Batch requests, {"prompt": ...} or {"messages": ...},
+    each on a line; results have OpenAI's shape. Options hold for rows that do
+    not say otherwise. The same command goes on where it was stopped; exit
+    code 3 tells that some rows could not be answered.
+    """
+    from localv4.engine.batch_input import scan
+
+    thinking, effort = options.thinking_mode(think, think_effort)
+    if raw and (thinking or system is not None):
+        raise UsageError("--raw has no chat format: no system prompt and no thinking")
+    values = options.sampling_values(
+        temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
+    )
+    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv)
+    machine = Machine(ctx_size, threads, pin, numerics, memory, parallel)
+    part = parse_shard(shard)
+    job = Job(
+        rows=scan(input_file),
+        shard=part,
+        output=output,
+        overwrite=overwrite,
+        as_json=options.wants_json(output_format, as_json),
+        stats=stats,
+        quiet=quiet,
+        no_color=no_color,
+    )
+    found, checkpoint = _open_model(model)
+    own = _recommended(found, checkpoint).with_values(values)
+    settings = _settings(found, model, own, thinking, effort, tuple(stop or ()), system, raw)
+    _run(job, found, checkpoint, settings, machine)
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Return (I, N) of a shard I/N, counted from 1; all rows are shard 1/1."""
+    if text is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d{1,7})/(\d{1,7})", text)
+    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= count <= MOST_SHARDS:
+        raise UsageError(f"--shard is {text!r}, expected I/N with I from 1 to N, such as 3/8")
+    return number, count
+
+
+def _open_model(reference: str | None) -> "tuple[InstalledModel, Checkpoint]":
+    """Find the model; its weights are loaded later, if there is anything to answer."""
+    from localv4.library import installed
+    from localv4.storage import open_checkpoint
+
+    found = installed.resolve(reference)
+    return found, open_checkpoint(found.path)
+
+
+def _recommended(model: "InstalledModel", checkpoint: "Checkpoint") -> "Settings":
+    from localv4.cli.settings import recommended
+
+    return recommended(model.path, checkpoint.metadata)
+
+
+def _settings(
+    model: "InstalledModel",
+    reference: str | None,
+    own: "Settings",
+    thinking: bool,
+    effort: str | None,
+    stop: tuple[str, ...],
+    system: str | None,
+    raw: bool,
+) -> "BatchSettings":
+    """Return what holds for all rows."""
+    from localv4.engine.batch_request import BatchSettings
+
+    return BatchSettings(
+        model=model.name,
+        names=_names(model, reference),
+        sampling=own.sampling(),
+        release=_release(model),
+        max_tokens=own.max_tokens,
+        stop=stop,
+        thinking=thinking,
+        effort=effort,
+        system=system,
+        raw=raw,
+        seed=own.seed or 0,
+    )
+
+
+def _names(model: "InstalledModel", reference: str | None) -> frozenset[str]:
+    """Return all names by which a row may ask for the model, in lower case."""
+    names = {model.name, model.base_name, reference or model.name}
+    if model.spec is not None:
+        names |= {model.spec.repo, *model.spec.aliases}
+    return frozenset(name.lower() for name in names)
+
+
+def _release(model: "InstalledModel") -> "Release":
+    from localv4.cli.loading import SUMMER_RELEASES
+
+    if model.spec is not None:
+        return model.spec.release
+    return "0731" if any(date in model.name for date in SUMMER_RELEASES) else "preview"
+
+
+def _run(
+    job: Job,
+    model: "InstalledModel",
+    checkpoint: "Checkpoint",
+    settings: "BatchSettings",
+    machine: Machine,
+) -> None:
+    """Answer what is not in the output yet. Raises typer.Exit unless every row has an answer."""
+    from localv4.cli.batch_report import Report
+    from localv4.engine.batch_results import ResultFile, Results
+    from localv4.engine.fingerprint import weights_fingerprint
+
+    weights = weights_fingerprint(checkpoint)
+    identity = settings.identity(weights, machine.numerics.value, machine.ctx_size)
+    results = Results(identity, settings.model)
+    with ResultFile(job.output, job.rows, results, overwrite=job.overwrite) as file:
+        number, count = job.shard
+        mine = [place for place in job.rows.places if place.line % count == number % count]
+        todo = [place for place in mine if place.custom_id not in file.done]
+        report = Report(
+            job.output, model.spec, len(mine), len(mine) - len(todo), job.quiet, job.no_color
+        )
+        if todo:
+            _answer(job, todo, model, settings, results, machine, file, report)
+        report.finish(as_json=job.as_json, stats=job.stats)
+        if file.failed:
+            raise typer.Exit(ROWS_FAILED)
+
+
+def _answer(
+    job: Job,
+    todo: "Sequence[Place]",
+    model: "InstalledModel",
+    settings: "BatchSettings",
+    results: "Results",
+    machine: Machine,
+    file: "ResultFile",
+    report: "Report",
+) -> None:
+    """Load the model and answer rows until all are done or the user stops it."""
+    from localv4.cli import loading
+    from localv4.engine.batch_memory import plan_batch
+    from localv4.engine.batch_run import answer_rows, make_run
+
+    is_exact = machine.numerics is options.Arithmetic.EXACT
+    plan = plan_batch(
+        model.path,
+        machine.memory,
+        parallel=machine.parallel,
+        rows=len(todo),
+        ctx_size=machine.ctx_size,
+        threads=machine.threads,
+        exact=is_exact,
+    )
+    loaded = loading.load_engine(
+        str(model.path) if model.source == "path" else model.name,
+        ctx_size=machine.ctx_size,
+        threads=machine.threads,
+        pin=machine.pin,
+        numerics=machine.numerics.value,
+        memory=plan.memory,
+        quiet=job.quiet,
+        no_color=job.no_color,
+    )
+    if not settings.raw and not loaded.knows_chat and not job.quiet:
+        loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
+    cancelled = threading.Event()
+    run = make_run(
+        loaded.engine, settings, results, rows=plan.rows, room=plan.room, cancelled=cancelled
+    )
+    report.watch(loaded.engine.network, run.batcher.stats)
+    _collect(answer_rows(run, _rows(job.rows, todo)), cancelled, file, report)
+
+
+def _rows(source: "BatchInput", places: "Sequence[Place]") -> "Iterator[Row]":
+    """Yield the rows at these places, read again."""
+    from localv4.engine.batch_input import parse_row
+
+    for place, data in source.lines(places):
+        yield parse_row(place.line, data, source.is_text, place.digest)
+
+
+def _collect(
+    documents: "Iterator[Document]",
+    cancelled: threading.Event,
+    file: "ResultFile",
+    report: "Report",
+) -> None:
+    """Write results as they come. On Ctrl-C and SIGTERM say how to go on, and leave."""
+    from localv4.cli import worker
+    from localv4.cli.signals import interrupt_sets, termination_calls
+
+    code = INTERRUPTED
+
+    def terminate() -> None:
+        nonlocal code
+        code = TERMINATED
+        cancelled.set()
+
+    try:
+        with interrupt_sets(cancelled), termination_calls(terminate), report:
+            for document in worker.stream(lambda: documents):
+                if document is not None:
+                    file.append(document)
+                    report.note(document)
+                report.tick()
+    except (Cancelled, KeyboardInterrupt):
+        report.interrupted(_resume_command())
+        raise typer.Exit(code) from None
+
+
+def _resume_command() -> str:
+    """Return the command that goes on with what this one leaves undone."""
+    kept = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
+    return shlex.join(["localv4", *kept])

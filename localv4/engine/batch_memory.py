@@ -1,0 +1,88 @@
+"""How many rows a batch runs at a time, and the memory that is kept for them.
+
+Every row has a decoder state. Its memory is taken from what the plan would give to experts, within
+limits: more rows share each reading of the dense weights, but experts that are paged out are read
+from the disk by all of them.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from localv4.engine.batching import EXPECTED_TOKENS
+from localv4.engine.memory import MemoryOptions, row_format
+from localv4.kernels.row_operations import F32
+from localv4.kernels.threads import default_threads
+from localv4.model.fast import SLACK_TOKENS, FastTransformer
+from localv4.model.loading import read_model_config, read_names
+from localv4.planning.header_facts import facts_of_checkpoint
+from localv4.planning.memory import read_memory
+from localv4.planning.model_facts import held_state_bytes
+from localv4.planning.plan import DEFAULT_CTX, make_plan
+from localv4.storage import open_checkpoint
+
+ROWS_PER_THREAD, LEAST_ROWS = 4, 16
+"""Fewer rows leave threads waiting for memory; more only make each answer take longer."""
+
+STATE_SHARE = 0.25
+"""The most of the usable memory that goes to rows unasked, where experts want it too."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """`rows` at a time, whose states get `room` bytes; `memory` keeps that much from experts."""
+
+    rows: int
+    room: int
+    memory: MemoryOptions
+
+
+def plan_batch(
+    path: Path,
+    options: MemoryOptions,
+    *,
+    parallel: int | None,
+    rows: int,
+    ctx_size: int | None,
+    threads: int | None,
+    exact: bool,
+) -> BatchPlan:
+    """Share out memory for the model at `path` and `rows` rows in all, `parallel` at a time.
+
+    Raises DoesNotFitError when not even one row fits.
+    """
+    checkpoint = open_checkpoint(path)
+    config = read_model_config(checkpoint, read_names(checkpoint))
+    threads = threads or default_threads()
+    wanted = parallel or max(LEAST_ROWS, ROWS_PER_THREAD * threads)
+    wanted = max(1, min(wanted, rows, FastTransformer.most_rows))
+    tokens = min(ctx_size or config.max_positions, 2 * EXPECTED_TOKENS)
+    stored = F32 if exact else row_format(options)
+    row_bytes = held_state_bytes(config, tokens, SLACK_TOKENS, stored)
+    if exact:
+        room = int(STATE_SHARE * read_memory().available)
+        return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options)
+    plan = make_plan(
+        facts_of_checkpoint(checkpoint.path.name, "", checkpoint),
+        read_memory(),
+        ram=options.ram,
+        reserve=options.reserve,
+        ctx=min(ctx_size or DEFAULT_CTX, config.max_positions),
+        io=options.io,
+        threads=threads,
+    )
+    own = plan.fixed["decoder state"]
+    beyond = plan.usable - plan.total  # what neither the model nor one row takes
+    most = plan.usable - sum(plan.fixed.values()) - plan.floor
+    unasked = max(beyond, int(STATE_SHARE * plan.usable) - own)
+    extra = max(0, min(wanted * row_bytes - own, most, most if parallel else unasked))
+    room = own + extra
+    if options.ram is not None:
+        kept = replace(options, ram=options.ram - extra)
+    else:
+        kept = replace(options, reserve=plan.reserve + extra)
+    return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, kept)
+
+
+def _rows(wanted: int, room: int, row_bytes: int, parallel: int | None) -> int:
+    """Return how many rows to run: those asked for (each waits for memory), or those that fit."""
+    return wanted if parallel else max(1, min(wanted, room // row_bytes))

@@ -1,0 +1,290 @@
+"""Many answers at once: rows decode together, so that weights are read once for all of them.
+
+A row joins as soon as its prompt is read and leaves with its last token; nobody waits for the
+longest. Between two tokens of the running rows a slice of the next prompt is read. What a row says
+does not depend on its company: the network promises equal bits, and each row has its own sampler.
+
+The batcher has no thread of its own: whoever owns it submits jobs and calls `step`.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from localv4.engine.batch_prefixes import Ids, Prefixes
+from localv4.engine.batch_rows import Answer, Job, RunningRow
+from localv4.engine.engine import Engine
+from localv4.engine.session import Session
+from localv4.errors import DoesNotFitError, LocalV4Error, NumericsError
+from localv4.kernels.threads import use_threads
+from localv4.model.matrix import Floats
+from localv4.planning.model_facts import held_state_bytes
+
+COMPARED = 64
+"""Prompts that wait behind the next one and are compared with it for a common beginning."""
+
+EXPECTED_TOKENS = 4096
+"""Answer tokens that a row is given memory for when it joins; most have fewer."""
+
+LEAST_READING = 0.5
+"""Share of the time that prompts may be read in while one more row fits; the rest is decoding."""
+
+_ENDED = object()
+
+MEASURED_STEPS = 32
+"""Steps between two looks at the memory that rows hold: it grows by some kilobytes a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a job: its answer, or why there is none."""
+
+    job: Job
+    answer: Answer | None
+    error: LocalV4Error | None = None
+
+
+@dataclass(slots=True)
+class BatchStats:
+    """Counts and wall-clock seconds so far; `reused_tokens` of prompts cost nothing.
+
+    `rows` are running, `decoded_tokens` came in `steps`; `paused` counts rows that had to give
+    their memory back for a while.
+    """
+
+    rows: int = 0
+    steps: int = 0
+    decoded_tokens: int = 0
+    decode_s: float = 0.0
+    read_tokens: int = 0
+    read_s: float = 0.0
+    reused_tokens: int = 0
+    paused: int = 0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second of all rows together, while they decode."""
+        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def rows_per_step(self) -> float:
+        """How many rows shared the reading of weights, on average."""
+        return self.decoded_tokens / self.steps if self.steps else 0.0
+
+
+class Batcher:
+    """Answers jobs with one engine, `most_rows` at a time; not for use by two threads at once.
+
+    `room` bounds the bytes that decoder states may take, None leaves them unbounded; one row runs
+    in any case. Setting `cancelled` makes `step` raise Cancelled.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        most_rows: int,
+        room: int | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        self.stats = BatchStats()
+        self._engine, self._network = engine, engine.network
+        self._most_rows = max(1, min(most_rows, self._network.most_rows))
+        self._room = room
+        self._cancelled = cancelled
+        self._jobs: deque[Job] = deque()
+        self._paused: deque[RunningRow] = deque()
+        self._reading: Iterator[None] | None = None
+        self._running: list[RunningRow] = []
+        self._outcomes: list[Outcome] = []
+        self._prefixes = Prefixes(engine.new_session)
+        self._decoding_owed_s = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs have not begun."""
+        return len(self._jobs)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._jobs or self._paused or self._reading or self._running)
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn; they begin in this order."""
+        self._jobs.append(job)
+
+    def step(self) -> list[Outcome]:
+        """Read a slice of a prompt where that is due, decode a token of every running row.
+
+        Returns the jobs that ended. Raises Cancelled, BadFileError when the model's files changed,
+        and DoesNotFitError when memory ran out; then no more can be done with this batcher.
+        """
+        self._engine.checkpoint.check_unchanged()  # of changed weights no token may come
+        use_threads(self._network.threads)
+        self._read()
+        if self._running:
+            self._decode()
+        self.stats.rows = len(self._running)
+        ended, self._outcomes = self._outcomes, []
+        return ended
+
+    def _read(self) -> None:
+        """Read slices of prompts until decoding is due or no further row can join."""
+        while not self._running or self._decoding_owed_s <= 0:
+            if self._reading is None:
+                self._reading = self._next_reading()
+            if self._reading is None:
+                return
+            start = time.perf_counter()
+            if next(self._reading, _ENDED) is _ENDED:
+                self._reading = None
+            self._charge(time.perf_counter() - start)
+
+    def _charge(self, seconds: float) -> None:
+        """Note the time of a slice, and how much decoding it makes due.
+
+        The more places are free the less: few rows that decode use the machine badly.
+        """
+        self.stats.read_s += seconds
+        share = 1 - (1 - LEAST_READING) * len(self._running) / self._most_rows
+        self._decoding_owed_s += seconds * (1 - share) / share
+
+    def _next_reading(self) -> Iterator[None] | None:
+        """Begin with the next row if it has a place and memory; those that paused come first."""
+        while len(self._running) < self._most_rows and (self._paused or self._jobs):
+            try:
+                row = self._paused[0] if self._paused else self._new_row(self._jobs[0])
+            except LocalV4Error as error:
+                self._outcomes.append(Outcome(self._jobs.popleft(), None, error))
+                continue
+            if not self._has_room_for(row):
+                return None
+            (self._paused if self._paused else self._jobs).popleft()
+            return self._bring_in(row)
+        return None
+
+    def _new_row(self, job: Job) -> RunningRow:
+        return RunningRow(job, self._engine.tokenizer, self._engine.ctx_size)
+
+    def _bring_in(self, row: RunningRow) -> Iterator[None]:
+        """Process what comes before the row's next token, slice by slice; then it runs."""
+        try:
+            ids = row.ids_before
+            upcoming = (job.prompt_ids for job in islice(self._jobs, COMPARED))
+            start = self._prefixes.start(ids, upcoming)
+            session = start.session
+            self.stats.reused_tokens += session.position
+            if start.shared:
+                yield from self._extend(session, ids[: start.shared])
+                session = session.fork()
+            yield from self._extend(session, ids)
+        except DoesNotFitError as error:
+            self._give_way(row, error)
+            return
+        session.ladder.cut(-1)  # rows never go back: snapshots would only take memory
+        row.session = session
+        self._running.append(row)
+
+    def _extend(self, session: Session, ids: Ids) -> Iterator[None]:
+        """Have the session process the rest of these ids, a chunk at a time."""
+        size = self._network.chunk_tokens
+        while session.position < len(ids):
+            part = ids[session.position : session.position + size].tolist()
+            session.extend(part, cancelled=self._cancelled)
+            self.stats.read_tokens += len(part)
+            yield None
+
+    def _decode(self) -> None:
+        """Process the newest token of every row and choose the next one."""
+        start = time.perf_counter()
+        logits = self._next_logits()
+        if logits is None:
+            return
+        for row, values in zip(self._running, logits, strict=True):
+            try:
+                row.take(values)
+            except NumericsError as error:
+                self._outcomes.append(Outcome(row.job, None, error))
+                row.session = None
+            else:
+                if row.has_ended:
+                    self._outcomes.append(Outcome(row.job, row.answer()))
+        self.stats.decoded_tokens += len(self._running)
+        self.stats.steps += 1
+        self._running = [row for row in self._running if row.session and not row.has_ended]
+        if self.stats.steps % MEASURED_STEPS == 0:
+            self._measure()
+        seconds = time.perf_counter() - start
+        self.stats.decode_s += seconds
+        # what is paid in advance counts for one step only: nobody waits for a burst of prompts
+        self._decoding_owed_s = max(self._decoding_owed_s - seconds, -seconds)
+
+    def _next_logits(self) -> Floats | None:
+        """Return the logits (rows, vocab) after the newest tokens; None when memory ran out."""
+        sessions = [row.session for row in self._running if row.session is not None]
+        tokens = np.array([row.newest for row in self._running], np.int64)
+        self._network.cancelled = self._cancelled
+        try:
+            vectors = self._network.decode_rows(tokens, [s.state for s in sessions])
+        except MemoryError:
+            for session in sessions:  # some may have gone ahead
+                session.state.roll_back(len(session.tokens))
+            row = self._running.pop()
+            self._give_way(row, DoesNotFitError(f"out of memory at token {len(row.ids_before)}"))
+            return None
+        finally:
+            self._network.cancelled = None
+        for session, token in zip(sessions, tokens.tolist(), strict=True):
+            session.tokens.append(token)
+        return self._network.logits(vectors)
+
+    # --- memory ---
+
+    def _has_room_for(self, row: RunningRow) -> bool:
+        """Say whether the state of another row fits beside those that run; one always does."""
+        tokens = len(row.ids_before) + min(row.budget, EXPECTED_TOKENS)
+        row.planned_bytes = held_state_bytes(
+            self._network.config, tokens, self._network.slack, self._network.rows
+        )
+        if self._room is None or not self._running:
+            return True
+        free = self._room - self._held
+        if free < row.planned_bytes + self._prefixes.nbytes:
+            self._prefixes.clear()
+        return free >= row.planned_bytes
+
+    def _measure(self) -> None:
+        """Count the memory that rows really hold; the newest pause if that is too much."""
+        for row in self._running:
+            if row.session is not None:
+                row.planned_bytes = max(row.planned_bytes, row.session.state_bytes)
+        while self._room is not None and len(self._running) > 1 and self._held > self._room:
+            self._pause(self._running.pop())
+
+    @property
+    def _held(self) -> int:
+        return sum(row.planned_bytes for row in self._running)
+
+    def _give_way(self, row: RunningRow, error: DoesNotFitError) -> None:
+        """Let a row that got no memory wait for that of the others; alone, it cannot be answered.
+
+        From now on rows have no more room than those that run.
+        """
+        self._prefixes.clear()
+        if self._running:
+            self._room = self._held
+            self._pause(row)
+        else:
+            self._outcomes.append(Outcome(row.job, None, error))
+
+    def _pause(self, row: RunningRow) -> None:
+        """Give back the memory of a row; later its tokens are processed once more."""
+        row.session = None
+        self._paused.appendleft(row)
+        self.stats.paused += 1
