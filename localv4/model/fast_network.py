@@ -81,7 +81,7 @@ class FastNetwork:
     def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
         """Take in tokens: their embeddings in all streams, room in the state, its addresses."""
         tokens = len(ids)
-        state.begin(tokens)
+        self._begin_state(state, tokens)
         self._cells[:] = state.addresses
         chunk.ids[:tokens] = ids
         chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
@@ -96,11 +96,17 @@ class FastNetwork:
     ) -> None:
         """Take in one token of each of several sequences; fill cells (rows, layers, CELLS)."""
         for state, own in zip(states, cells, strict=True):
-            state.begin(1)
+            self._begin_state(state, 1)
             own[:] = state.addresses
         chunk.ids[:] = ids
         chunk.streams[:] = look_up(self.weights.embed, ids)[:, None, :]
         self.store.uses.clock += 1
+
+    def _begin_state(self, state: State, tokens: int) -> None:
+        """Make room; other kernels than those of its format would read its rows as noise."""
+        if state.rows is not self.rows:
+            raise ValueError(f"a state of {state.rows.name} rows in a network of {self.rows.name}")
+        state.begin(tokens)
 
     def mix_stored(self, index: int, chunk: ChunkBuffers, tokens: int) -> None:
         """Compute `update` of a layer whose experts have no packed form."""
