@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from localv4.kernels import blocks
 from localv4.kernels.packed import GROUP_ROWS, MX4, Q4, Q8, PackedFormat
-from localv4.kernels.packed_kquants import Q2, Q3, Q4K, Q6
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 from localv4.kernels.packing_floats import B16
 
 KEEP = "keep"
@@ -45,6 +45,7 @@ def _ggml(name: str, kin: str) -> Target:
 PACKED_TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
+        _packed(IQ2, "IQ2_XXS"),
         _packed(Q2, "Q2_K"),
         _packed(Q3, "Q3_K"),
         _packed(MX4, "MXFP4"),
@@ -60,12 +61,14 @@ PACKED_TARGETS: Mapping[str, Target] = {
 GGML_TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
+        _ggml("IQ2_XXS", "IQ2"),
         _ggml("Q2_K", "Q2"),
         _ggml("Q3_K", "Q3"),
         _ggml("IQ4_XS", "MX4"),
         _ggml("MXFP4", "MX4"),
         _ggml("Q4_0", "Q4"),
         _ggml("Q4_K", "Q4K"),
+        _ggml("Q5_K", "Q6"),
         _ggml("Q6_K", "Q6"),
         _ggml("Q8_0", "Q8"),
         _ggml("BF16", "B16"),

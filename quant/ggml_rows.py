@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localv4.errors import BadFileError
 from localv4.kernels import blocks
@@ -10,6 +11,7 @@ from localv4.model.matrix import Matrix, Packed, decode
 
 _BLOCK = 32
 _MXFP4_BYTES = 17
+_LOW, _HALF = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 
 
 def kept_type(matrix: Matrix) -> str:
@@ -40,11 +42,17 @@ def kept_rows(matrix: Matrix, name: str, path: Path) -> Packed:
 
 def mxfp4_rows(matrix: Matrix) -> Packed:
     """Return FP4 as MXFP4: a scale, then bytes of columns j and j + 16 instead of 2j and 2j + 1."""
-    rows, blocks_ = matrix.rows, matrix.cols // _BLOCK
-    out = np.empty((rows, blocks_, _MXFP4_BYTES), np.uint8)
+    rows, count = matrix.rows, matrix.cols // _BLOCK
+    words = np.ascontiguousarray(matrix.data).view("<u8").reshape(rows, count, 2)
+    low, high = words[:, :, 0], words[:, :, 1]
+    codes = np.empty((rows, count, 8, 2), np.uint8)
+    codes[..., 0] = _bytes((low & _LOW) | ((high & _LOW) << _HALF))
+    codes[..., 1] = _bytes(((low >> _HALF) & _LOW) | (high & ~_LOW))
+    out = np.empty((rows, count, _MXFP4_BYTES), np.uint8)
     out[:, :, 0] = matrix.scale
-    pairs = matrix.data.reshape(rows, blocks_, 2, 8)
-    low, high = pairs[:, :, 0], pairs[:, :, 1]
-    out[:, :, 1::2] = (low & 15) | (high << 4)
-    out[:, :, 2::2] = (low >> 4) | (high & 0xF0)
-    return out.reshape(rows, blocks_ * _MXFP4_BYTES)
+    out[:, :, 1:] = codes.reshape(rows, count, 16)
+    return out.reshape(rows, count * _MXFP4_BYTES)
+
+
+def _bytes(words: NDArray[np.uint64]) -> Packed:
+    return words.view(np.uint8).reshape(*words.shape, 8)

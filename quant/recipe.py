@@ -29,7 +29,7 @@ from quant.tensor_class import TensorClass
 BUILT_IN = ("lossless", "q8", "q4", "q3", "q2", "mixed")
 MAX_RECIPE_BYTES = 1 << 20
 
-Method = Literal["round", "search", "feedback"]
+Method = Literal["round", "search"]
 
 _SPAN = re.compile(r"all|(?:first|last) (\d+)|(\d+)(?:-(\d+))?")
 _ROUTED = {TensorClass.GATE_UP, TensorClass.DOWN}

@@ -80,6 +80,10 @@ def _taken(path: Path) -> int:
 
 def _too_small(folder: Path, needed: int, free: int) -> DoesNotFitError:
     return DoesNotFitError(
-        f"{folder} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left",
+        f"{folder} needs {_size(needed)}, but the disk has {_size(free)} left",
         hint="free some space, name another disk with -o, or choose a smaller recipe",
     )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

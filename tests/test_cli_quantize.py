@@ -32,7 +32,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Pa
     rows = {line.split()[0]: line for line in lines[1:]}
     assert "FP4" in rows["gate_up"] and "every value kept" in rows["router"]
     assert any(line.startswith("note: ") and "does not fit" in line for line in lines)
-    assert "read per token" in lines[-2]
+    assert "read per token" in lines[-3]
+    assert lines[-2].startswith("on this machine: it fits into memory")
     assert lines[-1] == f"to {tmp_path / 'data' / 'models' / 'small' / 'q2'}"
     assert not (tmp_path / "data").exists()
 

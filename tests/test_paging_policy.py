@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from localv4.errors import UsageError
-from localv4.paging.policy import NAMES, DecayedFrequency, admission, make_policy
+from localv4.paging.policy import NAMES, DecayedFrequency, make_policy
 from localv4.paging.topics import MOST_TOPICS, TopicMemory
 from localv4.paging.uses import GUARD_TOKENS, Uses
 
@@ -84,17 +84,6 @@ def test_a_policy_sets_the_half_life_it_wants() -> None:
         make_policy("arc", uses)
 
 
-def test_admission_takes_the_most_used_absent_experts_that_fit() -> None:
-    usage = np.array([[5.0, 1.0, 0.0], [4.0, 9.0, 2.0]])
-    resident = np.array([[False, False, False], [False, True, False]])
-    assert admission(usage, resident, np.array([10, 20]), 45) == [(0, 0), (1, 0)]
-    assert admission(usage, resident, np.array([10, 20]), 1000, least=1.5) == [
-        (0, 0),
-        (1, 0),
-        (1, 2),
-    ]
-
-
 class Text:
     """Tokens of topics: each has 40 of 200 experts of its own in each of four layers."""
 
@@ -110,7 +99,7 @@ class Text:
             for layer in range(4):
                 numbers = self.experts[topic][layer, self.rng.permutation(40)[:6]]
                 self.uses.record(layer, numbers)
-            self.policy.observe(self.uses, np.ones((4, 200), bool))
+            self.policy.observe(self.uses)
 
     def share(self, topic: int) -> float:
         """How much of the scores belongs to the experts of a topic."""

@@ -49,7 +49,7 @@ def plain_misses(trace: Trace, name: str, capacity: int) -> float:
             for key in policy.victims(uses, resident, sizes, need, keep):
                 resident[key] = False
             resident[layer, absent] = True
-        policy.observe(uses, resident)
+        policy.observe(uses)
     return missed / (len(trace.chosen) - start)
 
 

@@ -27,8 +27,10 @@ from quant.tensor_class import TensorClass
 TENSOR_CLASSES = {
     "experts_gate_up": [TensorClass.GATE_UP],
     "experts_down": [TensorClass.DOWN],
-    "shared": [TensorClass.SHARED_GATE_UP, TensorClass.SHARED_DOWN],
-    "attention": [TensorClass.ATTENTION_Q, TensorClass.ATTENTION_O],
+    "shared_gate_up": [TensorClass.SHARED_GATE_UP],
+    "shared_down": [TensorClass.SHARED_DOWN],
+    "attention_q": [TensorClass.ATTENTION_Q],
+    "attention_o": [TensorClass.ATTENTION_O],
     "attention_kv": [TensorClass.ATTENTION_KV],
     "indexer": [TensorClass.INDEXER],
     "index_weights": [TensorClass.INDEXER],

@@ -54,11 +54,11 @@ def test_a_recipe_of_a_user(tmp_path: Path) -> None:
         ),
         (
             'summary = "s"\n[[rules]]\ntensors = ["head"]\nformats = ["Q5"]',
-            '"Q5" is not one of keep, Q2',
+            '"Q5" is not one of keep, IQ2',
         ),
         (
             'summary = "s"\n[[rules]]\ntensors = ["head"]\nformats = ["Q4"]\ngguf = ["Q4"]',
-            '"Q4" is not one of keep, Q2_K',
+            '"Q4" is not one of keep, IQ2_XXS',
         ),
         (
             'summary = "s"\n[[rules]]\ntensors = ["head"]\nformats = []',

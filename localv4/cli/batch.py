@@ -80,11 +80,20 @@ Shard = Annotated[
         help="Answer only the lines I, I + N, I + 2N ...: one of N equal parts.",
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        rich_help_panel=_PANEL,
+        metavar="ADDRESS",
+        help="Answer rows on all nodes of the Ray cluster there; auto: the one of this machine.",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """How the engine is to use this machine."""
+    """How the engine is to use this machine, or each one of the cluster at `ray`."""
 
     ctx_size: int | None
     threads: int | None
@@ -92,6 +101,7 @@ class Machine:
     numerics: options.Arithmetic
     memory: "MemoryOptions"
     parallel: int | None
+    ray: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,7 @@ def batch(
     model: options.Model = None,
     parallel: Parallel = None,
     shard: Shard = None,
+    ray: Ray = None,
     overwrite: Overwrite = False,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
@@ -161,7 +172,7 @@ def batch(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
     memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv)
-    machine = Machine(ctx_size, threads, pin, numerics, memory, parallel)
+    machine = Machine(ctx_size, threads, pin, numerics, memory, parallel, ray)
     part = parse_shard(shard)
     job = Job(
         rows=scan(input_file),
@@ -271,29 +282,37 @@ def _run(
         report = Report(
             job.output, model.spec, len(mine), len(mine) - len(todo), job.quiet, job.no_color
         )
-        if todo:
-            _answer(job, todo, model, settings, results, machine, file, report)
+        cancelled = threading.Event()
+        if todo and machine.ray is None:
+            documents = _on_this_machine(
+                job, todo, model, settings, results, machine, cancelled, report
+            )
+            _collect(documents, cancelled, file, report)
+        elif todo:
+            documents = _on_cluster(
+                job, todo, model, weights, identity, settings, machine, cancelled
+            )
+            _collect(documents, cancelled, file, report)
         report.finish(as_json=job.as_json, stats=job.stats)
         if file.failed:
             raise typer.Exit(ROWS_FAILED)
 
 
-def _answer(
+def _on_this_machine(
     job: Job,
     todo: "Sequence[Place]",
     model: "InstalledModel",
     settings: "BatchSettings",
     results: "Results",
     machine: Machine,
-    file: "ResultFile",
+    cancelled: threading.Event,
     report: "Report",
-) -> None:
-    """Load the model and answer rows until all are done or the user stops it."""
+) -> "Iterator[Document]":
+    """Load the model; return the results of the rows as they come."""
     from localv4.cli import loading
     from localv4.engine.batch_memory import plan_batch
     from localv4.engine.batch_run import answer_rows, make_run
 
-    is_exact = machine.numerics is options.Arithmetic.EXACT
     plan = plan_batch(
         model.path,
         machine.memory,
@@ -301,10 +320,10 @@ def _answer(
         rows=len(todo),
         ctx_size=machine.ctx_size,
         threads=machine.threads,
-        exact=is_exact,
+        exact=machine.numerics is options.Arithmetic.EXACT,
     )
     loaded = loading.load_engine(
-        str(model.path) if model.source == "path" else model.name,
+        _reference(model),
         ctx_size=machine.ctx_size,
         threads=machine.threads,
         pin=machine.pin,
@@ -315,12 +334,53 @@ def _answer(
     )
     if not settings.raw and not loaded.knows_chat and not job.quiet:
         loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
-    cancelled = threading.Event()
     run = make_run(
         loaded.engine, settings, results, rows=plan.rows, room=plan.room, cancelled=cancelled
     )
     report.watch(loaded.engine.network, run.batcher.stats)
-    _collect(answer_rows(run, _rows(job.rows, todo)), cancelled, file, report)
+    return answer_rows(run, _rows(job.rows, todo))
+
+
+def _on_cluster(
+    job: Job,
+    todo: "Sequence[Place]",
+    model: "InstalledModel",
+    weights: str,
+    identity: str,
+    settings: "BatchSettings",
+    machine: Machine,
+    cancelled: threading.Event,
+) -> "Iterator[Document]":
+    """Return the results of the rows as they come from the nodes."""
+    from localv4.cli import loading
+    from localv4.engine.node_engine import EngineOrder
+    from localv4.engine.ray_cluster import RayCluster
+
+    def tell(text: str) -> None:
+        if not job.quiet:
+            loading.note(text)
+
+    order = EngineOrder(
+        reference=_reference(model),
+        weights=weights,
+        identity=identity,
+        settings=settings,
+        parallel=machine.parallel,
+        rows=len(todo),
+        ctx_size=machine.ctx_size,
+        threads=machine.threads,
+        pin=machine.pin,
+        numerics=machine.numerics.value,
+        memory=machine.memory,
+    )
+    assert machine.ray is not None
+    cluster = RayCluster(machine.ray, order, job.rows.is_text, tell, cancelled)
+    return cluster.answer(job.rows.lines(todo))
+
+
+def _reference(model: "InstalledModel") -> str:
+    """Return what the model is called on every machine that has it."""
+    return str(model.path.absolute()) if model.source == "path" else model.name
 
 
 def _rows(source: "BatchInput", places: "Sequence[Place]") -> "Iterator[Row]":

@@ -100,6 +100,7 @@ def quantize(
     """
     import hashlib
 
+    from localv4.cli.quantize_forecast import forecast_line
     from localv4.cli.quantize_progress import QuantizeProgress
     from localv4.cli.quantize_report import plan_document, print_plan
     from localv4.cli.sizes import parse_bytes
@@ -121,6 +122,8 @@ def quantize(
         work, target = _work(task, output, base_name, is_gguf, split_bytes)
         plan = work.plan(target)
         document = plan_document(plan, chosen, base_name, target)
+        if not is_gguf:
+            document["forecast"] = forecast_line(plan, opened.config, base_name, chosen.name)
         if not as_json and not (quiet and not dry_run):
             print_plan(plan, document, is_result=dry_run, no_color=no_color)
         if not dry_run:

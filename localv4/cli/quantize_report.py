@@ -53,6 +53,8 @@ def print_plan(plan: "Plan", document: dict[str, Any], *, is_result: bool, no_co
         f"{len(plan.files)} files, {total} (from {was}), "
         f"{format_bytes(plan.bytes_per_token)} read per token\n"
     )
+    if "forecast" in document:
+        stream.write(terminal.sanitize_line(document["forecast"]) + "\n")
     stream.write(terminal.sanitize_line(f"to {document['output']}") + "\n")
     stream.flush()
 

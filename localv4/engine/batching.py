@@ -94,7 +94,7 @@ class Batcher:
     ) -> None:
         self.stats = BatchStats()
         self._engine, self._network = engine, engine.network
-        self._most_rows = max(1, min(most_rows, self._network.most_rows))
+        self.most_rows = max(1, min(most_rows, self._network.most_rows))
         self._room = room
         self._cancelled = cancelled
         self._jobs: deque[Job] = deque()
@@ -152,12 +152,12 @@ class Batcher:
         The more places are free the less: few rows that decode use the machine badly.
         """
         self.stats.read_s += seconds
-        share = 1 - (1 - LEAST_READING) * len(self._running) / self._most_rows
+        share = 1 - (1 - LEAST_READING) * len(self._running) / self.most_rows
         self._decoding_owed_s += seconds * (1 - share) / share
 
     def _next_reading(self) -> Iterator[None] | None:
         """Begin with the next row if it has a place and memory; those that paused come first."""
-        while len(self._running) < self._most_rows and (self._paused or self._jobs):
+        while len(self._running) < self.most_rows and (self._paused or self._jobs):
             try:
                 row = self._paused[0] if self._paused else self._new_row(self._jobs[0])
             except LocalV4Error as error:

@@ -211,6 +211,7 @@ def _fast(
             on_progress("packing weights", done, total)
 
     weights = pack_dense(weights, team.members, packed, copies=paging.io != "map")
+    checkpoint.drop_pages()
     return FastTransformer(
         config,
         weights,

@@ -160,6 +160,8 @@ class Session:
             while start < ids.shape[0]:
                 most = self.network.chunk_tokens  # it may change with what the disk achieves
                 size = most if chunk is None else min(max(chunk, 1), most)
+                left = ids.shape[0] - start
+                size = -(-left // -(-left // size))  # equal parts: a short one costs as much
                 part = ids[start : start + size]
                 vectors = self.network.forward(part, self._state)
                 self.tokens.extend(part.tolist())

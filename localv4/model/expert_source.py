@@ -36,7 +36,8 @@ def open_store(
     of them. Otherwise they are read from the files of `checkpoint`. Raises LocalV4Error or
     BadFileError when a file cannot be read, MemoryError without memory.
     """
-    if options.io == "map" and experts.are_mapped:
+    is_packed = any(experts.forms)
+    if not is_packed or (options.io == "map" and experts.are_mapped):
         fits = options.capacity_bytes >= int(experts.nbytes.sum())
         return experts.mapped_store(populates=fits)
     load, split, refusal = _loader(experts, options, checkpoint)

@@ -37,14 +37,17 @@ from localv4.paging.options import KEEP_ALL
 from localv4.paging.paged_store import PagedStore
 from localv4.paging.store import ExpertStore
 
-CHUNK_TOKENS = 8 * BATCH_TOKENS
+CHUNK_TOKENS = 16 * BATCH_TOKENS
 """Tokens for which each expert is read once, unless asked otherwise."""
 
-MOST_CHUNK_TOKENS = 4 * CHUNK_TOKENS
+MOST_CHUNK_TOKENS = 2 * CHUNK_TOKENS
 """The most of them, where experts have to be read from a slow disk."""
 
 BALANCE = 0.1
 """Share of the time of a chunk that may be spent waiting for the disk before chunks grow."""
+
+LEAST_ARENA = 8
+"""Chunks grow only while an arena is so many times as large as their activations."""
 
 SLACK_TOKENS = 256
 """How far a sequence can be taken back; no fewer than attention takes at a time."""
@@ -185,8 +188,12 @@ class FastTransformer:
         added = self._many.nbytes - held
         if len(token_ids) > CHUNK_TOKENS:  # smaller chunks have their part in every plan
             store.change_memory(-added)
-        is_full = len(token_ids) == self.chunk_tokens < MOST_CHUNK_TOKENS
-        if is_full and waited_s > BALANCE * (time.perf_counter() - start):
+        may_grow = (
+            len(token_ids) > self.chunk_tokens // 2
+            and self.chunk_tokens < MOST_CHUNK_TOKENS
+            and 2 * self._many.nbytes < store.arena.capacity // LEAST_ARENA
+        )
+        if may_grow and waited_s > BALANCE * (time.perf_counter() - start):
             self.chunk_tokens *= 2
         return vectors
 

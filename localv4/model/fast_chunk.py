@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from localv4.model.experts import UnpackableError
 from localv4.model.fast_layer import FastLayer
-from localv4.model.fast_moe import WaveBuffers
+from localv4.model.fast_moe import SHARED_TOKENS, WaveBuffers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.matrix import Floats
 from localv4.model.state import State
@@ -104,8 +104,12 @@ class ChunkPlan:
         network, moe = self._network, layer.moe
         program = network.new_program()
         layer.add_router(program, chunk, tokens)
-        moe.add_shared(program, chunk, buffers.shared, tokens)
         network.run(program)
+        for first in range(0, tokens, SHARED_TOKENS):
+            count = min(SHARED_TOKENS, tokens - first)
+            program = network.new_program()
+            moe.add_shared(program, chunk.part(first), buffers.shared, count)
+            network.run(program)
         chunk.update.values[:tokens] = 0
         try:
             for wave in moe.waves(chunk, buffers, tokens):

@@ -19,7 +19,10 @@ from localv4.model.packing import ExpertForm
 from localv4.model.program import Input, Program, Rounded, Rows
 from localv4.model.weights import Expert, Router
 from localv4.model.workspace import ChunkBuffers
-from localv4.paging.store import ExpertStore
+from localv4.paging.store import ABSENT, ON_ITS_WAY, ExpertStore
+
+SHARED_TOKENS = 960
+"""Tokens that go through the shared expert in one program: what Ctrl-C waits for."""
 
 WAVE_SLOTS = 4096
 """Pairs of token and expert that are multiplied together: bounds the memory of activations."""
@@ -55,7 +58,7 @@ class WaveBuffers:
         inner = config.expert_width
         self.slots = max(tokens, min(WAVE_SLOTS, tokens * config.experts_per_token))
         self.x, self.hidden = Rounded(self.slots, config.hidden_size), Rounded(self.slots, inner)
-        self.shared = SharedBuffers(tokens, inner * config.shared_experts)
+        self.shared = SharedBuffers(min(tokens, SHARED_TOKENS), inner * config.shared_experts)
 
 
 class ExpertGroups:
@@ -135,8 +138,7 @@ class FastMoe:
         """Have the first experts read before it is known which ones many tokens choose."""
         slots = tokens * self.config.experts_per_token
         if self.forms and slots >= SURE_USES * self.config.n_experts:
-            largest = self.store.largest_claim(self.index)
-            self.store.claim(self.index, range(min(largest, self.config.n_experts)))
+            self._read_ahead(np.arange(self.config.n_experts))
 
     def add_router(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
         """Choose the experts of each token."""
@@ -293,7 +295,7 @@ class FastMoe:
     def waves(self, chunk: ChunkBuffers, buffers: WaveBuffers, tokens: int) -> Iterator[Wave]:
         """Yield the chosen experts, form by form and in ascending order, some at a time.
 
-        Those of a wave are in memory until the next one is asked for, and that one is on its way.
+        Those of a wave are in memory until the next one is asked for, and later ones on their way.
         """
         chosen, store = chunk.chosen[:tokens], self.store
         if not self.forms:
@@ -303,10 +305,12 @@ class FastMoe:
         slots = np.argsort(chosen, axis=None, kind="stable")
         starts = np.concatenate([[0], np.cumsum(sizes)])
         parts = list(self._parts(sizes, buffers.slots))
+        left = np.concatenate(parts)
         try:
-            for part, following in zip(parts, [*parts[1:], parts[0][:0]], strict=True):
+            for part in parts:
+                left = left[len(part) :]
                 store.claim(self.index, part.tolist())
-                store.claim(self.index, following.tolist())
+                self._read_ahead(left)
                 while (store.addresses[self.index, part] <= 0).any():
                     store.wait(self.index, part.tolist())
                 mine = np.concatenate([slots[starts[e] : starts[e + 1]] for e in part])
@@ -321,6 +325,12 @@ class FastMoe:
                 store.release(self.index, part.tolist())
         finally:
             store.end_prompt(self.index)
+
+    def _read_ahead(self, left: NDArray[np.int64]) -> None:
+        """Keep absent ones of the experts that come next on their way, two waves of them."""
+        states = self.store.addresses[self.index, left]
+        room = 2 * self.store.largest_claim(self.index) - np.count_nonzero(states == ON_ITS_WAY)
+        self.store.claim(self.index, left[states == ABSENT][: max(0, room)].tolist())
 
     def _parts(self, sizes: NDArray[np.int64], slots: int) -> Iterator[NDArray[np.int64]]:
         """Yield the experts in use, those of one form that fit into some slots at a time."""

@@ -32,7 +32,7 @@ GUESS_SLOTS = 16
 """Records at most that are in memory because of a guess and nothing else."""
 
 CLAIM_SLOTS = 16
-"""Records of a prompt that are claimed at a time; as many again are read meanwhile."""
+"""Records of a prompt that are multiplied at a time; twice as many are read meanwhile."""
 
 RECENT_COST = 1e6
 """What makes the record of a recent token dearer than any other."""
@@ -240,7 +240,7 @@ class PagedStore:
         """Learn what became of guesses: wrong ones are the first to go."""
         clock = int(self.uses.clock[0])
         self.counts.tokens += 1
-        self.policy.observe(self.uses, self.resident)
+        self.policy.observe(self.uses)
         for key in [key for key in self._guessed if self.addresses[key] != ON_ITS_WAY]:
             self._guessed.discard(key)
             if self.uses.last[key] == clock:
@@ -290,7 +290,7 @@ class PagedStore:
 
     def largest_claim(self, layer: int) -> int:
         """Return how many records of a layer to claim at a time."""
-        fitting = self.arena.capacity // (2 * max(1, int(self.nbytes[layer].max())))
+        fitting = self.arena.capacity // (4 * max(1, int(self.nbytes[layer].max())))
         return max(1, min(CLAIM_SLOTS, int(fitting)))
 
     def _place(self, key: Key, wanted: list[int], *, of_guess: bool = False) -> int | None:

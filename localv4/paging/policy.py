@@ -1,4 +1,4 @@
-"""Which records to give up when memory is needed, and which to take in after a prompt."""
+"""Which records to give up when memory is needed."""
 
 import math
 from typing import Protocol
@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import UsageError
+from localv4.paging.half_life import HALF_LIVES, HalfLives
 from localv4.paging.topics import TopicMemory
-from localv4.paging.uses import DEFAULT_HALF_LIFE, GUARD_TOKENS, Uses
+from localv4.paging.uses import GUARD_TOKENS, Uses
 
 NAMES = ("decay", "lru", "lfu")
 """Policies by name; the first is the default."""
@@ -36,14 +37,14 @@ class Policy(Protocol):
         tokens used only when nothing else is left; so it may free less than `need`.
         """
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
+    def observe(self, uses: Uses) -> None:
         """Learn from the token that has just been decoded: what it used has the clock's time."""
 
 
 def make_policy(name: str, uses: Uses) -> Policy:
     """Return the policy with this name and give `uses` its half-life. UsageError if unknown."""
     if name == "decay":
-        uses.half_life = DEFAULT_HALF_LIFE
+        uses.half_life = HALF_LIVES[-1]
         return DecayedFrequency()
     if name == "lru":
         return LeastRecentlyUsed()
@@ -66,7 +67,7 @@ class LeastRecentlyUsed:
         order = uses.last * layers + np.arange(layers)[:, None]  # a token goes layer by layer
         return _coldest(order, uses, resident, nbytes, need, keep)
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
+    def observe(self, uses: Uses) -> None:
         """Do nothing: there is nothing to adapt."""
 
 
@@ -81,17 +82,18 @@ class LeastFrequentlyUsed:
         """See `Policy`."""
         return _coldest(uses.scores(), uses, resident, nbytes, need, keep)
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
+    def observe(self, uses: Uses) -> None:
         """Do nothing: there is nothing to adapt."""
 
 
 class DecayedFrequency:
-    """Give up what was used least often of late in the present topic; see `topics`."""
+    """Give up what was used least often of late in the present topic (`topics`, `half_life`)."""
 
     name = "decay"
 
     def __init__(self) -> None:
         self.memory = TopicMemory()
+        self._half_lives = HalfLives()
 
     def victims(
         self, uses: Uses, resident: Mask, nbytes: Sizes, need: int, keep: Mask | None = None
@@ -99,25 +101,14 @@ class DecayedFrequency:
         """See `Policy`."""
         return _coldest(uses.scores(), uses, resident, nbytes, need, keep)
 
-    def observe(self, uses: Uses, resident: Mask) -> None:
-        """Notice a change of topic; about 0.1 ms per token for Flash."""
+    def observe(self, uses: Uses) -> None:
+        """Notice a change of topic, and adapt the half-life; about 0.3 ms per token for Flash."""
+        changes = self.memory.changes, self.memory.recalls
         self.memory.observe(uses)
-
-
-def admission(
-    usage: NDArray[np.floating], resident: Mask, nbytes: Sizes, room: int, least: float = 0.0
-) -> Keys:
-    """Return what to take into `room` bytes after a prompt: absent experts, most used first.
-
-    A prompt is computed without taking its experts in; `usage` (layers, experts) is how much each
-    was used, and only what has more than `least` is returned. The caller may count as room what it
-    is ready to give up, for instance residents with a lower score.
-    """
-    order = np.argsort(-usage, axis=None, kind="stable")
-    wanted = order[(~resident & (usage > least)).ravel()[order]]
-    sizes = _sizes(nbytes, usage.shape).ravel()[wanted]
-    fitting = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
-    return _keys(wanted[:fitting], usage.shape[1])
+        if changes != (self.memory.changes, self.memory.recalls):
+            self._half_lives.restart(uses.scores())
+        else:
+            self._half_lives.observe(uses)
 
 
 def _coldest(

@@ -128,7 +128,7 @@ class _Run:
             *(next_uses[t], self.upcoming, self.nbytes, self.capacity, self.held, self.count),
             *(self.members, self.places, self.misses),
         )
-        self.policy.observe(uses, self.places[0].reshape(uses.heat.shape) >= 0)
+        self.policy.observe(uses)
 
     def _refill(self) -> None:
         """Fill the caches after a prompt with what it used most; the optimum is fill by next use.

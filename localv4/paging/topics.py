@@ -20,7 +20,7 @@ _LEARNING = 16  # first tokens, which show what surprise is usual in a topic
 _WINDOW = 64  # tokens over which the usual surprise is averaged then
 _LEAST_DEVIATION = 0.02  # a perfectly steady text is no reason for an alarm
 _RECENT = 0.5 ** (1 / 4)  # a half-life of 4 tokens tells the new topic from the old at an alarm
-_FADED = 0.05  # what is left of the old counts: an order among experts that nothing else orders
+_BACKGROUND = 8.0  # tokens for which the mixture of all topics counts when a new one begins
 _WAIT = 6  # tokens that show which topic is back
 _MARGIN = 0.1  # nats per use by which it must be likelier than the mixture of all topics
 _UNSEEN, _UNKNOWN = 0.05, 0.1  # uses that every expert is credited with, in counts and in shares
@@ -59,7 +59,7 @@ class TopicMemory:
         self._recent[used] += 1
         self._age += 1
         if self._is_change(_surprise(scores, used)):
-            self._leave(uses, scores)
+            self._leave(uses, scores, int(np.count_nonzero(used)))
         elif self._age == _WAIT and self._is_unsettled:
             self._recall(uses, scores)
 
@@ -90,13 +90,19 @@ class TopicMemory:
         self._variance += ((surprise - self._mean) ** 2 - self._variance) * share
         return False
 
-    def _leave(self, uses: Uses, scores: Heat) -> None:
-        """Put the old topic's counts aside and go on with those of the last tokens."""
+    def _leave(self, uses: Uses, scores: Heat, uses_per_token: int) -> None:
+        """Put the old topic's counts aside and go on with those of the last tokens.
+
+        What nothing is known of yet is ordered by the mixture of all topics, the old one among
+        them.
+        """
         assert self._recent is not None
         old = np.maximum(scores - self._recent, 0)
         if self._age >= _LEAST_TOKENS or self._is_known:
             self._keep(old)
-        uses.restart(_FADED * old + self._recent)
+        mixture = np.sum([*self.topics, old], axis=0)
+        share = _BACKGROUND * uses_per_token / max(float(mixture.sum()), 1.0)
+        uses.restart(share * mixture + self._recent)
         self._recent[:] = 0
         self._restart()
         self._is_unsettled = True

@@ -42,8 +42,10 @@ _ROLES: tuple[tuple[str, Role], ...] = (
     ("weights_proj", "index_weights"),
     ("indexer.", "indexer"),
     ("attn.wkv", "attention_kv"),
-    ("attn.", "attention"),
-    ("shared_experts", "shared"),
+    ("attn.wq", "attention_q"),
+    ("attn.wo", "attention_o"),
+    ("shared_experts.w2", "shared_down"),
+    ("shared_experts", "shared_gate_up"),
     ("gate.", "router"),
     ("head.", "head"),
 )

@@ -9,8 +9,10 @@ from localv4.model.config import LayerKind, ModelConfig
 Role = Literal[
     "experts_gate_up",
     "experts_down",
-    "shared",
-    "attention",
+    "shared_gate_up",
+    "shared_down",
+    "attention_q",
+    "attention_o",
     "attention_kv",
     "indexer",
     "index_weights",
@@ -85,8 +87,8 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Weight]:
     yield from _router(config, layer)
     width, used = config.expert_width, config.experts_per_token
     shared = width * config.shared_experts
-    yield Weight("shared experts", "shared", layer, shared, hidden, 2, 2)
-    yield Weight("shared experts", "shared", layer, hidden, shared)
+    yield Weight("shared experts", "shared_gate_up", layer, shared, hidden, 2, 2)
+    yield Weight("shared experts", "shared_down", layer, hidden, shared)
     routed, count = "routed experts", config.n_experts
     yield Weight(routed, "experts_gate_up", layer, width, hidden, 2 * count, 2 * used)
     yield Weight(routed, "experts_down", layer, hidden, width, count, used)
@@ -115,11 +117,11 @@ def _router(config: ModelConfig, layer: int) -> Iterator[Weight]:
 def _attention(config: ModelConfig, layer: int) -> Iterator[Weight]:
     name, hidden, rank = "attention", config.hidden_size, config.q_lora_rank
     heads, out = config.n_heads * config.head_dim, config.o_groups * config.o_lora_rank
-    yield Weight(name, "attention", layer, rank, hidden)
-    yield Weight(name, "attention", layer, heads, rank)
+    yield Weight(name, "attention_q", layer, rank, hidden)
+    yield Weight(name, "attention_q", layer, heads, rank)
     yield Weight(name, "attention_kv", layer, config.head_dim, hidden)
-    yield Weight(name, "attention", layer, out, heads // config.o_groups)
-    yield Weight(name, "attention", layer, hidden, out)
+    yield Weight(name, "attention_o", layer, out, heads // config.o_groups)
+    yield Weight(name, "attention_o", layer, hidden, out)
     for size in (rank, config.head_dim, config.n_heads):
         yield _floats(name, layer, size)
     kind, ratio = config.layer_kinds[layer], config.ratios[layer]
