@@ -105,6 +105,29 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Which model is to answer, and how; `weights` is its fingerprint."""
+
+    model: "InstalledModel"
+    weights: str
+    settings: "BatchSettings"
+    machine: Machine
+
+    @property
+    def identity(self) -> str:
+        """What tells the results of equal rows apart."""
+        machine = self.machine
+        return self.settings.identity(self.weights, machine.numerics.value, machine.ctx_size)
+
+    @property
+    def results(self) -> "Results":
+        """What makes rows of the output."""
+        from localv4.engine.batch_results import Results
+
+        return Results(self.identity, self.settings.model)
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What is to be answered, where it goes, and how much is told about it."""
 
@@ -164,6 +187,7 @@ def batch(
     code 3 tells that some rows could not be answered.
     """
     from localv4.engine.batch_input import scan
+    from localv4.engine.fingerprint import weights_fingerprint
 
     thinking, effort = options.thinking_mode(think, think_effort)
     if raw and (thinking or system is not None):
@@ -187,7 +211,7 @@ def batch(
     found, checkpoint = _open_model(model)
     own = _recommended(found, checkpoint).with_values(values)
     settings = _settings(found, model, own, thinking, effort, tuple(stop or ()), system, raw)
-    _run(job, found, checkpoint, settings, machine)
+    _run(job, Asked(found, weights_fingerprint(checkpoint), settings, machine))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -260,38 +284,23 @@ def _release(model: "InstalledModel") -> "Release":
     return "0731" if any(date in model.name for date in SUMMER_RELEASES) else "preview"
 
 
-def _run(
-    job: Job,
-    model: "InstalledModel",
-    checkpoint: "Checkpoint",
-    settings: "BatchSettings",
-    machine: Machine,
-) -> None:
+def _run(job: Job, asked: Asked) -> None:
     """Answer what is not in the output yet. Raises typer.Exit unless every row has an answer."""
     from localv4.cli.batch_report import Report
-    from localv4.engine.batch_results import ResultFile, Results
-    from localv4.engine.fingerprint import weights_fingerprint
+    from localv4.engine.batch_results import ResultFile
 
-    weights = weights_fingerprint(checkpoint)
-    identity = settings.identity(weights, machine.numerics.value, machine.ctx_size)
-    results = Results(identity, settings.model)
-    with ResultFile(job.output, job.rows, results, overwrite=job.overwrite) as file:
+    with ResultFile(job.output, job.rows, asked.results, overwrite=job.overwrite) as file:
         number, count = job.shard
         mine = [place for place in job.rows.places if place.line % count == number % count]
         todo = [place for place in mine if place.custom_id not in file.done]
-        report = Report(
-            job.output, model.spec, len(mine), len(mine) - len(todo), job.quiet, job.no_color
-        )
-        cancelled = threading.Event()
-        if todo and machine.ray is None:
-            documents = _on_this_machine(
-                job, todo, model, settings, results, machine, cancelled, report
-            )
-            _collect(documents, cancelled, file, report)
-        elif todo:
-            documents = _on_cluster(
-                job, todo, model, weights, identity, settings, machine, cancelled
-            )
+        before = len(mine) - len(todo)
+        report = Report(job.output, asked.model.spec, len(mine), before, job.quiet, job.no_color)
+        if todo:
+            cancelled = threading.Event()
+            if asked.machine.ray is None:
+                documents = _on_this_machine(job, asked, todo, cancelled, report)
+            else:
+                documents = _on_cluster(job, asked, todo, cancelled, report, asked.machine.ray)
             _collect(documents, cancelled, file, report)
         report.finish(as_json=job.as_json, stats=job.stats)
         if file.failed:
@@ -300,11 +309,8 @@ def _run(
 
 def _on_this_machine(
     job: Job,
+    asked: Asked,
     todo: "Sequence[Place]",
-    model: "InstalledModel",
-    settings: "BatchSettings",
-    results: "Results",
-    machine: Machine,
     cancelled: threading.Event,
     report: "Report",
 ) -> "Iterator[Document]":
@@ -313,8 +319,9 @@ def _on_this_machine(
     from localv4.engine.batch_memory import plan_batch
     from localv4.engine.batch_run import answer_rows, make_run
 
+    machine, settings = asked.machine, asked.settings
     plan = plan_batch(
-        model.path,
+        asked.model.path,
         machine.memory,
         parallel=machine.parallel,
         rows=len(todo),
@@ -323,7 +330,7 @@ def _on_this_machine(
         exact=machine.numerics is options.Arithmetic.EXACT,
     )
     loaded = loading.load_engine(
-        _reference(model),
+        _reference(asked.model),
         ctx_size=machine.ctx_size,
         threads=machine.threads,
         pin=machine.pin,
@@ -335,7 +342,7 @@ def _on_this_machine(
     if not settings.raw and not loaded.knows_chat and not job.quiet:
         loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
     run = make_run(
-        loaded.engine, settings, results, rows=plan.rows, room=plan.room, cancelled=cancelled
+        loaded.engine, settings, asked.results, rows=plan.rows, room=plan.room, cancelled=cancelled
     )
     report.watch(loaded.engine.network, run.batcher.stats)
     return answer_rows(run, _rows(job.rows, todo))
@@ -343,28 +350,22 @@ def _on_this_machine(
 
 def _on_cluster(
     job: Job,
+    asked: Asked,
     todo: "Sequence[Place]",
-    model: "InstalledModel",
-    weights: str,
-    identity: str,
-    settings: "BatchSettings",
-    machine: Machine,
     cancelled: threading.Event,
+    report: "Report",
+    address: str,
 ) -> "Iterator[Document]":
     """Return the results of the rows as they come from the nodes."""
-    from localv4.cli import loading
     from localv4.engine.node_engine import EngineOrder
     from localv4.engine.ray_cluster import RayCluster
 
-    def tell(text: str) -> None:
-        if not job.quiet:
-            loading.note(text)
-
+    machine = asked.machine
     order = EngineOrder(
-        reference=_reference(model),
-        weights=weights,
-        identity=identity,
-        settings=settings,
+        reference=_reference(asked.model),
+        weights=asked.weights,
+        identity=asked.identity,
+        settings=asked.settings,
         parallel=machine.parallel,
         rows=len(todo),
         ctx_size=machine.ctx_size,
@@ -373,8 +374,7 @@ def _on_cluster(
         numerics=machine.numerics.value,
         memory=machine.memory,
     )
-    assert machine.ray is not None
-    cluster = RayCluster(machine.ray, order, job.rows.is_text, tell, cancelled)
+    cluster = RayCluster(address, order, job.rows.is_text, report.tell, cancelled)
     return cluster.answer(job.rows.lines(todo))
 
 

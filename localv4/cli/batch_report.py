@@ -103,6 +103,17 @@ class Report:
             sys.stderr.write(f"{self._progress()}, {self._line()}\n")
             sys.stderr.flush()
 
+    def tell(self, text: str) -> None:
+        """Say something on a line of its own; may be called from any thread."""
+        if self._quiet:
+            return
+        line = f"note: {terminal.sanitize_line(text)}"
+        if self._bar is not None:
+            self._bar.console.print(line)  # above the line that is redrawn
+        else:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
     def interrupted(self, command: str) -> None:
         """Say what is kept and how to go on."""
         if not self._quiet:

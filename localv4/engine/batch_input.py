@@ -25,7 +25,7 @@ _SKIPPED_BYTES = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
 _FOREIGN = {
     b"\x1f\x8b": "compressed by gzip",
-    b"BZh": "compressed by bzip2",
+    b"BZh91AY": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"PK\x03\x04": "a zip archive",

@@ -23,14 +23,15 @@ class Segment:
     """Operations of the token's program.
 
     `lookups` maps those that look up a layer's experts, where the segment can halt, to the layer,
-    `glances` those that guess for a layer. `resumes` maps a layer to the operation behind the first
-    half of its experts. After the segment the experts of layer `stored` are multiplied as they are
+    `glances` those that end a guess for the next layer. `guesses` maps a layer to the operations of
+    that guess (first, end), `resumes` to the operation behind the first half of its experts. After the segment the experts of layer `stored` are multiplied as they are
     stored, if it is not None.
     """
 
     program: NDArray[np.int64]
     lookups: dict[int, int]
     glances: dict[int, int]
+    guesses: dict[int, slice]
     resumes: dict[int, int]
     stored: int | None
 
@@ -117,19 +118,22 @@ class TokenPlan:
                 continue
             layer = segment.lookups[last]
             try:
-                self._fetch(layer)
+                self._fetch(layer, segment)
             except UnpackableError:
                 network.experts.drop_forms(layer)
                 return False
             network.team.run(segment.program[last:done])
             done = segment.resumes[layer]
 
-    def _fetch(self, layer: int) -> None:
+    def _fetch(self, layer: int, segment: Segment) -> None:
         """Bring the token's experts of a layer into memory; compute with those that are there."""
         network, store = self._network, self._network.store
         numbers = self._chunk.chosen[0]
         store.count_misses(layer, numbers.tolist())
         store.request(layer, numbers.tolist())
+        if layer in segment.guesses:
+            network.team.run(segment.program[segment.guesses[layer]])
+            store.guess(layer + 1, self._guess.chosen.tolist(), numbers.tolist())
         self._run_shared(layer)
         open_places = list(range(len(numbers)))
         while open_places:
@@ -173,7 +177,7 @@ class TokenPlan:
 
     def _new_segment(self) -> tuple[Program, Segment]:
         nothing = np.zeros((0, WORDS), np.int64)
-        return self._network.new_program(), Segment(nothing, {}, {}, {}, None)
+        return self._network.new_program(), Segment(nothing, {}, {}, {}, {}, None)
 
     def _add_experts(self, program: Program, segment: Segment, index: int) -> None:
         """Add the experts of a layer, and a glance at those of the next one."""
@@ -181,13 +185,14 @@ class TokenPlan:
         moe, halt = network.layers[index].moe, network.team.halt_address
         segment.lookups[len(program)] = index
         moe.add_resolve(program, chunk, hidden, halt)
-        moe.add_gate_up(program, chunk, hidden)
-        segment.resumes[index] = len(program)
         if self.looks_ahead and index + 1 < len(network.layers):
-            following = network.layers[index + 1].moe
+            following, first = network.layers[index + 1].moe, len(program)
             if following.can_guess:
                 following.add_glance(program, chunk, self._guess, halt)
                 segment.glances[len(program) - 1] = index + 1
+                segment.guesses[index] = slice(first, len(program))
+        moe.add_gate_up(program, chunk, hidden)
+        segment.resumes[index] = len(program)
         moe.add_down(program, chunk, hidden)
 
     def _add_head(self, program: Program) -> None:

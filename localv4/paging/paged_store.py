@@ -163,15 +163,19 @@ class PagedStore:
             address = self._place(key, wanted)
         self._submit(key, address, urgent=True)
 
-    def guess(self, layer: int, numbers: Iterable[int]) -> None:
-        """Have absent records read while nothing else is; they may be needed."""
+    def guess(self, layer: int, numbers: Iterable[int], spared: Iterable[int] = ()) -> None:
+        """Have absent records read while nothing else is; they may be needed.
+
+        `spared` of the layer before are in use.
+        """
         self._collect(self.readers.finished())
+        in_use = (layer - 1, list(spared))
         wanted = list(numbers)
         for number in wanted:
             key = (layer, number)
             if self.addresses[key] != ABSENT or len(self._guessed) >= GUESS_SLOTS:
                 continue
-            address = self._place(key, wanted, of_guess=True)
+            address = self._place(key, wanted, in_use)
             if address is None:
                 return
             self._guessed.add(key)
@@ -293,16 +297,20 @@ class PagedStore:
         fitting = self.arena.capacity // (4 * max(1, int(self.nbytes[layer].max())))
         return max(1, min(CLAIM_SLOTS, int(fitting)))
 
-    def _place(self, key: Key, wanted: list[int], *, of_guess: bool = False) -> int | None:
+    def _place(
+        self, key: Key, wanted: list[int], in_use: tuple[int, list[int]] | None = None
+    ) -> int | None:
         """Return room for a record, giving up others for it; None if none can be given up.
 
-        A guess is made in the middle of a layer: it must not cost what the token has just used.
+        A guess is made in the middle of a layer: it must not cost what is `in_use` there, nor what
+        the token has just used.
         """
         nbytes = int(self.nbytes[key])
         keep = self._claimed.copy()
         keep[key[0], wanted] = True
-        if of_guess:
+        if in_use is not None:
             keep |= self.uses.last >= self.uses.clock
+            keep[in_use] = True
         address = self.arena.take(nbytes)
         if address is None and not self._is_mixed:
             for victim in self._victims(keep, nbytes):

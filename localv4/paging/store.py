@@ -36,7 +36,7 @@ class ExpertStore(Protocol):
     def request(self, layer: int, numbers: Iterable[int]) -> None:
         """Have absent records read; they are needed soon."""
 
-    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+    def guess(self, layer: int, numbers: Iterable[int], spared: Iterable[int] = ()) -> None:
         """Have absent records read while nothing else is; they may be needed."""
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
@@ -93,7 +93,7 @@ class MappedStore:
     def request(self, layer: int, numbers: Iterable[int]) -> None:
         """Do nothing: the record is there."""
 
-    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+    def guess(self, layer: int, numbers: Iterable[int], spared: Iterable[int] = ()) -> None:
         """Do nothing."""
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:

@@ -36,7 +36,7 @@ LEAST_RESERVE, RESERVE_SHARE, MOST_RESERVE_SHARE = 4 * GIB, 0.08, 0.25
 """Left to other programs beyond what they have: 8 % of all memory, 4 GiB or more, but no more than
 a quarter of what there is and of what is available."""
 
-PROGRAM_BYTES = 450 * MIB
+PROGRAM_BYTES = 512 * MIB
 """Python, its libraries and compiled kernels, of which 200 MiB were measured, the terminal, the
 tokenizer of 129,280 tokens, and what allocators keep."""
 
