@@ -1,17 +1,19 @@
 """Attention in vector lanes equals float64, with the same bits however a token is computed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numba
 import numpy as np
 import pytest
+import row_forms
 from numpy.typing import NDArray
 from reference_packed import address, floats
 
-from localv4.kernels import attend
+from localv4.kernels import attend, row_operations
 from localv4.kernels.head_lanes import lanes, spread
 from localv4.kernels.head_tiles import TILE_ROWS
 from localv4.kernels.operation import WORDS, float_bits
+from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +42,7 @@ class Case:
     top_k: int = 0
     pairs: int = 8
     capacity: int = 0
+    rows: RowFormat = row_operations.F32
     x: Floats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +54,10 @@ class Case:
         self.window = rng.standard_normal((self.capacity, self.n)).astype(F32)
         visible = np.arange(self.position + 1, self.position + self.tokens + 1)
         self.counts = visible // self.ratio if self.ratio else 0 * visible
-        self.entries = rng.standard_normal((int(self.counts.max()) + 1, self.n)).astype(F32)
+        entries = rng.standard_normal((int(self.counts.max()) + 1, self.n)).astype(F32)
+        form, rope = self.rows.keys.name, 2 * self.pairs
+        self.stored = row_forms.encode(form, entries, rope)
+        self.entries = row_forms.decode(form, self.stored, self.n, rope)
         angles = rng.uniform(0, 7, (self.tokens, self.pairs))
         self.cos, self.sin = np.cos(angles).astype(F32), np.sin(angles).astype(F32)
         self.sinks = rng.standard_normal(self.heads).astype(F32)
@@ -104,7 +110,7 @@ class Run:
         self.case, self.members = case, members
         self.out = case.x.copy()
         self.sinks = spread(case.sinks)
-        self.cells = np.array([address(case.window), address(case.entries)], np.int64)
+        self.cells = np.array([address(case.window), address(case.stored)], np.int64)
         self.chosen, self.counts = np.ascontiguousarray(case.chosen), case.counts.astype(np.int64)
         size = attend.scratch_bytes(case.heads, case.n, case.span + int(case.counts.max()))
         self.scratch = floats(members + 1, size // 4)
@@ -138,7 +144,7 @@ class Run:
             self.scratch[0].nbytes,
         ]
         words = self.words(first, context)
-        self.run([[attend.attend.address, *words, *shape, *angles, *scratch]])
+        self.run([[case.rows.attend.address, *words, *shape, *angles, *scratch]])
         return self
 
     def alone(self, t: int) -> "Run":
@@ -149,9 +155,9 @@ class Run:
         self.run(
             [
                 [attend.attend_query.address, x, *size, *angles, float_bits(EPS), scratch],
-                [attend.attend_scores.address, *words, *size, scratch],
+                [case.rows.attend_scores.address, *words, *size, scratch, case.pairs],
                 [attend.attend_softmax.address, *words[:4], *size, address(self.sinks), scratch],
-                [attend.attend_values.address, *words[:4], *size, *angles, scratch, x],
+                [case.rows.attend_values.address, *words[:4], *size, *angles, scratch, x],
             ]
         )
         return self
@@ -187,7 +193,13 @@ CASES = {
     "released size": RELEASED,
     "no rotation": WHOLE_TURN,
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+IN_FORMATS = {
+    f"{name}, {rows.name}": replace(case, rows=rows)
+    for name, case in CASES.items()
+    for rows in row_operations.FORMATS.values()
+    if case.ratio or rows is row_operations.F32
+}
+cases = pytest.mark.parametrize("case", IN_FORMATS.values(), ids=IN_FORMATS.keys())
 
 
 def same_bits(x: Floats, y: Floats) -> bool:

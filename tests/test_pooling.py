@@ -3,11 +3,13 @@
 import numba
 import numpy as np
 import pytest
+import row_forms
 from operation_runs import F32, Floats, cell, padded, run, run_all_ways, stride
 from reference_packed import address
 
-from localv4.kernels import compression, elementwise, pooling
+from localv4.kernels import compression, elementwise, pooling, row_operations
 from localv4.kernels.operation import float_bits
+from localv4.kernels.row_operations import RowFormat
 
 pytestmark = pytest.mark.skipif(
     bool(numba.config.DISABLE_JIT), reason="kernels that take addresses need the compiler"
@@ -96,8 +98,43 @@ def test_entries(
     def words(done: int, count: int) -> list[int]:
         return work.words(where, positions[done:], count)
 
-    run_all_ways(pooling.pool, tokens, [entries], words)
+    run_all_ways(row_operations.F32.pool, tokens, [entries], words)
     np.testing.assert_allclose(entries[:-1], work.expected(first, end), rtol=2e-5, atol=2e-6)
+    assert (entries[-1] == 7).all()
+
+
+@pytest.mark.parametrize(("ratio", "overlap", "n", "capacity", "pairs", "start", "tokens"), CASES)
+@pytest.mark.parametrize(
+    "rows", [row_operations.BF16, row_operations.COMPACT], ids=lambda x: x.name
+)
+@pytest.mark.parametrize("part", ["keys", "index"])
+def test_entries_are_rounded_when_they_are_written(
+    rows: RowFormat,
+    part: str,
+    ratio: int,
+    overlap: bool,
+    n: int,
+    capacity: int,
+    pairs: int,
+    start: int,
+    tokens: int,
+) -> None:
+    work = Compressor(ratio, overlap, n, capacity, pairs)
+    form, pool = (rows.keys, rows.pool) if part == "keys" else (rows.index, rows.index_pool)
+    first, end = start // ratio, (start + tokens) // ratio
+    exact, position = np.zeros((end - first, n), F32), np.array([start])
+    before = cell(exact) - 4 * n * first
+    run(1, row_operations.F32.pool, work.words(before, position, tokens))
+    size = form.nbytes(n, 2 * pairs)
+    entries = np.full((end - first + 1, size), 7, np.uint8)
+    where = cell(entries) - size * first
+    positions = np.arange(start, start + tokens)
+
+    def words(done: int, count: int) -> list[int]:
+        return work.words(where, positions[done:], count)
+
+    run_all_ways(pool, tokens, [entries], words)
+    np.testing.assert_array_equal(entries[:-1], row_forms.encode(form.name, exact, 2 * pairs))
     assert (entries[-1] == 7).all()
 
 
@@ -105,8 +142,8 @@ def test_no_entry_before_its_last_token() -> None:
     work = Compressor(4, True, 32, 24, 3)
     entries = np.full((4, 32), 7, F32)
     where, position = cell(entries), np.array([4])
-    run(2, pooling.pool, work.words(where, position, 3))
+    run(2, row_operations.F32.pool, work.words(where, position, 3))
     assert (entries == 7).all()
     position[0] = 7
-    run(2, pooling.pool, work.words(where, position, 1))
+    run(2, row_operations.F32.pool, work.words(where, position, 1))
     assert (entries[1] != 7).any() and (entries[[0, 2, 3]] == 7).all()

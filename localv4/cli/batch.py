@@ -159,6 +159,7 @@ def batch(
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
+    kv: options.KvRows = None,
     system: options.System = None,
     raw: options.Raw = False,
     max_tokens: options.MaxTokens = None,
@@ -194,7 +195,7 @@ def batch(
     values = options.sampling_values(
         temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
     )
-    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch)
+    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv)
     machine = Machine(ctx_size, threads, pin, numerics, memory, parallel, ray)
     part = parse_shard(shard)
     job = Job(

@@ -148,6 +148,7 @@ def bench(
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
+    kv: options.KvRows = None,
     compare: Compare = None,
     peer_python: PeerPython = None,
     peer_ubatch: PeerUbatch = 512,
@@ -175,7 +176,7 @@ def bench(
     from localv4.engine.engine import Engine
     from localv4.engine.peer import PeerSettings
 
-    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch)
+    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv)
     settings = PeerSettings(peer_ubatch, peer_flash_attn.value, peer_repack)
     with ExitStack() as stack:
         rival = None

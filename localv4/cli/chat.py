@@ -26,6 +26,7 @@ def chat(
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
+    kv: options.KvRows = None,
     trace_routes: options.TraceRoutes = None,
     system: options.System = None,
     session: options.SessionName = None,
@@ -68,7 +69,7 @@ def chat(
         threads=threads,
         pin=pin,
         numerics=numerics.value,
-        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch),
+        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv),
         quiet=quiet,
         no_color=no_color,
     )

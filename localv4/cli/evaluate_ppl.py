@@ -39,6 +39,7 @@ def ppl(
     threads: options.Threads = None,
     pin: options.Pin = False,
     numerics: options.Numerics = options.Arithmetic.FAST,
+    kv: options.KvRows = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -53,7 +54,7 @@ def ppl(
 
     from localv4.cli.progress import Progress
 
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv)
     engine = loaded.engine
     tokens = evaluation.tokenize(engine, text, file)
     cuts = [evaluation.cut_text(engine, tokens, size, windows, bos, stride) for size in sizes]

@@ -189,9 +189,11 @@ def load(
     numerics: "options.Arithmetic",
     quiet: bool,
     no_color: bool,
+    kv: "options.Kv | None" = None,
 ) -> "Loaded":
     """Load a model with the whole context that it allows."""
     from localv4.cli import loading
+    from localv4.engine.memory import MemoryOptions
 
     return loading.load_engine(
         model,
@@ -199,6 +201,7 @@ def load(
         threads=threads,
         pin=pin,
         numerics=numerics.value,
+        memory=MemoryOptions(kv=kv.value if kv is not None else None),
         quiet=quiet,
         no_color=no_color,
     )

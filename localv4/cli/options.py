@@ -38,6 +38,14 @@ class IoWay(StrEnum):
     BUFFERED = "buffered"
 
 
+class Kv(StrEnum):
+    """How compressed rows of the context are stored."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    COMPACT = "compact"
+
+
 class Caching(StrEnum):
     """Which experts stay in memory."""
 
@@ -166,6 +174,14 @@ Prefetch = Annotated[
         "--prefetch/--no-prefetch",
         panel="Memory",
         help="Read what the next layer may need while that makes tokens faster.",
+    ),
+]
+KvRows = Annotated[
+    Kv | None,
+    _option(
+        "--kv",
+        panel="Memory",
+        help="How the compressed context is stored; compact: FP8 and FP4. Default: f32.",
     ),
 ]
 TraceRoutes = Annotated[
@@ -375,6 +391,7 @@ def memory_options(
     policy: Caching,
     readers: int | None,
     prefetch: bool,
+    kv: Kv | None = None,
 ) -> "MemoryOptions":
     """Return what was said about memory. Raises UsageError for what is no size."""
     from localv4.cli.sizes import parse_bytes
@@ -387,6 +404,7 @@ def memory_options(
         policy=policy.value,
         readers=readers,
         prefetch=prefetch,
+        kv=kv.value if kv is not None else None,
     )
 
 

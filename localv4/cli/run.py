@@ -61,6 +61,7 @@ def run(
     cache_policy: options.CachePolicy = options.Caching.DECAY,
     readers: options.ExpertReaders = None,
     prefetch: options.Prefetch = True,
+    kv: options.KvRows = None,
     trace_routes: options.TraceRoutes = None,
     prompt_option: options.PromptOption = None,
     file: options.PromptFile = None,
@@ -110,7 +111,7 @@ def run(
         threads=threads,
         pin=pin,
         numerics=numerics.value,
-        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch),
+        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv),
         quiet=quiet,
         no_color=no_color,
     )

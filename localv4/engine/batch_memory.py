@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localv4.engine.batching import EXPECTED_TOKENS
-from localv4.engine.memory import MemoryOptions
+from localv4.engine.memory import MemoryOptions, row_format
+from localv4.kernels.row_operations import F32
 from localv4.kernels.threads import default_threads
 from localv4.model.fast import SLACK_TOKENS, FastTransformer
 from localv4.model.loading import read_model_config, read_names
@@ -55,7 +56,8 @@ def plan_batch(
     wanted = parallel or max(LEAST_ROWS, ROWS_PER_THREAD * threads)
     wanted = max(1, min(wanted, rows, FastTransformer.most_rows))
     tokens = min(ctx_size or config.max_positions, 2 * EXPECTED_TOKENS)
-    row_bytes = held_state_bytes(config, tokens, SLACK_TOKENS)
+    stored = F32 if exact else row_format(options)
+    row_bytes = held_state_bytes(config, tokens, SLACK_TOKENS, stored)
     if exact:
         room = int(STATE_SHARE * read_memory().available)
         return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options)

@@ -249,7 +249,9 @@ class Batcher:
     def _has_room_for(self, row: RunningRow) -> bool:
         """Say whether the state of another row fits beside those that run; one always does."""
         tokens = len(row.ids_before) + min(row.budget, EXPECTED_TOKENS)
-        row.planned_bytes = held_state_bytes(self._network.config, tokens, self._network.slack)
+        row.planned_bytes = held_state_bytes(
+            self._network.config, tokens, self._network.slack, self._network.rows
+        )
         if self._room is None or not self._running:
             return True
         free = self._room - self._held

@@ -115,7 +115,7 @@ class Benchmark:
         )
         self.together = reload is None
         self.roof_bytes = roof_bytes
-        self._config = config
+        self._config, self._rows = config, engine.network.rows
         self._macs = traffic.multiplications(weights, config)
         self._head_macs = traffic.head_multiplications(weights)
         self._repeats = repeats
@@ -163,7 +163,9 @@ class Benchmark:
                 memory = self._own.memory(self._peak_bytes, self.roof_bytes)
         roofs.append(self._roof())
         assert memory is not None
-        state = traffic.state_bytes(self._config, range(case.depth, case.depth + case.tokens))
+        state = traffic.state_bytes(
+            self._config, range(case.depth, case.depth + case.tokens), self._rows
+        )
         return Measurement(
             case=case,
             own=Series(case.tokens, tuple(self._own.samples)),

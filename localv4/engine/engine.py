@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from localv4.engine.expert_usage import ExpertUsage
-from localv4.engine.memory import MemoryOptions, paging_options, plan_memory
+from localv4.engine.memory import MemoryOptions, paging_options, plan_memory, row_format
 from localv4.engine.reply import Reply, ReplyOptions
 from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
@@ -88,7 +88,7 @@ class Engine:
         if numerics == "fast" and can_run(config):
             options = memory or MemoryOptions()
             facts, plan = plan_memory(checkpoint, options, ctx_size, count)
-            _make_kernels(families(weights), on_progress)
+            _make_kernels(families(weights) | {row_format(options).family}, on_progress)
             fast = _fast(checkpoint, config, weights, Team(count, pin), options, plan, on_progress)
             engine = cls(checkpoint, fast, size)
             engine.facts, engine.plan = facts, plan
@@ -98,6 +98,11 @@ class Engine:
             raise UsageError(
                 f"{path} is packed for --numerics fast and has no weights for exact",
                 hint="leave --numerics out, or use the model that it was made from",
+            )
+        if memory is not None and memory.kv not in (None, "f32"):
+            raise UsageError(
+                f"--kv {memory.kv} needs --numerics fast, and dimensions that it can compute",
+                hint="leave --kv out: exact keeps float32",
             )
         _make_kernels({EXACT}, on_progress)
         exact = Numerics(Team(count, pin), weights.widest)
@@ -213,6 +218,7 @@ def _fast(
         team,
         lambda experts: open_store(experts, paging, checkpoint),
         looks_ahead=paging.prefetch,
+        rows=row_format(options),
     )
 
 

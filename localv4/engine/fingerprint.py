@@ -42,14 +42,14 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
 def arithmetic_fingerprint(checkpoint: Checkpoint, network: Network) -> str:
     """Return 64 hexadecimal digits that are equal only where equal tokens give equal bits.
 
-    Beside the weights they tell the configuration, the numeric mode, the sources of the network and
-    its kernels, the compiler and the processor; and the times of the weight files, since a change
-    in a few bytes would escape the samples.
+    Beside the weights they tell the configuration, the numeric mode, the format of compressed
+    rows, the sources of the network and its kernels, the compiler and the processor; and the times
+    of the weight files, since a change in a few bytes would escape the samples.
     """
     facts = [
         weights_fingerprint(checkpoint),
         repr(network.config),
-        network.name,
+        f"{network.name} {network.rows.name}",
         repr(ISA),
         platform.machine(),
         *(f"{name} {version(name)}" for name in ("numba", "llvmlite", "numpy")),

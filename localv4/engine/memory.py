@@ -1,8 +1,9 @@
 """How a model is brought into the memory of this machine: from wishes and a plan to a store."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from localv4.kernels.row_operations import FORMATS, RowFormat
 from localv4.kernels.threads import default_threads
 from localv4.paging.faults import Faults
 from localv4.paging.options import IoChoice, PagingOptions, PolicyName
@@ -12,14 +13,18 @@ from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import DEFAULT_CTX, Plan, make_plan
 from localv4.storage import Checkpoint, PackedFolder
 
+KvName = Literal["f32", "bf16", "compact"]
+
+DEFAULT_KV: KvName = "f32"
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryOptions:
     """What a user may say about memory; everything has a default.
 
     `ram` bounds what the process takes, `reserve` is left to other programs (bytes); `io` says how
-    experts get into memory. `policy`, `readers`, `prefetch` choose how to page, `faults` lets a
-    test make reading go wrong.
+    experts get into memory. `policy`, `readers`, `prefetch` choose how to page; `kv` is the format
+    of compressed rows in decoder states; `faults` lets a test make reading go wrong.
     """
 
     ram: int | None = None
@@ -28,6 +33,7 @@ class MemoryOptions:
     policy: PolicyName = "decay"
     readers: int | None = None
     prefetch: bool = True
+    kv: KvName | None = None
     faults: Faults | None = None
 
 
@@ -36,6 +42,7 @@ def plan_memory(
 ) -> tuple[ModelFacts, Plan]:
     """Share out memory for a model; also tell what it costs. DoesNotFitError or UsageError."""
     facts = facts_of_checkpoint(checkpoint.path.name, "", checkpoint)
+    facts = replace(facts, rows=row_format(options))
     plan = make_plan(
         facts,
         read_memory(),
@@ -46,6 +53,11 @@ def plan_memory(
         threads=threads or default_threads(),
     )
     return facts, plan
+
+
+def row_format(options: MemoryOptions) -> RowFormat:
+    """Return how compressed rows are stored in the arithmetic `fast`."""
+    return FORMATS[options.kv or DEFAULT_KV]
 
 
 def paging_options(checkpoint: Checkpoint, options: MemoryOptions, plan: Plan) -> PagingOptions:

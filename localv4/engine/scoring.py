@@ -13,7 +13,6 @@ from localv4.engine.session import Network
 from localv4.errors import DoesNotFitError, NumericsError
 from localv4.kernels.threads import use_threads
 from localv4.model.matrix import Floats
-from localv4.model.state import State
 
 Row = NDArray[np.float64]
 
@@ -78,7 +77,7 @@ def final_vectors(
     the snapshots of a session: nobody will go back.
     """
     try:
-        state, size = State(network.config, network.slack), network.chunk_tokens
+        state, size = network.new_state(), network.chunk_tokens
         for start in range(0, len(ids), size):
             engine.checkpoint.check_unchanged()
             use_threads(network.threads)

@@ -45,7 +45,7 @@ class Session:
         self.ladder = Ladder()
         self.store: Store | None = None
         try:
-            self._state = State(network.config, network.slack)
+            self._state = network.new_state()
         except MemoryError:
             raise DoesNotFitError("not enough memory for the state of a new session") from None
 

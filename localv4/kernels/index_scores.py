@@ -3,7 +3,8 @@
 A score is sum over heads of w[head] * relu(query[head] . key of the entry). Entry i is visible to a
 token at position p when i < (p + 1) // ratio; the top_k best visible entries are chosen, all of
 them without a look when there are no more. For one token there are three operations, which share
-the work inside the token; for many there is one, which shares out tokens.
+the work inside the token; for many there is one, which shares out tokens. Those that read entries
+are made by `kernels.index_keys`, for each form of entries.
 
 Scratch memory of one layout, float32: the query (n, lanes), the weights of the heads (lanes), then
 a score for each entry.
@@ -23,8 +24,8 @@ from localv4.kernels.head_lanes import (
     rotate_heads,
     take_heads,
 )
-from localv4.kernels.head_tiles import STEP, TILE, TILE_ROWS, TILE_VECTORS
-from localv4.kernels.operation import chunk_groups, float_word, take_chunk, word
+from localv4.kernels.head_tiles import TILE_ROWS, TILE_VECTORS
+from localv4.kernels.operation import take_chunk, word
 from localv4.kernels.simd import (
     load_f32,
     multiply,
@@ -42,8 +43,6 @@ from localv4.kernels.vectors import f32x16
 _ONE = np.float32(1)
 _sums = types.UniTuple(f32x16, TILE_VECTORS * TILE_ROWS)
 _parts = types.UniTuple(f32x16, TILE_ROWS)
-_zeros, _places = TILE.zeros, TILE.places
-_prefetch, _add_channels = TILE.prefetch, TILE.add_channels
 
 
 def scratch_bytes(heads: int, n: int, entries: int) -> int:
@@ -116,22 +115,6 @@ def prepare_index_query(
 
 
 @device
-def score_entries(scratch: int, entries: int, visible: int, heads: int, n: int, tile: int) -> None:
-    """Write the scores of a tile of entries; behind the last one its copies."""
-    row, first = lane_row(heads), tile * TILE_ROWS
-    keys = _places(entries + 4 * n * first, 4 * n, visible - first)
-    parts = no_parts()
-    for v in range(0, row // 64, TILE_VECTORS):
-        sums, at = _zeros(), scratch + 64 * v
-        for line in range(0, n, LANES):
-            _prefetch(keys, 4 * n * TILE_ROWS + 4 * line)
-            for channel in range(line, line + LANES, STEP):
-                sums = _add_channels(sums, at + channel * row, row, keys, 4 * channel)
-        parts = add_weighted(parts, sums, at + n * row)
-    store_totals(scores_of(scratch, heads, n) + 4 * first, parts)
-
-
-@device
 def choose(scores: int, visible: int, top_k: int, chosen: int, counts: int) -> None:
     """Write the chosen entries and their number."""
     if visible > top_k:
@@ -140,42 +123,6 @@ def choose(scores: int, visible: int, top_k: int, chosen: int, counts: int) -> N
         for i in range(visible):
             write_i32(chosen + 4 * i, np.int32(i))
     write_i64(counts, min(visible, top_k))
-
-
-# --- one token ---
-
-
-@entry("fast")
-def index_query(operation: int, member: int, members: int) -> None:
-    """Rotate the index queries of one token and lay them out in lanes.
-
-    Words: x, heads, n, cos, sin, pairs, weights, factor as f32 bits, scratch. x: heads * n float32;
-    weights: heads float32, of which sixteen more may be read; they are multiplied by the factor.
-    """
-    x, heads, n = word(operation, 1), word(operation, 2), word(operation, 3)
-    cos, sin, pairs = word(operation, 4), word(operation, 5), word(operation, 6)
-    weights, factor, scratch = word(operation, 7), float_word(operation, 8), word(operation, 9)
-    v = take_chunk(operation)
-    while v < lane_row(heads) // 64:
-        prepare_index_query(scratch, x, v, heads, n, cos, sin, pairs, weights, factor)
-        v = take_chunk(operation)
-
-
-@entry("fast")
-def index_scores(operation: int, member: int, members: int) -> None:
-    """Score the entries that one token sees; nothing is done when all of them are chosen.
-
-    Words: context, ratio, top_k, heads, n, entries (cell of rows of n float32), scratch.
-    """
-    heads, n, entries = word(operation, 4), word(operation, 5), word(word(operation, 6), 0)
-    visible, scratch = visible_entries(operation, 0), word(operation, 7)
-    tiles = (visible + TILE_ROWS - 1) // TILE_ROWS if visible > word(operation, 3) else 0
-    chunk = chunk_groups(tiles, members)
-    first = take_chunk(operation) * chunk
-    while first < tiles:
-        for tile in range(first, min(first + chunk, tiles)):
-            score_entries(scratch, entries, visible, heads, n, tile)
-        first = take_chunk(operation) * chunk
 
 
 @entry("fast")
@@ -188,36 +135,3 @@ def index_select(operation: int, member: int, members: int) -> None:
         scores = scores_of(word(operation, 6), word(operation, 4), word(operation, 5))
         visible, top_k = visible_entries(operation, 0), word(operation, 3)
         choose(scores, visible, top_k, word(operation, 7), word(operation, 8))
-
-
-# --- many tokens ---
-
-
-@entry("fast")
-def index_choose(operation: int, member: int, members: int) -> None:
-    """Choose the entries of each token.
-
-    Words: context, ratio, top_k, heads, n, entries (cell of rows of n float32), x, its row stride
-    in floats, tokens, cos, sin, pairs, weights, their row stride in floats, factor as f32 bits,
-    chosen (i32, rows of top_k), counts (i64), scratch, bytes of scratch memory of a member.
-    x (tokens, heads * n); cos, sin (tokens, pairs); weights (tokens, heads), of which sixteen more
-    may be read; they are multiplied by the factor.
-    """
-    top_k, heads, n = word(operation, 3), word(operation, 4), word(operation, 5)
-    entries, tokens, pairs = word(word(operation, 6), 0), word(operation, 9), word(operation, 12)
-    factor, scratch = float_word(operation, 15), word(operation, 18) + member * word(operation, 19)
-    t = take_chunk(operation)
-    while t < tokens:
-        visible = visible_entries(operation, t)
-        if visible > top_k:
-            x = word(operation, 7) + 4 * word(operation, 8) * t
-            cos, sin = word(operation, 10) + 4 * pairs * t, word(operation, 11) + 4 * pairs * t
-            weights = word(operation, 13) + 4 * word(operation, 14) * t
-            for v in range(lane_row(heads) // 64):
-                prepare_index_query(scratch, x, v, heads, n, cos, sin, pairs, weights, factor)
-            for tile in range((visible + TILE_ROWS - 1) // TILE_ROWS):
-                score_entries(scratch, entries, visible, heads, n, tile)
-        chosen = word(operation, 16) + 4 * top_k * t
-        scores = scores_of(scratch, heads, n)
-        choose(scores, visible, top_k, chosen, word(operation, 17) + 8 * t)
-        t = take_chunk(operation)

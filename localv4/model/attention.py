@@ -67,7 +67,7 @@ class AttentionBlock:
             return Selection(_NO_ENTRIES, everything, np.zeros(tokens, np.int64))
         first, rows = self.compressor.new_entries(x, state.compressor, position)
         state.compressor.entries.write(first, self.numerics.key_rows(rows))
-        entries = state.compressor.entries.values
+        entries = state.compressor.entries.floats
         if self.indexer is None or state.indexer is None:
             ratio = self.compressor.weights.ratio
             return Selection(

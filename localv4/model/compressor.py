@@ -93,6 +93,6 @@ class IndexerBlock:
         counts = np.empty(tokens, np.int64)
         scores = np.empty((self.numerics.threads, max(visible, 1)), F32)
         indexer.select_entries(
-            chosen, counts, query, heads, state.entries.values, position, ratio, scores
+            chosen, counts, query, heads, state.entries.floats, position, ratio, scores
         )
         return chosen, counts

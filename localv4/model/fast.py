@@ -13,8 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.kernels import row_operations
 from localv4.kernels.gemm import BATCH_TOKENS
 from localv4.kernels.route import MOST_EXPERTS
+from localv4.kernels.row_forms import MOST_CHANNELS
+from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.streams import COLUMNS, MOST_STREAMS
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
@@ -68,7 +71,8 @@ def can_run(config: ModelConfig) -> bool:
         (config.o_lora_rank, 32),
         (config.expert_width, 64),
     )
-    fit = config.hc_mult <= MOST_STREAMS and config.n_experts <= MOST_EXPERTS
+    narrow = max(config.head_dim, config.index_head_dim) <= MOST_CHANNELS
+    fit = narrow and config.hc_mult <= MOST_STREAMS and config.n_experts <= MOST_EXPERTS
     return fit and not any(size % unit for size, unit in multiples)
 
 
@@ -91,10 +95,11 @@ class FastTransformer:
         *,
         chunk_tokens: int = CHUNK_TOKENS,
         looks_ahead: bool = True,
+        rows: RowFormat = row_operations.F32,
     ) -> None:
         self.config, self.weights, self.threads = config, weights, team.members
         self.chunk_tokens = chunk_tokens
-        self._network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store)
+        self._network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store, rows)
         self._look_ahead = LookAhead() if looks_ahead else None
         self._token = TokenPlan(self._network)
         self._many = ChunkPlan(self._network, BATCH_TOKENS)
@@ -102,6 +107,15 @@ class FastTransformer:
         self._vectors = Rows(HEAD_TOKENS, config.hidden_size)
         self._rounded = Rounded(HEAD_TOKENS, config.hidden_size)
         self._logits: Rows | None = None
+
+    @property
+    def rows(self) -> RowFormat:
+        """The format of compressed rows in decoder states."""
+        return self._network.rows
+
+    def new_state(self) -> State:
+        """Return the state of an empty sequence."""
+        return State(self.config, SLACK_TOKENS, self.rows)
 
     @property
     def cancelled(self) -> threading.Event | None:

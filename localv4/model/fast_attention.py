@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from localv4.kernels import attend, index_scores, pooling, rows
 from localv4.kernels.head_lanes import spread
 from localv4.kernels.operation import float_bits
+from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.program import Input, Program, Rows
 from localv4.model.state import compressor_capacity, window_capacity
@@ -24,12 +25,22 @@ Step = tuple[Any, ...]
 
 
 class FastAttention:
-    """The attention of one layer, whose state has rings with room for `slack` more positions."""
+    """The attention of one layer, whose state has rings with room for `slack` more positions.
+
+    `entries` is the format of its compressed rows.
+    """
 
     def __init__(
-        self, weights: Attention, kind: LayerKind, ratio: int, config: ModelConfig, slack: int
+        self,
+        weights: Attention,
+        kind: LayerKind,
+        ratio: int,
+        config: ModelConfig,
+        slack: int,
+        entries: RowFormat,
     ) -> None:
         self.weights, self.kind, self.ratio, self.config = weights, kind, ratio, config
+        self.entries = entries
         self.rotation = 0 if kind is LayerKind.SLIDING else 1
         self.sinks = spread(weights.sinks)
         self.eps = float_bits(config.rms_eps)
@@ -148,10 +159,11 @@ class FastAttention:
     def _pool_one(self, program: Program, part: "Part") -> None:
         buffers = part.buffers
         frequencies = buffers.frequencies[self.rotation]
-        parts = zip(self._compressors(buffers), part.cells.compressors, strict=False)
-        for (compressor, _), (keys, gates, entries) in parts:
+        operations = (self.entries.pool, self.entries.index_pool)
+        parts = zip(self._compressors(buffers), part.cells.compressors, operations, strict=False)
+        for (compressor, _), (keys, gates, entries), pool in parts:
             program.add(
-                pooling.pool,
+                pool,
                 *(keys, gates, self.capacity, compressor.ape.shape[1], self.ratio),
                 *(compressor.norm.ctypes.data, self.eps),
                 *(frequencies.ctypes.data, len(frequencies)),
@@ -170,15 +182,15 @@ class FastAttention:
         found = (buffers.chosen.ctypes.data, buffers.counts.ctypes.data)
         if tokens > 1:
             yield (
-                index_scores.index_choose,
+                self.entries.index_choose,
                 *(*seen, entries, query.at(), query.stride, tokens, *turn),
                 *(weights.at(), weights.stride, factor, *found, scratch),
                 buffers.index_scratch_bytes,
             )
             return
         inputs = (query.at(), heads, width, *turn, weights.at(), factor, scratch)
-        yield (index_scores.index_query, *inputs)
-        yield (index_scores.index_scores, *seen, entries, scratch)
+        yield (self.entries.index_query, *inputs)
+        yield (self.entries.index_scores, *seen, entries, scratch, turn[2])
         yield (index_scores.index_select, *seen, scratch, *found)
 
     def _attending(self, part: "Part") -> Iterator[Step]:
@@ -195,15 +207,15 @@ class FastAttention:
         turn, sinks = self._angles(buffers), self.sinks.ctypes.data
         if tokens > 1:
             yield (
-                attend.attend,
+                self.entries.attend,
                 *(*seen, *rows_of, query.at(), query.stride, tokens, heads, width),
                 *(*turn, self.eps, sinks, scratch, buffers.scratch_bytes),
             )
             return
         yield (attend.attend_query, query.at(), heads, width, *turn, self.eps, scratch)
-        yield (attend.attend_scores, *seen, *rows_of, heads, width, scratch)
+        yield (self.entries.attend_scores, *seen, *rows_of, heads, width, scratch, turn[2])
         yield (attend.attend_softmax, *seen, heads, width, sinks, scratch)
-        yield (attend.attend_values, *seen, heads, width, *turn, scratch, query.at())
+        yield (self.entries.attend_values, *seen, heads, width, *turn, scratch, query.at())
 
     def _angles(self, buffers: AttentionBuffers) -> tuple[int, int, int]:
         """Return addresses of cos and sin, and the number of pairs."""

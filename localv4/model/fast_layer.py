@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from localv4.kernels import mixes, streams
 from localv4.kernels.operation import float_bits
+from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts
 from localv4.model.fast_attention import Cells, FastAttention, Part
@@ -68,7 +69,7 @@ class Site:
 
 
 class FastLayer:
-    """One layer; `cells` name the addresses of its state."""
+    """One layer; `cells` name the addresses of its state, `entries` the format of its rows."""
 
     def __init__(
         self,
@@ -79,10 +80,11 @@ class FastLayer:
         store: ExpertStore,
         cells: NDArray[np.int64],
         slack: int,
+        entries: RowFormat,
     ) -> None:
         kind, ratio = config.layer_kinds[index], config.ratios[index]
         self.attn_site = Site(layer.attn_hc, layer.attn_norm, config)
-        self.attention = FastAttention(layer.attention, kind, ratio, config, slack)
+        self.attention = FastAttention(layer.attention, kind, ratio, config, slack, entries)
         self.ffn_site = Site(layer.ffn_hc, layer.ffn_norm, config)
         self.moe = FastMoe(index, layer.router, layer.shared, experts, store, config)
         self.cells = Cells.of(cells)

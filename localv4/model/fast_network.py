@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import Cancelled
+from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts, MakeStore
@@ -24,7 +25,7 @@ OnRoutes = Callable[[NDArray[np.integer], bool], None]
 class FastNetwork:
     """The layers of a network over packed weights, and the team that runs their programs.
 
-    `slack` is that of every `State` the network is used with.
+    `slack` and `rows` are those of every `State` that the network is used with.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class FastNetwork:
         team: Team,
         slack: int,
         make_store: MakeStore,
+        rows: RowFormat,
     ) -> None:
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.rows = config, weights, rows
         self.cancelled: threading.Event | None = None
         self.on_routes: OnRoutes | None = None
         self.team = team
@@ -45,7 +47,7 @@ class FastNetwork:
         self._scratch = Scratch.of(team.members, weights.widest)
         self._cells = np.zeros((config.n_layers, CELLS), np.int64)
         self.layers = [
-            FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack)
+            FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack, rows)
             for i, layer in enumerate(weights.layers)
         ]
         self.head_site = Site(weights.head_hc, weights.norm, config)
@@ -79,7 +81,7 @@ class FastNetwork:
     def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
         """Take in tokens: their embeddings in all streams, room in the state, its addresses."""
         tokens = len(ids)
-        state.begin(tokens)
+        self._begin_state(state, tokens)
         self._cells[:] = state.addresses
         chunk.ids[:tokens] = ids
         chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
@@ -94,11 +96,17 @@ class FastNetwork:
     ) -> None:
         """Take in one token of each of several sequences; fill cells (rows, layers, CELLS)."""
         for state, own in zip(states, cells, strict=True):
-            state.begin(1)
+            self._begin_state(state, 1)
             own[:] = state.addresses
         chunk.ids[:] = ids
         chunk.streams[:] = look_up(self.weights.embed, ids)[:, None, :]
         self.store.uses.clock += 1
+
+    def _begin_state(self, state: State, tokens: int) -> None:
+        """Make room; other kernels than those of its format would read its rows as noise."""
+        if state.rows is not self.rows:
+            raise ValueError(f"a state of {state.rows.name} rows in a network of {self.rows.name}")
+        state.begin(tokens)
 
     def mix_stored(self, index: int, chunk: ChunkBuffers, tokens: int) -> None:
         """Compute `update` of a layer whose experts have no packed form."""

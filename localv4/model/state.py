@@ -13,15 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.errors import LocalV4Error
+from localv4.kernels import row_operations
+from localv4.kernels.row_forms import RowForm
+from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32, Floats
 
+Stored = NDArray[np.float32] | NDArray[np.uint8]
+
 
 class Rows:
-    """Append-only rows (n, width) in an array that doubles when it is full."""
+    """Append-only rows (n, any) in an array that doubles when it is full.
 
-    def __init__(self, width: int) -> None:
-        self.values = np.empty((0, width), F32)
+    They have `width` channels, the last `rope` of them rotated, in a form of
+    `kernels.row_forms`: float32, or bytes.
+    """
+
+    def __init__(self, form: RowForm, width: int, rope: int) -> None:
+        if form.is_plain:
+            self.values: Stored = np.empty((0, width), F32)
+        else:
+            self.values = np.empty((0, form.nbytes(width, rope)), np.uint8)
+
+    @property
+    def floats(self) -> Floats:
+        """The rows (n, width), where they are float32."""
+        if self.values.dtype != F32:
+            raise ValueError("compressed rows are no float32 here")
+        return self.values.view(F32)
 
     def reserve(self, count: int) -> None:
         """Make room for `count` rows in all."""
@@ -31,15 +50,15 @@ class Rows:
 
     def move(self, capacity: int, count: int) -> None:
         """Go on in an array of its own with the first `count` rows; forks keep the old one."""
-        moved = np.empty((capacity, self.values.shape[1]), F32)
+        moved = np.empty((capacity, self.values.shape[1]), self.values.dtype)
         moved[:count] = self.values[:count]
         self.values = moved
 
     def write(self, first: int, rows: Floats) -> None:
-        """Put `rows` at index `first` and after, over whatever was there."""
+        """Put rows of float32 at index `first` and after, over whatever was there."""
         end = first + rows.shape[0]
         self.reserve(end)
-        self.values[first:end] = rows
+        self.floats[first:end] = rows
 
 
 class Ring:
@@ -123,18 +142,21 @@ class State:
     At most `slack` of the newest tokens can be taken back, and at most `slack` tokens can be
     processed in one call, unless the caller puts back with `hold` what a call had overwritten that
     did not end; both follow from the size of the rings. `addresses` (layers, CELLS) i64 says where
-    the arrays of the layers are, as of the last `begin`.
+    the arrays of the layers are, as of the last `begin`. `rows` is the format of the compressed
+    rows; `exact` takes float32 only.
     """
 
-    def __init__(self, config: ModelConfig, slack: int) -> None:
-        self.config, self.slack = config, slack
+    def __init__(
+        self, config: ModelConfig, slack: int, rows: RowFormat = row_operations.F32
+    ) -> None:
+        self.config, self.slack, self.rows = config, slack, rows
         self.position = 0
         self._written = 0  # one past the furthest position that was ever put into the rings
         self._oldest = 0  # the first position that the rings let us go back to
         self._held = 0  # one past the last position whose entries are ours: forks spare them
         self._sharing: WeakSet[State] = WeakSet([self])  # whose entries our arrays have
         self._reserved = 0
-        self.layers = [_layer_state(config, layer, slack) for layer in range(config.n_layers)]
+        self.layers = [_layer_state(config, layer, slack, rows) for layer in range(config.n_layers)]
         self.addresses = np.zeros((config.n_layers, CELLS), np.int64)
         self._reserve(1)
 
@@ -243,24 +265,28 @@ def compressor_capacity(reach: int, ratio: int, slack: int) -> int:
     return reach * ratio + slack
 
 
-def _layer_state(config: ModelConfig, layer: int, slack: int) -> LayerState:
-    kind, ratio = config.layer_kinds[layer], config.ratios[layer]
+def _layer_state(config: ModelConfig, layer: int, slack: int, rows: RowFormat) -> LayerState:
+    kind, ratio, rope = config.layer_kinds[layer], config.ratios[layer], config.rope_dim
     compressor, indexer = None, None
     if kind is not LayerKind.SLIDING:
         reach = 2 if kind is LayerKind.CSA else 1
-        compressor = _compressor_state(config.head_dim, ratio, reach, slack)
+        entries = Rows(rows.keys, config.head_dim, rope)
+        compressor = _compressor_state(entries, config.head_dim, ratio, reach, slack)
     if kind is LayerKind.CSA:
-        indexer = _compressor_state(config.index_head_dim, ratio, 2, slack)
+        entries = Rows(rows.index, config.index_head_dim, rope)
+        indexer = _compressor_state(entries, config.index_head_dim, ratio, 2, slack)
     capacity = window_capacity(config.window, slack)
     window = Ring(capacity, config.head_dim, period=1, back=config.window - 1)
     return LayerState(window, compressor, indexer, ratio)
 
 
-def _compressor_state(width: int, ratio: int, reach: int, slack: int) -> CompressorState:
+def _compressor_state(
+    entries: Rows, width: int, ratio: int, reach: int, slack: int
+) -> CompressorState:
     """`reach` windows are pooled into an entry, each with its own `width` channels."""
 
     def ring() -> Ring:
         capacity = compressor_capacity(reach, ratio, slack)
         return Ring(capacity, reach * width, period=ratio, back=(reach - 1) * ratio)
 
-    return CompressorState(keys=ring(), gates=ring(), entries=Rows(width))
+    return CompressorState(keys=ring(), gates=ring(), entries=entries)

@@ -8,6 +8,8 @@ serves it again.
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 
+from localv4.kernels import row_operations
+from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32, Floats, Matrix
 from localv4.model.packing import PackedExpert, PackedMatrix, expert_form
@@ -106,35 +108,39 @@ def _leaves(node: object) -> Iterator[Matrix | Floats]:
         yield node  # type: ignore[misc]
 
 
-def state_bytes(config: ModelConfig, positions: Iterable[int]) -> int:
+def state_bytes(
+    config: ModelConfig, positions: Iterable[int], stored: RowFormat = row_operations.F32
+) -> int:
     """Return the bytes of decoder state that a token at one of `positions` reads, their mean.
 
     `positions` are counted from 0 and not empty: a token at position p has p tokens before it.
     """
     layers = list(zip(config.layer_kinds, config.ratios, strict=True))
     sizes = [
-        sum(_layer_state_bytes(config, kind, ratio, position) for kind, ratio in layers)
+        sum(_layer_state_bytes(config, kind, ratio, position, stored) for kind, ratio in layers)
         for position in positions
     ]
     return sum(sizes) // len(sizes)
 
 
-def _layer_state_bytes(config: ModelConfig, kind: LayerKind, ratio: int, position: int) -> int:
+def _layer_state_bytes(
+    config: ModelConfig, kind: LayerKind, ratio: int, position: int, stored: RowFormat
+) -> int:
     seen = position + 1
     rows, width = min(config.window, seen), config.head_dim
     if kind is LayerKind.SLIDING:
         return VALUE_BYTES * rows * width
-    entries = seen // ratio
+    entries, key = seen // ratio, stored.keys.nbytes(width, config.rope_dim)
     # keys and gates of `reach` windows are pooled once in `ratio` tokens: their mean
     reach = 2 if kind is LayerKind.CSA else 1
     pooled = 2 * reach * width
     if kind is LayerKind.HCA:
-        return VALUE_BYTES * ((rows + entries) * width + pooled)
+        return VALUE_BYTES * (rows * width + pooled) + entries * key
     pooled += 2 * reach * config.index_head_dim
     chosen = min(config.index_top_k, entries)
     scored = entries if entries > config.index_top_k else 0  # fewer are all taken unseen
-    values = (rows + chosen) * width + scored * config.index_head_dim + pooled
-    return VALUE_BYTES * values
+    index = stored.index.nbytes(config.index_head_dim, config.rope_dim)
+    return VALUE_BYTES * (rows * width + pooled) + chosen * key + scored * index
 
 
 def multiplications(weights: Weights, config: ModelConfig) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.kernels import row_operations
 from localv4.model.attention import AttentionBlock
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.hyper_connections import HyperConnectionSite
@@ -60,6 +61,7 @@ class Transformer:
     chunk_tokens = CHUNK_TOKENS
     slack = SLACK_TOKENS
     most_rows = MOST_ROWS
+    rows = row_operations.F32
 
     def __init__(self, config: ModelConfig, weights: Weights, numerics: Numerics) -> None:
         self.config = config
@@ -95,6 +97,10 @@ class Transformer:
     @cancelled.setter
     def cancelled(self, event: threading.Event | None) -> None:
         self.numerics.cancelled = event
+
+    def new_state(self) -> State:
+        """Return the state of an empty sequence."""
+        return State(self.config, SLACK_TOKENS)
 
     def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         """Process tokens at `state.position` and return their final vectors (tokens, hidden).

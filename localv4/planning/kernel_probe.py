@@ -12,7 +12,6 @@ from localv4.kernels.team import Team
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.fast import FastTransformer
 from localv4.model.packing import families
-from localv4.model.state import State
 from localv4.model.weights import Weights
 from localv4.planning.filled_weights import DISTINCT_EXPERTS, filled_weights
 from localv4.planning.machine import KernelShares
@@ -86,7 +85,7 @@ def _run(config: ModelConfig, weights: Weights, threads: int) -> tuple[float, fl
 
 def _decode_s(network: FastTransformer) -> float:
     """Return the median seconds of a token."""
-    state = State(network.config, network.slack)
+    state = network.new_state()
     token = np.zeros(1, np.int64)
     samples = []
     for _ in range(DECODED_TOKENS):
@@ -101,7 +100,7 @@ def _prefill_s(network: FastTransformer) -> float:
     tokens = np.arange(PROMPT_TOKENS, dtype=np.int64) % VOCABULARY
     samples: list[float] = []
     while len(samples) < 2 or (sum(samples) < PROMPT_SECONDS and len(samples) < MOST_PROMPTS):
-        state = State(network.config, network.slack)
+        state = network.new_state()
         start = time.perf_counter()
         network.forward(tokens, state)
         samples.append(time.perf_counter() - start)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from localv4.kernels.row_operations import F32, RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.state import compressor_capacity, window_capacity
 from localv4.model.traffic import VALUE_BYTES, state_bytes
@@ -40,7 +41,8 @@ class ModelFacts:
     where they are mapped. `file_bytes` are those of the weight files, `download_bytes` those to
     fetch, None where nothing has to be.
     `is_exact` tells sizes that were read from headers, or follow from published weights, from
-    those that were derived from the size of a file.
+    those that were derived from the size of a file. `rows` is the format of compressed rows in
+    decoder states.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ModelFacts:
     download_bytes: int | None = None
     is_packed: bool = True
     is_exact: bool = True
+    rows: RowFormat = field(default=F32, repr=False)
 
     @property
     def dense_bytes(self) -> int:
@@ -98,16 +101,18 @@ class ModelFacts:
 
     def state_read_bytes(self, position: int) -> int:
         """Return the bytes of decoder state that the token at a position reads."""
-        return state_bytes(self.config, [position])
+        return state_bytes(self.config, [position], self.rows)
 
     def state_bytes(self, ctx_size: int) -> int:
         """Return the memory of one sequence of `ctx_size` tokens."""
-        return held_state_bytes(self.config, ctx_size)
+        return held_state_bytes(self.config, ctx_size, rows=self.rows)
 
     @property
     def state_bytes_per_token(self) -> float:
         """What a further token of context takes."""
-        return sum(_entry_bytes(self.config, layer) for layer in range(self.config.n_layers))
+        return sum(
+            _entry_bytes(self.config, layer, self.rows) for layer in range(self.config.n_layers)
+        )
 
 
 def facts_of_recipe(
@@ -140,10 +145,12 @@ def facts_of_recipe(
     )
 
 
-def held_state_bytes(config: ModelConfig, ctx_size: int, slack: int = SLACK_TOKENS) -> int:
+def held_state_bytes(
+    config: ModelConfig, ctx_size: int, slack: int = SLACK_TOKENS, rows: RowFormat = F32
+) -> int:
     """Return the bytes of a `model.state.State` that holds `ctx_size` tokens."""
     fixed = sum(_ring_bytes(config, layer, slack) for layer in range(config.n_layers))
-    entries = sum(_entry_bytes(config, layer) for layer in range(config.n_layers))
+    entries = sum(_entry_bytes(config, layer, rows) for layer in range(config.n_layers))
     return fixed + int(entries * ctx_size)
 
 
@@ -158,10 +165,11 @@ def _ring_bytes(config: ModelConfig, layer: int, slack: int) -> int:
     return VALUE_BYTES * values
 
 
-def _entry_bytes(config: ModelConfig, layer: int) -> float:
+def _entry_bytes(config: ModelConfig, layer: int, rows: RowFormat) -> float:
     """Return the bytes of compressed entries for each token of context."""
     kind, ratio = config.layer_kinds[layer], config.ratios[layer]
     if kind is LayerKind.SLIDING:
         return 0.0
-    width = config.head_dim + (config.index_head_dim if kind is LayerKind.CSA else 0)
-    return VALUE_BYTES * width / ratio
+    key = rows.keys.nbytes(config.head_dim, config.rope_dim)
+    index = rows.index.nbytes(config.index_head_dim, config.rope_dim)
+    return (key + (index if kind is LayerKind.CSA else 0)) / ratio
