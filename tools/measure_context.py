@@ -8,6 +8,7 @@ in it. Bytes are those of a `State` after room was made for so many positions.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,11 +162,11 @@ def measure(config: ModelConfig, rows: RowFormat, positions: int, team: Team) ->
         parts.append((kind.name, taken))
         total, read = total + count * taken, read + count * layer.read_bytes
     columns = "  ".join(f"{name} {1e3 * taken:8.3f} ms" for name, taken in parts)
-    print(
+    sys.stdout.write(
         f"{rows.name:8} {positions:>9,}  {columns}  all layers {1e3 * total:8.1f} ms"
-        f"  rows {read / 1e6:8.1f} MB  {read / total / 1e9:6.2f} GB/s",
-        flush=True,
+        f"  rows {read / 1e6:8.1f} MB  {read / total / 1e9:6.2f} GB/s\n"
     )
+    sys.stdout.flush()
 
 
 def state_bytes_per_token(config: ModelConfig, rows: RowFormat, positions: int) -> float:
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     most = max(given.positions)
     for name in given.formats:
         per_token = state_bytes_per_token(config, row_operations.FORMATS[name], most)
-        print(f"{name:8} {per_token:10,.1f} bytes per token of {most:,}")
+        sys.stdout.write(f"{name:8} {per_token:10,.1f} bytes per token of {most:,}\n")
     if given.bytes_only:
         return
     team = Team(given.threads)

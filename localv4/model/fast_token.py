@@ -24,8 +24,8 @@ class Segment:
 
     `lookups` maps those that look up a layer's experts, where the segment can halt, to the layer,
     `glances` those that end a guess for the next layer. `guesses` maps a layer to the operations of
-    that guess (first, end), `resumes` to the operation behind the first half of its experts. After the segment the experts of layer `stored` are multiplied as they are
-    stored, if it is not None.
+    that guess, `resumes` to the operation behind the first half of its experts. After the segment
+    the experts of layer `stored` are multiplied as they are stored, if it is not None.
     """
 
     program: NDArray[np.int64]
