@@ -1,13 +1,14 @@
 """A recipe applied to one model: what becomes of each matrix, by its name, shape and use."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from localv4.errors import BadFileError, UsageError
 from localv4.kernels import blocks
 from localv4.model.matrix import Matrix
 from quant.choice import Choice, choose_ggml, choose_packed
 from quant.importance import Statistics, heat_of
+from quant.moments import SecondMoments
 from quant.packed_shard import kept_bits
 from quant.recipe import Recipe, Rule
 from quant.tensor_class import TensorClass, class_of, layer_of
@@ -25,6 +26,7 @@ class Chooser:
     recipe: Recipe
     layers: int
     statistics: Statistics | None = None
+    moments: SecondMoments | None = None
     _heat: dict[int, Mapping[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -38,13 +40,26 @@ class Chooser:
         """Return what a matrix becomes in a packed folder."""
         kind = class_of(name)
         bits = kept_bits(matrix)
-        return choose_packed(self._rule(name, kind), kind, matrix.rows, matrix.cols, bits)
+        choice = choose_packed(self._rule(name, kind), kind, matrix.rows, matrix.cols, bits)
+        return self._possible(choice, name, matrix)
 
     def ggml(self, name: str, matrix: Matrix) -> Choice:
         """Return what a matrix becomes in a GGUF file."""
         kind = class_of(name)
         bits = ggml_bits(matrix)
-        return choose_ggml(self._rule(name, kind), kind, matrix.rows, matrix.cols, bits)
+        choice = choose_ggml(self._rule(name, kind), kind, matrix.rows, matrix.cols, bits)
+        return self._possible(choice, name, matrix)
+
+    def _possible(self, choice: Choice, name: str, matrix: Matrix) -> Choice:
+        """Return the choice with the search where feedback would have nothing to go by."""
+        if choice.target is None or choice.method != "feedback":
+            return choice
+        if self.moments is None:
+            return replace(choice, method="search")
+        if self.moments.knows(name, matrix.rows, matrix.cols):
+            return choice
+        notes = filter(None, (choice.note, "search, since no second moments are known"))
+        return replace(choice, method="search", note="; ".join(notes))
 
     def _rule(self, name: str, kind: TensorClass) -> Rule | None:
         layer = layer_of(name)

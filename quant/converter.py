@@ -13,6 +13,7 @@ from quant.choice import Choice
 from quant.errors_made import ErrorTotals
 from quant.formats import GGML_TARGETS, PACKED_TARGETS, Target
 from quant.importance import Importance
+from quant.moments import SecondMoments
 from quant.recipe import Method
 from quant.strips import is_finite, strip, strips_of
 from quant.tensor_class import class_of
@@ -27,17 +28,20 @@ class Converter:
     """Rounds strips of matrices; may be used from any thread.
 
     `path` is the source, for messages; `importance` None: all columns of a matrix matter the same.
+    `moments` are for the method "feedback".
     """
 
     path: Path
     importance: Importance | None = None
+    moments: SecondMoments | None = None
     errors: ErrorTotals = field(default_factory=ErrorTotals)
 
     def spans(self, name: str, matrix: Matrix) -> Iterator[tuple[int, int]]:
         """Yield first and end row of the strips of a matrix; none has rows of two groups."""
-        groups = 1
-        if self.importance is not None:
-            groups = self.importance.groups(name, matrix.rows, matrix.cols)
+        known = (self.importance, self.moments)
+        groups = max(
+            one.groups(name, matrix.rows, matrix.cols) if one is not None else 1 for one in known
+        )
         rows = matrix.rows // groups
         for group in range(groups):
             for first, end in strips_of(rows, matrix.cols):
@@ -70,6 +74,13 @@ class Converter:
         kind = ggml_name(target)
         if kind in _FLOAT_TYPES:
             data, error = _as_floats(values, kind), 0.0
+        elif method == "feedback":
+            known = self.moments.of(name, matrix.rows, matrix.cols, first) if self.moments else None
+            assert known is not None  # the chooser has seen to that
+            found = quantize_rows(values, kind, method=method, hessian=known.feedback)
+            data, importance = found.blocks, known.squares
+            rest = values - decode(ggml_matrix(kind, matrix.cols, data))
+            error = _signal(rest, importance)
         else:
             found = quantize_rows(values, kind, importance, method=method)
             data, error = found.blocks, found.squared_error

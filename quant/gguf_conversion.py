@@ -47,8 +47,9 @@ class GgufConversion:
             )
         importance = Importance(task.statistics) if task.statistics is not None else None
         self.task = task
-        self.converter = Converter(task.source.label, importance)
-        self._chooser = Chooser(task.recipe, task.source.config.n_layers, task.statistics)
+        self.converter = Converter(task.source.label, importance, task.moments)
+        layers = task.source.config.n_layers
+        self._chooser = Chooser(task.recipe, layers, task.statistics, task.moments)
         self._split_bytes = split_bytes
         self._name = name
 

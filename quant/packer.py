@@ -67,9 +67,9 @@ class Packer:
         """Raises UsageError for a recipe that needs statistics that the task does not have."""
         importance = Importance(task.statistics) if task.statistics is not None else None
         self.task = task
-        self.converter = Converter(task.source.label, importance)
+        self.converter = Converter(task.source.label, importance, task.moments)
         layers = task.source.config.n_layers
-        self._chooser = Chooser(task.recipe, layers, task.statistics)
+        self._chooser = Chooser(task.recipe, layers, task.statistics, task.moments)
 
     def plan(self, target: Path | None = None) -> Plan:
         """Return what will be done. Weights are not read; no name depends on `target`.

@@ -7,7 +7,7 @@
     layers = "first 2, last 2"   # or "all" (the default), or numbers such as "0-3, 7"
     formats = ["Q3", "Q4"]       # the first one that the shape allows; then wider ones
     gguf = ["IQ4_XS"]            # the same for GGUF files; without it, the kin of `formats`
-    method = "search"            # how to find codes and scales
+    method = "search"            # or "round", or "feedback" where second moments are known
     hottest = 0.25               # only the quarter of the experts that most tokens choose
 
 The last rule that names a tensor decides. What no rule names keeps its values.
@@ -29,7 +29,7 @@ from quant.tensor_class import TensorClass
 BUILT_IN = ("lossless", "q8", "q4", "q3", "q2", "mixed")
 MAX_RECIPE_BYTES = 1 << 20
 
-Method = Literal["round", "search"]
+Method = Literal["round", "search", "feedback"]
 
 _SPAN = re.compile(r"all|(?:first|last) (\d+)|(\d+)(?:-(\d+))?")
 _ROUTED = {TensorClass.GATE_UP, TensorClass.DOWN}
@@ -93,6 +93,11 @@ class Recipe(BaseModel):
     def needs_routing(self) -> bool:
         """Whether the experts that most tokens choose are treated apart."""
         return any(rule.hottest is not None for rule in self.rules)
+
+    @property
+    def wants_moments(self) -> bool:
+        """Whether second moments would make anything better."""
+        return any(rule.method == "feedback" for rule in self.rules)
 
     def rule_for(
         self, kind: TensorClass, layer: int | None, layers: int, heat: float | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from quant.errors_made import ErrorTotals
 from quant.importance import Statistics
+from quant.moments import SecondMoments
 from quant.recipe import Recipe
 from quant.source import Source
 
@@ -14,7 +15,7 @@ from quant.source import Source
 class Task:
     """A source, a recipe and what is known about the use of weights.
 
-    `statistics_mark` tells one file of statistics from another; it is "" without any.
+    The marks tell one file of statistics or second moments from another; they are "" without any.
     """
 
     source: Source
@@ -22,6 +23,8 @@ class Task:
     threads: int
     statistics: Statistics | None = None
     statistics_mark: str = ""
+    moments: SecondMoments | None = None
+    moments_mark: str = ""
 
     @property
     def ahead(self) -> int:
@@ -35,6 +38,7 @@ class Task:
             "source": self.source.identity(),
             "recipe": self.recipe.model_dump(mode="json"),
             "statistics": self.statistics_mark,
+            "moments": self.moments_mark,
         }
 
 

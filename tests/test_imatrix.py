@@ -51,7 +51,7 @@ def windows(engine: Engine) -> Windows:
 @pytest.fixture(scope="module")
 def collected(engine: Engine, windows: Windows) -> ImatrixFile:
     """The importance matrix of these windows."""
-    return collect(engine, windows, "heldout.txt")
+    return collect(engine, windows, "heldout.txt")[0]
 
 
 def example() -> ImatrixFile:

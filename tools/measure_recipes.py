@@ -4,9 +4,11 @@
 Examples:
   measure_recipes.py tiny-v4 --imatrix tiny.gguf --out recipes.json --plot recipes.svg
   measure_recipes.py tiny-v4 --recipes q4,q2,mine.toml --windows 20
+  measure_recipes.py tiny-v4 --imatrix tiny.gguf --second-moments tiny.safetensors
 
 Perplexity and divergence are those of `localv4 eval kld` on its own text. With --imatrix each
-recipe is also measured without it, unless it needs it.
+recipe is also measured without it, unless it needs it; with --second-moments it is measured once
+more with both.
 """
 
 import argparse
@@ -19,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+Files = dict[str, Path]
 RECIPES = "lossless,q8,q4,q3,q2,mixed"
 
 
 def main() -> None:
     """Read the command line, measure, and print the table."""
     options = _parser().parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for recipe in options.recipes.split(","):
-            for imatrix in _statistics(recipe, options.imatrix):
-                rows.append(_measure(recipe, imatrix, options, Path(scratch) / str(len(rows))))
+            for files in _statistics(recipe, options.imatrix, options.second_moments):
+                rows.append(_measure(recipe, files, options, Path(scratch) / str(len(rows))))
                 sys.stderr.write(_line(rows[-1]) + "\n")
     sys.stdout.write(table(rows))
     if options.out is not None:
@@ -45,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="what is quantized, and the base of the divergence")
     parser.add_argument("--recipes", default=RECIPES, help="names or TOML files, with commas")
     parser.add_argument("--imatrix", type=Path, help="of localv4 eval imatrix")
+    parser.add_argument("--second-moments", type=Path, help="of the same command")
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="picture to write (needs matplotlib)")
@@ -52,18 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _statistics(recipe: str, imatrix: Path | None) -> list[Path | None]:
+def _statistics(recipe: str, imatrix: Path | None, moments: Path | None) -> list[Files]:
+    """Return with which files a recipe is measured: the options of `localv4 quantize`."""
+    own = {"--imatrix": imatrix} if imatrix is not None else {}
+    both = [own | {"--second-moments": moments}] if moments is not None else []
     if recipe == "mixed":
-        return [imatrix] if imatrix is not None else []
-    return [None] if imatrix is None or recipe in ("lossless", "q8") else [None, imatrix]
+        return [own, *both] if own else []
+    if recipe in ("lossless", "q8"):
+        return [{}]
+    return [{}, *([own] if own else []), *both]
 
 
 def _measure(
-    recipe: str, imatrix: Path | None, options: argparse.Namespace, folder: Path
+    recipe: str, files: Files, options: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
     """Quantize by a recipe, measure the result, and remove it."""
     arguments = ["quantize", options.model, "-o", str(folder), "--recipe", recipe, "--json", "-q"]
-    plan = _localv4(*arguments, *(["--imatrix", str(imatrix)] if imatrix else []))
+    plan = _localv4(*arguments, *(str(part) for pair in files.items() for part in pair))
     found = _localv4(
         *("eval", "kld", "-m", str(folder), "--base-model", options.model, "-c", "512"),
         *("-w", str(options.windows), "--floor-windows", "0", "--json", "-q"),
@@ -73,7 +82,8 @@ def _measure(
     divergence = found["divergence"]
     return {
         "recipe": Path(recipe).stem,
-        "imatrix": imatrix is not None,
+        "imatrix": "--imatrix" in files,
+        "feedback": "--second-moments" in files,
         "bytes": plan["bytes"],
         "bytes_per_token": plan["bytes_per_token"],
         "weight_error": plan["error"],
@@ -104,9 +114,9 @@ def _localv4(*arguments: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as a table in Markdown."""
     lines = [
-        "| recipe | imatrix | size | per token | weight error | perplexity | against source "
-        "| KL divergence | same token |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recipe | imatrix | feedback | size | per token | weight error | perplexity "
+        "| against source | KL divergence | same token |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
     ]
     return "\n".join(lines) + "\n"
@@ -117,6 +127,7 @@ def _line(row: dict[str, Any]) -> str:
     cells = (
         row["recipe"],
         "yes" if row["imatrix"] else "",
+        "yes" if row["feedback"] else "",
         f"{row['bytes'] / 1e6:.1f} MB",
         f"{row['bytes_per_token'] / 1e6:.2f} MB",
         f"{100 * row['weight_error']:.1f} %",
@@ -128,21 +139,29 @@ def _line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+_STYLES = {
+    (False, False): ("o", "no statistics"),
+    (True, False): ("s", "importance matrix"),
+    (False, True): ("v", "second moments"),
+    (True, True): ("^", "importance matrix and second moments"),
+}
+
+
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw divergence against bytes per token."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for with_imatrix, style in ((False, "o"), (True, "s")):
-        own = [row for row in rows if row["imatrix"] is with_imatrix]
+    for kind, style in _STYLES.items():
+        own = [row for row in rows if (row["imatrix"], row["feedback"]) == kind]
         if own:
             axes.errorbar(
                 [row["bytes_per_token"] / 1e6 for row in own],
                 [max(row["divergence"]["value"], 1e-6) for row in own],
                 yerr=[row["divergence"]["standard_error"] for row in own],
-                fmt=style,
-                label="with importance matrix" if with_imatrix else "without",
+                fmt=style[0],
+                label=style[1],
             )
         for row in own:
             place = (row["bytes_per_token"] / 1e6, max(row["divergence"]["value"], 1e-6))

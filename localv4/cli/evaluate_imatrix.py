@@ -1,23 +1,50 @@
 """`localv4 eval imatrix`: which columns of each matrix matter, for quantization."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from localv4.cli import evaluation, options
-from localv4.errors import NotFoundError, UsageError
+from localv4.cli.generation import format_bytes
+from localv4.cli.sizes import parse_bytes
+from localv4.errors import DoesNotFitError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from localv4.engine.engine import Engine
+    from localv4.engine.imatrix import Collector
+    from localv4.engine.second_moments import MomentCollector
+    from localv4.kernels.team import Team
+    from localv4.model.weights import Weights
     from localv4.storage.imatrix_file import ImatrixFile
 
 Out = Annotated[
     Path, typer.Option("-o", "--out", metavar="FILE", help="GGUF file to write, as llama-imatrix.")
 ]
+SecondMoments = Annotated[
+    Path | None,
+    typer.Option(
+        "--second-moments",
+        metavar="FILE",
+        help="Also write which columns are active together: a .safetensors file for quantize.",
+    ),
+]
+MomentsLimit = Annotated[
+    str,
+    typer.Option(
+        "--moments-limit",
+        metavar="SIZE",
+        help="Second moments that take more than this, for one kind of input in a layer, are left"
+        " out.",
+    ),
+]
 
 
 def imatrix(
     out: Out,
+    second_moments: SecondMoments = None,
+    moments_limit: MomentsLimit = "128M",
     model: options.Model = None,
     file: evaluation.TextFile = None,
     context: evaluation.OptionalSize = None,
@@ -36,8 +63,14 @@ def imatrix(
     """
     if out.suffix.lower() != ".gguf":
         raise UsageError(f"--out is {out.name!r}, expected a name ending in .gguf")
-    if not out.parent.is_dir():
-        raise NotFoundError(f"there is no folder {out.parent}")
+    if second_moments is not None and second_moments.suffix != ".safetensors":
+        raise UsageError(
+            f"--second-moments is {second_moments.name!r}, expected a name ending in .safetensors"
+        )
+    for path in filter(None, (out, second_moments)):
+        if not path.parent.is_dir():
+            raise NotFoundError(f"there is no folder {path.parent}")
+    limit = parse_bytes(moments_limit, "--moments-limit")
     text = evaluation.read_text(file)
 
     from localv4.cli import loading, worker
@@ -49,15 +82,62 @@ def imatrix(
     engine = evaluation.load(model, threads, pin, exact, quiet, no_color).engine
     tokens = evaluation.tokenize(engine, text, file)
     part = evaluation.cut_text(engine, tokens, context or evaluation.WINDOW, windows, bos)
+    make = collecting.Collector if second_moments is None else _moments_within(engine, limit)
     with Progress(quiet=quiet, no_color=no_color) as progress:
 
         def report(done: int, total: int) -> None:
             progress("collecting", done, total)
 
-        found = worker.call(lambda: collecting.collect(engine, part, tokens.name, report))
+        found, seen = worker.call(
+            lambda: collecting.collect(engine, part, tokens.name, report, make)
+        )
     write_imatrix(out, found)
+    notes = [_summary(out, found)]
+    if second_moments is not None:
+        notes += _written_moments(second_moments, seen, tokens.name)
     if not quiet:
-        loading.note(_summary(out, found))
+        for line in notes:
+            loading.note(line)
+
+
+def _moments_within(engine: "Engine", limit: int) -> "Callable[[Team, Weights], MomentCollector]":
+    """Return what makes the collector of second moments, if memory has room for them."""
+    import psutil
+
+    from localv4.engine.second_moments import MomentCollector
+
+    def make(team: "Team", weights: "Weights") -> "MomentCollector":
+        collector = MomentCollector(team, weights, engine.config.o_groups, limit)
+        available = psutil.virtual_memory().available
+        if collector.nbytes > available:
+            raise DoesNotFitError(
+                f"second moments take {format_bytes(collector.nbytes)} of memory, "
+                f"{format_bytes(available)} are available",
+                hint="give a smaller --moments-limit",
+            )
+        return collector
+
+    return make
+
+
+def _written_moments(path: Path, collector: "Collector", dataset: str) -> list[str]:
+    """Write the second moments; return what to tell about them."""
+    from localv4.engine.second_moments import MomentCollector
+    from localv4.storage.moments_file import write_moments
+
+    assert isinstance(collector, MomentCollector)
+    found = collector.moments()
+    if not found:
+        raise UsageError("no second moments are small enough", hint="give a larger --moments-limit")
+    write_moments(path, found, dataset)
+    nbytes = sum(moments.products.nbytes for moments in found.values())
+    lines = [f"{path}: {len(found)} inputs, {format_bytes(nbytes)}"]
+    lines += [
+        f"left out: {kind}, {format_bytes(skipped.nbytes)} in each of {skipped.layers} layers "
+        "(see --moments-limit)"
+        for kind, skipped in collector.skipped.items()
+    ]
+    return lines
 
 
 def _summary(out: Path, found: "ImatrixFile") -> str:

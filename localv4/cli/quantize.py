@@ -14,6 +14,7 @@ from localv4.cli import options, terminal
 
 if TYPE_CHECKING:
     from quant.gguf_conversion import GgufConversion
+    from quant.moments import SecondMoments
     from quant.packer import Packer
     from quant.source import Source
     from quant.task import Task
@@ -58,6 +59,14 @@ ImatrixFile = Annotated[
         help="Importance matrix, by localv4 eval imatrix or llama.cpp.",
     ),
 ]
+MomentsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--second-moments",
+        metavar="FILE",
+        help="Of localv4 eval imatrix --second-moments: errors of columns make each other good.",
+    ),
+]
 SplitSize = Annotated[
     str,
     typer.Option(
@@ -86,6 +95,7 @@ def quantize(
     recipe: RecipeName = "q4",
     form: Form = OutputForm.PACKED,
     imatrix: ImatrixFile = None,
+    second_moments: MomentsFile = None,
     split_size: SplitSize = "40G",
     source_streaming: SourceStreaming = False,
     dry_run: DryRun = False,
@@ -98,8 +108,6 @@ def quantize(
 
     A conversion that was stopped goes on where it was when the same command is given again.
     """
-    import hashlib
-
     from localv4.cli.quantize_forecast import forecast_line
     from localv4.cli.quantize_progress import QuantizeProgress
     from localv4.cli.quantize_report import plan_document, print_plan
@@ -115,9 +123,13 @@ def quantize(
         from localv4.storage.imatrix_file import read_imatrix
 
         statistics = read_imatrix(imatrix)
-        mark = hashlib.sha256(imatrix.read_bytes()).hexdigest()
-    with _opened(source, source_streaming, output, quiet) as (opened, base_name):
-        task = Task(opened, chosen, threads or usable_processors(), statistics, mark)
+        mark = _digest(imatrix)
+    with (
+        _moments(second_moments) as (moments, moments_mark),
+        _opened(source, source_streaming, output, quiet) as (opened, base_name),
+    ):
+        workers = threads or usable_processors()
+        task = Task(opened, chosen, workers, statistics, mark, moments, moments_mark)
         is_gguf = form is OutputForm.GGUF
         work, target = _work(task, output, base_name, is_gguf, split_bytes)
         plan = work.plan(target)
@@ -127,6 +139,7 @@ def quantize(
         if not as_json and not (quiet and not dry_run):
             print_plan(plan, document, is_result=dry_run, no_color=no_color)
         if not dry_run:
+            _compile(quiet, no_color)
             with QuantizeProgress(quiet=quiet, no_color=no_color) as progress:
                 work.run(target, progress)
             document["error"] = work.converter.errors.relative()
@@ -134,6 +147,36 @@ def quantize(
                 sys.stderr.write(terminal.sanitize_line(f"wrote {target}") + "\n")
     if as_json:
         print(terminal.escape_json(json.dumps(document, ensure_ascii=False, indent=2)))
+
+
+def _digest(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _moments(path: Path | None) -> "Iterator[tuple[SecondMoments | None, str]]":
+    """Open second moments; give them with what tells them from others."""
+    if path is None:
+        yield None, ""
+        return
+    from localv4.storage.moments_file import open_moments
+    from quant.moments import SecondMoments
+
+    with open_moments(path) as opened:
+        yield SecondMoments(opened), _digest(path)
+
+
+def _compile(quiet: bool, no_color: bool) -> None:
+    """Compile what rounds weights, with progress; later runs find it in the cache."""
+    import quant.quantizers  # noqa: F401 - declares the kernels
+    from localv4.cli.progress import Progress
+    from localv4.kernels.compiler import compile_kernels
+
+    with Progress(quiet=quiet, no_color=no_color) as progress:
+        compile_kernels({"quantize"}, lambda done, total: progress("compiling", done, total))
 
 
 def _work(

@@ -59,17 +59,21 @@ class Collector(Numerics):
 
 
 def collect(
-    engine: Engine, windows: Windows, dataset: str, on_tokens: OnTokens | None = None
-) -> ImatrixFile:
+    engine: Engine,
+    windows: Windows,
+    dataset: str,
+    on_tokens: OnTokens | None = None,
+    make: Callable[[Team, Weights], Collector] = Collector,
+) -> tuple[ImatrixFile, Collector]:
     """Read all windows with a model loaded as "exact"; return the statistics of its matrices.
 
-    `on_tokens(done, total)` is called after each window. Raises UsageError for another arithmetic:
-    its inputs are rounded before they are seen.
+    The collector that `make` returns sees all inputs. `on_tokens(done, total)` is called after each
+    window. Raises UsageError for another arithmetic: its inputs are rounded before they are seen.
     """
     network = engine.network
     if not isinstance(network, Transformer):
         raise UsageError("an importance matrix is collected with --numerics exact")
-    collector = Collector(network.numerics.team, network.weights)
+    collector = make(network.numerics.team, network.weights)
     watched = Transformer(network.config, network.weights, collector)
     for index in range(len(windows)):
         for _, vectors in final_vectors(engine, watched, windows.inputs(index)):
@@ -78,18 +82,19 @@ def collect(
             collector.add(normed, network.weights.head)
         if on_tokens is not None:
             on_tokens(index + 1, len(windows))
-    return ImatrixFile(collector.statistics(), (dataset,), len(windows), windows.size)
+    statistics = collector.statistics()
+    return ImatrixFile(statistics, (dataset,), len(windows), windows.size), collector
 
 
 def _matrices(weights: Weights) -> Iterator[tuple[Place, Matrix]]:
     """Yield every matrix that products read, and where its statistics go."""
-    for name, matrix in _named(weights):
+    for name, matrix in named_matrices(weights):
         place = place_of(name)
         assert place is not None
         yield place, matrix
 
 
-def _named(weights: Weights) -> Iterator[tuple[str, Matrix]]:
+def named_matrices(weights: Weights) -> Iterator[tuple[str, Matrix]]:
     """Yield every matrix that products read by its official name."""
     yield "head.weight", weights.head
     yield "hc_head_fn", weights.head_hc.fn
