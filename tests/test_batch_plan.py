@@ -53,7 +53,7 @@ def test_memory_of_rows_is_kept_from_experts(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_little_memory_means_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    roomy, tight = plan(monkeypatch, threads=16), plan(monkeypatch, 0.7, threads=16)
+    roomy, tight = plan(monkeypatch, threads=16), plan(monkeypatch, 0.85, threads=16)
     assert 1 <= tight.rows < roomy.rows == 64
     assert tight.room < roomy.room
 

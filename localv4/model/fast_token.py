@@ -122,6 +122,7 @@ class TokenPlan:
             except UnpackableError:
                 network.experts.drop_forms(layer)
                 return False
+            assert (network.store.addresses[layer, self._chunk.chosen[0]] > 0).all()
             network.team.run(segment.program[last:done])
             done = segment.resumes[layer]
 
