@@ -10,7 +10,10 @@ import pytest
 from terminal import Terminal, needs_jit, needs_pty, run_here, run_localv4, start_localv4
 
 from localv4.cli import inputs
+from localv4.engine.memory import MemoryOptions, plan_memory
 from localv4.library.installed import embedded_model_path
+from localv4.paging.trace import read_trace
+from localv4.storage import open_checkpoint
 
 pytestmark = needs_jit
 
@@ -42,6 +45,25 @@ def test_answer_on_stdout_and_notes_on_stderr(tmp_path: Path) -> None:
     assert all(line.endswith("%") for line in progress)
     names = [part.split()[0] for part in stats.split(" | ")]
     assert names == ["prompt", "gen", "peak"]
+
+
+def test_experts_are_paged_within_a_budget(tmp_path: Path) -> None:
+    with open_checkpoint(embedded_model_path()) as checkpoint:
+        _, plan = plan_memory(checkpoint, MemoryOptions(), None, 2)
+    budget = plan.total - plan.expert_bytes + int(0.7 * plan.all_experts)
+    trace = tmp_path / "routes"
+    options = ("-t", "2", "--ram", str(budget), "--io", "direct", "--stats")
+    options += ("--trace-routes", str(trace))
+    done = run_here("run", "-m", "tiny-v4", "--greedy", CAPITAL, *options, home=tmp_path)
+    assert (done.code, done.stdout) == (0, PARIS)
+    assert "misses per token" in done.stderr and "waited" in done.stderr
+    assert read_trace(trace).chosen.shape[1:] == (8, 4)
+
+
+def test_too_little_memory_is_told_with_a_remedy(tmp_path: Path) -> None:
+    done = run_here("run", "-m", "tiny-v4", "--ram", "100MiB", CAPITAL, home=tmp_path)
+    assert (done.code, done.stdout) == (4, "")
+    assert done.stderr.startswith("error: tiny-v4 needs at least ") and "--ram " in done.stderr
 
 
 def test_quiet_says_nothing_else(tmp_path: Path) -> None:
