@@ -166,7 +166,7 @@ def test_running_out_of_memory_is_told(
     monkeypatch.setattr(network, "forward", full)
     with pytest.raises(DoesNotFitError, match="out of memory"):
         session.extend(IDS[:3])
-    monkeypatch.setattr("localv4.engine.session.State", full)
+    monkeypatch.setattr(network, "new_state", full)
     with pytest.raises(DoesNotFitError, match="not enough memory"):
         new_session(network)
 
