@@ -44,13 +44,14 @@ class ChunkPlan:
         network, tokens = self._network, len(ids)
         chunk, attention, waves = self._buffers(tokens, state.position + tokens)
         network.begin(chunk, ids, state)
-        routes = np.empty((tokens, len(network.layers), chunk.chosen.shape[1]), np.int16)
+        routes = []
         for index, layer in enumerate(network.layers):
             self._attend(layer, chunk, attention, tokens, state.position)
             self._mix(layer, index, chunk, waves, tokens)
-            routes[:, index] = chunk.chosen[:tokens]
+            if network.on_routes is not None:
+                routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:
-            network.on_routes(routes, True)
+            network.on_routes(np.stack(routes, 1), True)
         program = network.new_program()
         network.head_site.add_mixing(program, chunk, tokens, updates=2, leaves=True)
         network.head_site.add_head_entry(program, chunk, tokens)
