@@ -8,6 +8,7 @@ from typing import Any
 
 from localv4 import paths
 from localv4.cuda.gpu import GpuError
+from localv4.errors import LocalV4Error
 from localv4.finished_file import finished_file
 
 FLAGS = ("--std=c++17", "--fmad=false", "--extra-device-vectorization")
@@ -34,7 +35,7 @@ def compiled(source: str, arch: str, folder: Path | None = None) -> bytes:
         folder.mkdir(parents=True, exist_ok=True)
         with finished_file(target) as file:
             file.write(code)
-    except OSError:
+    except (OSError, LocalV4Error):
         pass  # made again the next time
     return code
 

@@ -212,9 +212,7 @@ class CudaGpu:
         driver = self._driver
         attributes = driver.CUfunction_attribute
         used = _done(
-            driver.cuFuncGetAttribute(
-                attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function
-            )
+            driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
         )
         most = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN") - used
         if most > SHARED_BYTES - used:
