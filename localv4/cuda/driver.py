@@ -68,9 +68,8 @@ class CudaGpu:
             raise GpuError(f"there is no CUDA device {number}: {count} found")
         self._device = _done(driver.cuDeviceGet(number))
         self.name = _done(driver.cuDeviceGetName(128, self._device)).split(b"\0")[0].decode()
-        self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"),) + (
-            self._attribute("COMPUTE_CAPABILITY_MINOR"),
-        )
+        major = self._attribute("COMPUTE_CAPABILITY_MAJOR")
+        self.capability = (major, self._attribute("COMPUTE_CAPABILITY_MINOR"))
         if 10 * self.capability[0] + self.capability[1] < OLDEST:
             raise GpuError(f"{self.name} is too old: compute capability {self.capability}")
         self._context = _done(driver.cuDevicePrimaryCtxRetain(self._device))
