@@ -1,6 +1,6 @@
 """What the rest needs to know of a GPU: memory, copies, launches in order, recorded launches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,9 @@ class Gpu(Protocol):
 
     def download(self, host: int, address: int, nbytes: int) -> None:
         """Copy to host memory; return when it is there."""
+
+    def ask(self, requests: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
+        """Enqueue copies (host, address, bytes) to host memory; return what waits for them."""
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy inside the GPU."""

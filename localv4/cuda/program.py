@@ -13,6 +13,9 @@ from localv4.kernels.compiler import Entry
 from localv4.kernels.operation import WORDS
 from localv4.model.program import Program, Scratch
 
+Operation = tuple[Twin, Sequence[int]]
+"""A twin and all words of its operation, those for the CPU."""
+
 LINE = 256
 """Scratch memory of kernels starts on such a line."""
 
@@ -31,23 +34,28 @@ class GpuProgram(Program):
 
     def __init__(self, scratch: Scratch) -> None:
         super().__init__(scratch)
-        self._entries: list[Entry] = []
+        self._twins: list[Twin] = []
 
     def add(self, entry: Entry, *words: int) -> None:
         """Append an operation."""
-        self._entries.append(entry)
-        self._operations.append([0, *words])
+        self.add_twin(twin_of(entry), *words)
+
+    def add_twin(self, twin: Twin, *words: int, scratch: int = 0) -> None:
+        """Append what only a GPU does; `scratch` is an array that kernels take as their memory."""
+        self._twins.append(twin)
+        self._operations.append([0, *words, *[0] * (WORDS - 1 - len(words))])
+        self._operations[-1][SCRATCH] = scratch
 
     def finish(self) -> NDArray[np.int64]:
         """Raise: the CPU has no use for it."""
         raise TypeError("a program for the GPU has no form for the CPU")
 
-    def groups(self) -> list[list[tuple[Entry, Sequence[int]]]]:
-        """Return the operations (entry, words) in groups that may run at the same time."""
-        groups: list[list[tuple[Entry, Sequence[int]]]] = [[]]
-        pairs = zip(self._entries, self._operations, strict=True)
-        for number, (entry, words) in enumerate(pairs):
-            groups[-1].append((entry, words))
+    def groups(self) -> list[list[Operation]]:
+        """Return the operations (twin, words) in groups that may run at the same time."""
+        groups: list[list[Operation]] = [[]]
+        pairs = zip(self._twins, self._operations, strict=True)
+        for number, (twin, words) in enumerate(pairs):
+            groups[-1].append((twin, words))
             if number not in self._alongside:
                 groups.append([])
         return [group for group in groups if group]
@@ -70,16 +78,13 @@ class Translator:
         """Return the launches of a program."""
         return [step for group in program.groups() if (step := self._step(group))]
 
-    def _step(self, group: Sequence[tuple[Entry, Sequence[int]]]) -> Step:
-        operations = [(twin_of(entry), words) for entry, words in group]
-        filled = [[*words, *[0] * (WORDS - len(words))] for _, words in operations]
+    def _step(self, group: Sequence[Operation]) -> Step:
         sizes = [
-            max(kernel.scratch(words) for kernel in twin.kernels)
-            for (twin, _), words in zip(operations, filled, strict=True)
+            0 if words[SCRATCH] else max(kernel.scratch(words) for kernel in twin.kernels)
+            for twin, words in group
         ]
-        places = self._places(sizes)
         branches = []
-        for (twin, _), words, place in zip(operations, filled, places, strict=True):
+        for (twin, words), place in zip(group, self._places(sizes), strict=True):
             device = self._translated(twin, words, place)
             launches = [
                 Launch(kernel, blocks, kernel.shared(words), device)
@@ -95,7 +100,7 @@ class Translator:
         for index, kind in enumerate(twin.kinds, start=1):
             if kind in "atc":
                 device[index] = self._mirrors.address(words[index])
-        device[SCRATCH] = scratch
+        device[SCRATCH] = scratch or self._mirrors.address(words[SCRATCH])
         return tuple(device)
 
     def _places(self, sizes: Sequence[int]) -> list[int]:

@@ -44,7 +44,7 @@ class FastNetwork:
         self.experts = Experts([layer.experts for layer in weights.layers])
         self.store = make_store(self.experts)
         self._exact = Numerics(team, weights.widest)
-        self._scratch = Scratch.of(team.members, weights.widest)
+        self.scratch = Scratch.of(team.members, weights.widest)
         self._cells = np.zeros((config.n_layers, CELLS), np.int64)
         self.layers = [
             FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack, rows)
@@ -62,11 +62,11 @@ class FastNetwork:
         """Bytes of scratch memory and of the packed matrices of the hyper-connections."""
         sites = [site for layer in self.layers for site in (layer.attn_site, layer.ffn_site)]
         mixing = sum(site.fn.nbytes for site in [*sites, self.head_site])
-        return self._scratch.nbytes + mixing
+        return self.scratch.nbytes + mixing
 
     def new_program(self) -> Program:
         """Return an empty program."""
-        return Program(self._scratch)
+        return Program(self.scratch)
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""
