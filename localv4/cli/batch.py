@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from localv4.engine.memory import MemoryOptions
     from localv4.library.installed import InstalledModel
     from localv4.storage import Checkpoint
-    from localv4.text.effort import Release
 
 ROWS_FAILED, INTERRUPTED, TERMINATED = 3, 130, 143
 MOST_SHARDS = 1_000_000
@@ -257,7 +256,7 @@ def _settings(
         model=model.name,
         names=_names(model, reference),
         sampling=own.sampling(),
-        release=_release(model),
+        release=model.release,
         max_tokens=own.max_tokens,
         stop=stop,
         thinking=thinking,
@@ -274,14 +273,6 @@ def _names(model: "InstalledModel", reference: str | None) -> frozenset[str]:
     if model.spec is not None:
         names |= {model.spec.repo, *model.spec.aliases}
     return frozenset(name.lower() for name in names)
-
-
-def _release(model: "InstalledModel") -> "Release":
-    from localv4.cli.loading import SUMMER_RELEASES
-
-    if model.spec is not None:
-        return model.spec.release
-    return "0731" if any(date in model.name for date in SUMMER_RELEASES) else "preview"
 
 
 def _run(job: Job, asked: Asked) -> None:

@@ -138,7 +138,7 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
     from localv4.cli.generation import Generation
     from localv4.cli.loading import warn
     from localv4.cli.statistics import statistics_lines
-    from localv4.engine.reply import ReplyOptions
+    from localv4.engine.growing_answer import ReplyOptions
 
     reply_options = ReplyOptions(
         max_tokens=settings.max_tokens,
@@ -184,7 +184,7 @@ def _prompt_ids(loaded: "Loaded", request: Request, conversation: "Conversation"
     if request.raw:
         return [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
     prompt = conversation.prompt(
-        thinking=request.thinking, effort=request.effort, release=loaded.release
+        thinking=request.thinking, effort=request.effort, release=loaded.model.release
     )
     return tokenizer.encode_prompt(prompt)
 
