@@ -109,11 +109,11 @@ class Chat:
         return f" {' | '.join(parts)[: max(0, self.console.width - 2)]} "
 
     def _answer(self) -> None:
-        from localv4.engine.reply import ReplyOptions
+        from localv4.engine.growing_answer import ReplyOptions
 
         engine = self.loaded.engine
         prompt = self.conversation.prompt(
-            thinking=self.thinking, effort=self.effort, release=self.loaded.release
+            thinking=self.thinking, effort=self.effort, release=self.loaded.model.release
         )
         options = ReplyOptions(
             max_tokens=self.settings.max_tokens,
