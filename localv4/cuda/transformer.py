@@ -1,7 +1,5 @@
 """The network in the arithmetic `fast`, computed by a GPU with the help of the host."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,14 +8,65 @@ from localv4.cuda.network import GpuNetwork, MakeStore
 from localv4.cuda.rows_plan import GpuRowsPlan
 from localv4.cuda.token_plan import GpuTokenPlan
 from localv4.cuda.vram_store import VramStore
-from localv4.kernels import row_operations
-from localv4.kernels.gemm import BATCH_TOKENS
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
-from localv4.model.fast import CHUNK_TOKENS, HEAD_TOKENS, SLACK_TOKENS, FastTransformer
-from localv4.model.fast_chunk import ChunkPlan
+from localv4.model.fast import CHUNK_TOKENS, SLACK_TOKENS, FastTransformer
 from localv4.model.matrix import Floats
-from localv4.model.program import Rounded, Rows
 from localv4.model.state import State
 from localv4.model.weights import Weights
+
+
+class GpuTransformer(FastTransformer):
+    """Packed weights in the memory of a GPU, and the forward pass over them.
+
+    Sequences live in `State` objects of the host, whose arrays have copies on the GPU. Raises
+    GpuError or GpuMemoryError when the GPU cannot be used for this network.
+    """
+
+    name = "fast"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        team: Team,
+        make_store: MakeStore,
+        gpu: Gpu,
+        rows: RowFormat,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        self.gpu = gpu
+        self.chunk_tokens = chunk_tokens
+        network = GpuNetwork(config, weights, team, SLACK_TOKENS, make_store, rows, gpu)
+        assert isinstance(network.store, VramStore)
+        self._one = GpuTokenPlan(network, network.store)
+        self._take(network, GpuRowsPlan(network, network.store))
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes held by component, but for decoder state and mapped files.
+
+        What begins with `GPU` is in its memory.
+        """
+        network = self._network
+        assert isinstance(network, GpuNetwork) and isinstance(network.store, VramStore)
+        return {
+            "packed experts": network.store.host.held_bytes,
+            "workspace": self._many.nbytes + self._rows.nbytes + network.nbytes,
+            "GPU weights and workspace": network.mirrors.nbytes + network.translator.nbytes,
+            "GPU experts": network.store.held_bytes,
+        }
+
+    def close(self) -> None:
+        """Stop copying and reading experts."""
+        store = self._network.store
+        store.close()
+        assert isinstance(store, VramStore)
+        store.host.close()
+
+    def _read(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        return self._many.run(token_ids, state)
+
+    def _decode(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        return self._one.run(token_ids, state)

@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.kernels.rows import clear
 from localv4.model.experts import UnpackableError
 from localv4.model.fast_layer import FastLayer
 from localv4.model.fast_moe import SHARED_TOKENS, WaveBuffers
@@ -112,7 +111,7 @@ class ChunkPlan:
         network, moe = self._network, layer.moe
         program = network.new_program()
         layer.add_router(program, chunk, tokens)
-        program.add(clear, chunk.update.at(), chunk.update.stride, tokens, chunk.update.cols)
+        moe.add_clearing(program, chunk, tokens)
         network.run(program)
         for first in range(0, tokens, SHARED_TOKENS):
             count = min(SHARED_TOKENS, tokens - first)

@@ -13,7 +13,7 @@ from localv4.model.experts import UnpackableError
 from localv4.model.fast_attention import Cells, Part
 from localv4.model.fast_moe import ExpertGroups, WaveBuffers
 from localv4.model.fast_network import FastNetwork
-from localv4.model.fast_token import FIRST_POSITIONS, Segment
+from localv4.model.fast_token import FIRST_POSITIONS, Segment as Segment
 from localv4.model.matrix import Floats
 from localv4.model.state import CELLS, State
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
@@ -48,13 +48,17 @@ class RowsPlan:
         while True:
             program = self._programs.pop(rows, None)
             if program is None:
-                program = RowsProgram(self._network, rows, self._positions)
+                program = self._new_program(rows, self._positions)
             self._programs[rows] = program  # the latest comes last
             while len(self._programs) > KEPT_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
             if program.run(ids, states):
                 return program.vectors()
             self._programs.clear()  # a layer has lost its packed form
+
+
+    def _new_program(self, rows: int, positions: int) -> "RowsProgram":
+        return RowsProgram(self._network, rows, positions)
 
 
 class RowsProgram:
