@@ -58,6 +58,9 @@ class HostGpu:
         self._check(source, nbytes)
         ctypes.memmove(target, source, nbytes)
 
+    def new_lane(self, nbytes: int) -> "_Lane":
+        return _Lane(self, nbytes)
+
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:
             for branch in step:
@@ -89,8 +92,14 @@ class _Recording:
         self._gpu.run(self._steps)
 
 
-class HostCopier:
-    """Copies records as `cuda.vram_store` wants it."""
+class _Lane:
+    def __init__(self, gpu: HostGpu, nbytes: int) -> None:
+        self._gpu = gpu
+        self._memory = np.zeros(nbytes, np.uint8)
+        self.buffer: int = self._memory.ctypes.data
 
-    def copy(self, target: int, source: int, nbytes: int) -> None:
-        ctypes.memmove(target, source, nbytes)
+    def send(self, address: int, nbytes: int) -> None:
+        self._gpu.upload(address, self.buffer, nbytes)
+
+    def wait(self) -> None:
+        pass

@@ -30,6 +30,18 @@ Step = Sequence[Sequence[Launch]]
 """Launches that may run at the same time: sequences, each in its own order."""
 
 
+class Lane(Protocol):
+    """A buffer of host memory that the GPU copies from beside everything else; for one thread."""
+
+    buffer: int
+
+    def send(self, address: int, nbytes: int) -> None:
+        """Start to copy what is in the buffer."""
+
+    def wait(self) -> None:
+        """Wait until the buffer has been sent."""
+
+
 class Recording(Protocol):
     """Steps that can be run again and again."""
 
@@ -66,6 +78,9 @@ class Gpu(Protocol):
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy inside the GPU."""
+
+    def new_lane(self, nbytes: int) -> Lane:
+        """Return a buffer for the thread that calls."""
 
     def run(self, steps: Sequence[Step]) -> None:
         """Enqueue launches, one step after the other."""

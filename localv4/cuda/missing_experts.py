@@ -6,9 +6,9 @@ Both devices get the same bits for an expert (`cuda.twin`), so nobody can tell w
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localv4.cuda.network import GpuNetwork
-from localv4.cuda.vram_store import VramStore
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.packed import GROUP_ROWS
 from localv4.model.fast_moe import HiddenLayers
@@ -24,10 +24,10 @@ class MissingExperts:
     copied into the twin on the GPU, where the other rows are the GPU's.
     """
 
-    def __init__(self, network: GpuNetwork, store: VramStore) -> None:
+    def __init__(self, network: GpuNetwork) -> None:
         config = network.config
         k, hidden = config.experts_per_token, config.hidden_size
-        self._network, self._store = network, store
+        self._network, self._store = network, network.store
         self._chunk = ChunkBuffers(config, 1)
         self._hidden = HiddenLayers(config, network.most_forms)
         self._one = np.ones(1, F32)
@@ -36,7 +36,7 @@ class MissingExperts:
         self._answer: Callable[[], None] | None = None
         network.adopt(self.parts)
 
-    def ask(self, chosen: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", x: Rows) -> None:
+    def ask(self, chosen: NDArray[np.int64], x: Rows) -> None:
         """Ask the GPU which experts (1, k) it has chosen, for which input (1, hidden)."""
         mirrors = self._network.mirrors
         own = self._chunk

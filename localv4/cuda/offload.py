@@ -4,11 +4,9 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from localv4.cuda.gpu import Gpu, GpuError, GpuMemoryError
-from localv4.cuda.mirrors import Mirrors
+from localv4.cuda.gpu import Gpu, GpuError
 from localv4.cuda.transformer import GpuTransformer
-from localv4.cuda.vram_plan import VramPlan, plan_vram
-from localv4.cuda.vram_store import Copier, PinnedCopier, VramStore
+from localv4.cuda.vram_store import VramStore
 from localv4.errors import UsageError
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
@@ -53,7 +51,10 @@ def find_gpu(options: GpuOptions) -> Gpu | None:
     """
     if options.name == "cpu":
         return None
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+    if (
+        importlib.util.find_spec("cuda") is None
+        or importlib.util.find_spec("cuda.bindings") is None
+    ):
         if options.name == "auto":
             return None
         raise GpuError("CUDA for Python is not installed", hint="pip install 'localv4[cuda]'")
@@ -80,7 +81,6 @@ def offload(
     layers: int,
     capacity: int,
     policy: PolicyName = "decay",
-    copier: Copier | None = None,
 ) -> GpuTransformer:
     """Bring the first `layers` of a network to a GPU, with `capacity` bytes of their experts.
 
@@ -90,9 +90,7 @@ def offload(
     def make_store(experts: Experts, own: range) -> VramStore:
         nbytes = experts.nbytes.copy()
         nbytes[len(own) :] = 0
-        return VramStore(
-            host_store(experts), nbytes, capacity, gpu, copier or _copier(gpu), policy
-        )
+        return VramStore(host_store(experts), nbytes, capacity, gpu, policy)
 
     network = GpuTransformer(config, weights, team, make_store, gpu, rows, layers=layers)
     try:

@@ -8,14 +8,14 @@ from localv4.model.state import State
 
 
 class StateCopy:
-    """Twins of a state's arrays.
+    """Twins of the arrays of a state's first layers.
 
     What is copied when: programs write on the GPU, so its rows are the newer ones until `read_back`
     has fetched them; after `outdate` the host's are. Arrays that forks share have one twin.
     """
 
-    def __init__(self, mirrors: Mirrors, state: State) -> None:
-        self._mirrors, self._state = mirrors, weakref.ref(state)
+    def __init__(self, mirrors: Mirrors, state: State, layers: int) -> None:
+        self._mirrors, self._state, self._layers = mirrors, weakref.ref(state), layers
         self._arrays: list[Array] = []
         self._is_ahead = self._is_behind = False
         weakref.finalize(state, _let_go, mirrors, self._arrays)
@@ -53,9 +53,9 @@ class StateCopy:
         self._is_behind, self._is_ahead = True, False
 
     def _current(self) -> Iterator[Array]:
-        """Yield the arrays of all layers."""
+        """Yield the arrays."""
         state = self._state()
-        for layer in state.layers if state is not None else ():
+        for layer in state.layers[: self._layers] if state is not None else ():
             for ring in layer.rings:
                 yield ring.values
             for rows in layer.entries:
@@ -64,11 +64,13 @@ class StateCopy:
     def _written(self) -> Iterator[Array]:
         """Yield the parts of the twins that tokens have written."""
         state, arrays = self._state(), iter(self._arrays)
-        for layer in state.layers if state is not None else ():
+        if state is None:
+            return
+        for layer in state.layers[: self._layers]:
             for _ in layer.rings:
                 yield next(arrays)
             for _ in layer.entries:
-                yield next(arrays)[: state.position // layer.ratio if state is not None else 0]
+                yield next(arrays)[: state.position // layer.ratio]
 
 
 def _address(mirrors: Mirrors, array: Array) -> int:

@@ -13,6 +13,7 @@ from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.fast import CHUNK_TOKENS, SLACK_TOKENS, FastTransformer
 from localv4.model.matrix import Floats
+from localv4.model.packing import packed_bytes_of
 from localv4.model.state import State
 from localv4.model.weights import Weights
 
@@ -24,8 +25,6 @@ class GpuTransformer(FastTransformer):
     GpuError or GpuMemoryError when the GPU cannot be used for this network.
     """
 
-    name = "fast"
-
     def __init__(
         self,
         config: ModelConfig,
@@ -35,23 +34,29 @@ class GpuTransformer(FastTransformer):
         gpu: Gpu,
         rows: RowFormat,
         *,
+        layers: int,
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
-        self.gpu = gpu
-        self.chunk_tokens = chunk_tokens
-        network = GpuNetwork(config, weights, team, SLACK_TOKENS, make_store, rows, gpu)
-        assert isinstance(network.store, VramStore)
-        self._one = GpuTokenPlan(network, network.store)
-        self._take(network, GpuRowsPlan(network, network.store))
+        self.gpu, self.chunk_tokens = gpu, chunk_tokens
+        self._on_gpu = GpuNetwork(
+            config, weights, team, SLACK_TOKENS, make_store, rows, gpu, layers
+        )
+        self._one = GpuTokenPlan(self._on_gpu)
+        self._take(self._on_gpu, GpuRowsPlan(self._on_gpu))
+
+    @property
+    def vram(self) -> VramStore:
+        """The experts on the GPU."""
+        return self._on_gpu.store
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for decoder state and mapped files.
 
         What begins with `GPU` is in its memory.
         """
-        network = self._network
-        assert isinstance(network, GpuNetwork) and isinstance(network.store, VramStore)
+        network = self._on_gpu
         return {
+            "packed weights": packed_bytes_of(self.weights),
             "packed experts": network.store.host.held_bytes,
             "workspace": self._many.nbytes + self._rows.nbytes + network.nbytes,
             "GPU weights and workspace": network.mirrors.nbytes + network.translator.nbytes,
@@ -60,10 +65,8 @@ class GpuTransformer(FastTransformer):
 
     def close(self) -> None:
         """Stop copying and reading experts."""
-        store = self._network.store
-        store.close()
-        assert isinstance(store, VramStore)
-        store.host.close()
+        self.vram.close()
+        self.vram.host.close()
 
     def _read(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         return self._many.run(token_ids, state)

@@ -8,7 +8,6 @@ the GPU computes meanwhile. What is given up is chosen as in the host's arena, b
 import ctypes
 import threading
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +33,6 @@ WORTH = 1.25
 """So much hotter must a record be than the coldest one on the GPU to take its place."""
 
 
-class Copier(Protocol):
-    """Copies records to the GPU, in the thread that calls."""
-
-    def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy `nbytes` from host memory; return when they are there."""
-
-
 class GpuSpace:
     """Memory of a GPU as an arena takes it."""
 
@@ -63,6 +55,7 @@ class VramStore(PagedStore):
     """Records on a GPU, at most as many as there is room for; `addresses` are the GPU's.
 
     `host` is where the records come from, and stays so: it is asked for those that are absent here.
+    Layers whose records have 0 bytes are not for the GPU.
     """
 
     def __init__(
@@ -71,11 +64,10 @@ class VramStore(PagedStore):
         nbytes: NDArray[np.int64],
         capacity: int,
         gpu: Gpu,
-        copier: Copier,
         policy: PolicyName,
     ) -> None:
         self.host = host
-        self._copier = copier
+        self._copier = Copier(gpu)
         self._waiting: list[tuple[Key, int]] = []  # until the host has them
         self._lengths = nbytes
         sizes = -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
@@ -86,8 +78,8 @@ class VramStore(PagedStore):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all records are on the GPU."""
-        return bool(self.resident.all())
+        """Whether all records are on the GPU, of the layers that it computes."""
+        return bool((self.resident | (self.nbytes == 0)).all())
 
     def _load(self, key: Key, address: int) -> int:
         """Copy a record that the host has."""
@@ -155,7 +147,9 @@ class VramStore(PagedStore):
         """Bring the hottest of some records that the host has, in the place of colder ones."""
         self._collect(self.readers.finished())
         scores = self.uses.scores()
-        absent = [k for k in candidates if self.addresses[k] == ABSENT and self.host.addresses[k] > 0]
+        absent = [
+            k for k in candidates if self.addresses[k] == ABSENT and self.host.addresses[k] > 0
+        ]
         absent.sort(key=lambda key: -scores[key])
         for key in absent[:PROMOTIONS]:
             coldest = float(scores[self.resident].min()) if self.resident.any() else 0.0
@@ -168,10 +162,10 @@ class VramStore(PagedStore):
             self._submit(key, address, urgent=True)
 
 
-class PinnedCopier:
-    """Copies through two pinned buffers of each thread: one is filled while the other is sent."""
+class Copier:
+    """Copies to a GPU, in any thread: each fills one of its two buffers while the other is sent."""
 
-    def __init__(self, gpu: "PinningGpu") -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._own = threading.local()
 
@@ -187,22 +181,3 @@ class PinnedCopier:
             lane.send(target + done, part)
         for lane in self._own.lanes:
             lane.wait()
-
-
-class Lane(Protocol):
-    """A pinned buffer, and the order in which it is sent."""
-
-    buffer: int
-
-    def send(self, address: int, nbytes: int) -> None:
-        """Start to copy what is in the buffer."""
-
-    def wait(self) -> None:
-        """Wait until the buffer has been sent."""
-
-
-class PinningGpu(Protocol):
-    """A GPU that copies from pinned memory."""
-
-    def new_lane(self, nbytes: int) -> Lane:
-        """Return a buffer for the thread that calls."""

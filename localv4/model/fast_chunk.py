@@ -46,6 +46,7 @@ class ChunkPlan:
         network.begin(chunk, ids, state)
         routes = []
         for index, layer in enumerate(network.layers):
+            network.enter_layer(index, chunk, tokens)
             self._attend(layer, chunk, attention, tokens, state.position)
             self._mix(layer, index, chunk, waves, tokens)
             if network.on_routes is not None:

@@ -17,6 +17,7 @@ from localv4.model.program import Program, Scratch
 from localv4.model.state import CELLS, State
 from localv4.model.weights import Weights
 from localv4.model.workspace import ChunkBuffers
+from localv4.paging.store import ExpertStore
 
 OnRoutes = Callable[[NDArray[np.integer], bool], None]
 """Told which experts (tokens, layers, k) some tokens have chosen, and whether they are a prompt."""
@@ -47,7 +48,7 @@ class FastNetwork:
         self.scratch = Scratch.of(team.members, weights.widest)
         self._cells = np.zeros((config.n_layers, CELLS), np.int64)
         self.layers = [
-            FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack, rows)
+            FastLayer(i, layer, config, self.experts, self.store_of(i), self._cells[i], slack, rows)
             for i, layer in enumerate(weights.layers)
         ]
         self.head_site = Site(weights.head_hc, weights.norm, config)
@@ -67,6 +68,13 @@ class FastNetwork:
     def new_program(self) -> Program:
         """Return an empty program."""
         return Program(self.scratch)
+
+    def store_of(self, layer: int) -> ExpertStore:
+        """Return where the records of a layer are."""
+        return self.store
+
+    def enter_layer(self, layer: int, chunk: ChunkBuffers, tokens: int) -> None:
+        """Be told that programs go on with a layer, for the first `tokens` of a chunk."""
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""
