@@ -86,6 +86,16 @@ __device__ inline u32 load_stream_u32(const void *address) {
 #endif
 }
 
+__device__ inline uint2 load_stream_u64(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint2 *)address;
+#else
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#endif
+}
+
 // --- tensor cores ---
 
 // d = a (16 x 32) . b (32 x 8) + c, signed bytes; fragments as PTX has them for m16n8k32.
