@@ -227,7 +227,7 @@ def _reload(path: Path, engine: EngineOptions) -> "Callable[[], Engine]":
 
 def _check_plot(plot: Path | None) -> None:
     if plot is not None:
-        from localv4.cli.bench_plot import check_target
+        from localv4.cli.picture import check_target
 
         check_target(plot)
 
