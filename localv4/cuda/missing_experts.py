@@ -21,7 +21,8 @@ class MissingExperts:
     """What the host computes for one token, layer by layer.
 
     `parts` (k, hidden) f32 are the outputs of the experts, not weighted yet: those of the host are
-    copied into the twin on the GPU, where the other rows are the GPU's.
+    copied into the twin on the GPU, where the other rows are the GPU's. `used` (k,) i64 is 1 for
+    each.
     """
 
     def __init__(self, network: GpuNetwork) -> None:
@@ -33,8 +34,9 @@ class MissingExperts:
         self._one = np.ones(1, F32)
         self._result = Rows(k, hidden)
         self.parts = np.zeros((k, hidden), F32)
+        self.used = np.ones(k, np.int64)
         self._answer: Callable[[], None] | None = None
-        network.adopt(self.parts)
+        network.adopt(self.parts, self.used)
 
     def ask(self, chosen: NDArray[np.int64], x: Rows) -> None:
         """Ask the GPU which experts (1, k) it has chosen, for which input (1, hidden)."""

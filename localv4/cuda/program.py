@@ -20,10 +20,15 @@ LINE = 256
 """Scratch memory of kernels starts on such a line."""
 
 
+def name_of(entry: Entry) -> str:
+    """Return the name of an operation in the tables of twins."""
+    module, function = entry.function.__module__, entry.function.__name__
+    return f"{module.removeprefix('localv4.kernels.')}.{function}"
+
+
 def twin_of(entry: Entry) -> Twin:
     """Return the twin of an operation; raises GpuError if there is none."""
-    module, function = entry.function.__module__, entry.function.__name__
-    name = f"{module.removeprefix('localv4.kernels.')}.{function}"
+    name = name_of(entry)
     if name not in TWINS:
         raise GpuError(f"the GPU has no kernel for {name}")
     return TWINS[name]
@@ -40,11 +45,10 @@ class GpuProgram(Program):
         """Append an operation."""
         self.add_twin(twin_of(entry), *words)
 
-    def add_twin(self, twin: Twin, *words: int, scratch: int = 0) -> None:
-        """Append what only a GPU does; `scratch` is an array that kernels take as their memory."""
+    def add_twin(self, twin: Twin, *words: int) -> None:
+        """Append what only a GPU does."""
         self._twins.append(twin)
         self._operations.append([0, *words, *[0] * (WORDS - 1 - len(words))])
-        self._operations[-1][SCRATCH] = scratch
 
     def finish(self) -> NDArray[np.int64]:
         """Raise: the CPU has no use for it."""
@@ -79,10 +83,7 @@ class Translator:
         return [step for group in program.groups() if (step := self._step(group))]
 
     def _step(self, group: Sequence[Operation]) -> Step:
-        sizes = [
-            0 if words[SCRATCH] else max(kernel.scratch(words) for kernel in twin.kernels)
-            for twin, words in group
-        ]
+        sizes = [max(kernel.scratch(words) for kernel in twin.kernels) for twin, words in group]
         branches = []
         for (twin, words), place in zip(group, self._places(sizes), strict=True):
             device = self._translated(twin, words, place)
@@ -100,7 +101,7 @@ class Translator:
         for index, kind in enumerate(twin.kinds, start=1):
             if kind in "atc":
                 device[index] = self._mirrors.address(words[index])
-        device[SCRATCH] = scratch or self._mirrors.address(words[SCRATCH])
+        device[SCRATCH] = scratch
         return tuple(device)
 
     def _places(self, sizes: Sequence[int]) -> list[int]:

@@ -1,7 +1,6 @@
 """Decoding on a GPU: one token through all layers, as recorded launches."""
 
 from copy import copy
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +9,8 @@ from localv4.cuda.gpu import Recording
 from localv4.cuda.host_layers import HostLayers
 from localv4.cuda.missing_experts import MissingExperts
 from localv4.cuda.network import GpuNetwork
-from localv4.cuda.program import GpuProgram, twin_of
-from localv4.cuda.twins.products import COMBINE
+from localv4.cuda.program import GpuProgram, name_of
+from localv4.cuda.twins.products import COMBINE, DOWN_PARTS
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.packed import GROUP_ROWS
 from localv4.model.fast_moe import FastMoe, HiddenLayers
@@ -147,12 +146,11 @@ class GpuTokenPlan:
         moe.shared.add_rounding(program, hidden.shared, 1)
         with program.alongside():
             for form, records in zip(moe.forms, hidden.records, strict=False):
-                twin = twin_of(OPERATIONS[form.down.name].down)
                 program.add_twin(
-                    replace(twin, kernels=twin.kernels[:1]),
+                    DOWN_PARTS[name_of(OPERATIONS[form.down.name].down)],
                     *(records.ctypes.data, len(records), form.hidden // GROUP_ROWS, form.inner),
-                    *(*hidden.rounded.addresses, 0, 0, form.offset, 0),
-                    scratch=self._missing.parts.ctypes.data,
+                    *(*hidden.rounded.addresses, self._missing.parts.ctypes.data),
+                    *(chunk.shares.ctypes.data, form.offset, 0),
                 )
             moe.shared.add_down(program, chunk.shared_update, hidden.shared, 1)
         return program
@@ -163,5 +161,5 @@ class GpuTokenPlan:
         program.add_twin(
             COMBINE,
             *(parts.ctypes.data, parts.shape[1], len(parts), parts.shape[1]),
-            *(chunk.shares.ctypes.data, chunk.update.at(), 0),
+            *(chunk.shares.ctypes.data, chunk.update.at(), 0, self._missing.used.ctypes.data),
         )

@@ -13,7 +13,8 @@ from localv4.model.experts import UnpackableError
 from localv4.model.fast_attention import Cells, Part
 from localv4.model.fast_moe import ExpertGroups, WaveBuffers
 from localv4.model.fast_network import FastNetwork
-from localv4.model.fast_token import FIRST_POSITIONS, Segment as Segment
+from localv4.model.fast_token import FIRST_POSITIONS
+from localv4.model.fast_token import Segment as Segment
 from localv4.model.matrix import Floats
 from localv4.model.program import Program
 from localv4.model.state import CELLS, State
