@@ -27,25 +27,25 @@ struct Mx4 {
     static constexpr int BIAS = -64;
     static constexpr float FACTOR = 0.5f;
 
-    // Twice the magnitudes of E2M1: 0, 1, 2, 3, 4, 6, 8, 12. __byte_perm looks up the lower three
+    // Twice the magnitudes of E2M1: 0, 1, 2, 3, 4, 6, 8, 12. permute_bytes looks up the lower three
     // bits of four nibbles; where the upper bit of a nibble, the sign of a code, is set, it gives
     // the sign of the byte instead: 0 here.
     static constexpr u32 LOW = 0x03020100u, HIGH = 0x0c080604u;
 
     // Columns 0 4 1 5 and 2 6 3 7: the nibbles of a word as they lie.
     __device__ static inline void arrange(u32 *columns) {
-        u32 low = __byte_perm(columns[0], columns[1], 0x5140);
-        columns[1] = __byte_perm(columns[0], columns[1], 0x7362);
+        u32 low = permute_bytes(columns[0], columns[1], 0x5140);
+        columns[1] = permute_bytes(columns[0], columns[1], 0x7362);
         columns[0] = low;
     }
 
     // value - 64 of both signs is below 0, so that the lookup for the other sign gives 0xff.
     __device__ static inline void decode(u32 word, u32 (&codes)[2]) {
         u32 other = word ^ 0x88888888u;
-        codes[0] = __byte_perm(0xc3c2c1c0u, 0xccc8c6c4u, word)
-                   & __byte_perm(0xbdbebfc0u, 0xb4b8babcu, other);
-        codes[1] = __byte_perm(0xc3c2c1c0u, 0xccc8c6c4u, word >> 16)
-                   & __byte_perm(0xbdbebfc0u, 0xb4b8babcu, other >> 16);
+        codes[0] = permute_bytes(0xc3c2c1c0u, 0xccc8c6c4u, word)
+                   & permute_bytes(0xbdbebfc0u, 0xb4b8babcu, other);
+        codes[1] = permute_bytes(0xc3c2c1c0u, 0xccc8c6c4u, word >> 16)
+                   & permute_bytes(0xbdbebfc0u, 0xb4b8babcu, other >> 16);
     }
 
     // The magnitudes of both signs apart: products have a pipe of their own, lookups need the other.
@@ -54,10 +54,10 @@ struct Mx4 {
 
         __device__ inline void add(u32 word, const u32 *columns) {
             u32 other = word ^ 0x88888888u;
-            plus = dot4(__byte_perm(LOW, HIGH, word), columns[0], plus);
-            minus = dot4(__byte_perm(LOW, HIGH, other), columns[0], minus);
-            plus = dot4(__byte_perm(LOW, HIGH, word >> 16), columns[1], plus);
-            minus = dot4(__byte_perm(LOW, HIGH, other >> 16), columns[1], minus);
+            plus = dot4(permute_bytes(LOW, HIGH, word), columns[0], plus);
+            minus = dot4(permute_bytes(LOW, HIGH, other), columns[0], minus);
+            plus = dot4(permute_bytes(LOW, HIGH, word >> 16), columns[1], plus);
+            minus = dot4(permute_bytes(LOW, HIGH, other >> 16), columns[1], minus);
         }
 
         __device__ inline int value(int) const { return plus - minus; }

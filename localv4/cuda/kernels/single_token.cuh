@@ -14,6 +14,8 @@
 
 constexpr int TOKEN_THREADS = 256;
 constexpr int TABLE_FLOATS = 4096;  // of each table in shared memory, gaps apart
+constexpr int DOWN_ROWS = 8;        // rows of a block of threads that adds up experts
+constexpr int ROW_GAP = 16;         // floats between two rows of hidden layers
 
 #define TOKEN_KERNEL(name) extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, 3) name(const Words op)
 
