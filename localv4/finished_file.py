@@ -1,8 +1,10 @@
 """Result files that appear all at once: written under another name, synced, then renamed."""
 
 import contextlib
+import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,10 +16,11 @@ from localv4.errors import DoesNotFitError, LocalV4Error
 def finished_file(path: Path, need_bytes: int = 0, hint: str | None = None) -> Iterator[BinaryIO]:
     """Open a file under another name; it gets its own name when all of it is on disk.
 
-    Raises DoesNotFitError with `hint` if the disk has no room for `need_bytes`, LocalV4Error for
-    what the system refuses.
+    The other name is hidden and this thread's own: several may write one file, and the last stays.
+    Raises DoesNotFitError, with `hint`, if the disk has no room for `need_bytes` or becomes full,
+    LocalV4Error for what else the system refuses.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         _check_space(path.parent, need_bytes, hint)
         with unfinished.open("wb") as file:
@@ -26,7 +29,10 @@ def finished_file(path: Path, need_bytes: int = 0, hint: str | None = None) -> I
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        raise LocalV4Error(f"cannot write {path}: {error.strerror}") from error
+        message = f"cannot write {path}: {error.strerror or error}"
+        if error.errno == errno.ENOSPC:
+            raise DoesNotFitError(message, hint=hint) from error
+        raise LocalV4Error(message) from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)

@@ -94,11 +94,6 @@ class Recipe(BaseModel):
         """Whether the experts that most tokens choose are treated apart."""
         return any(rule.hottest is not None for rule in self.rules)
 
-    @property
-    def wants_moments(self) -> bool:
-        """Whether second moments would make anything better."""
-        return any(rule.method == "feedback" for rule in self.rules)
-
     def rule_for(
         self, kind: TensorClass, layer: int | None, layers: int, heat: float | None = None
     ) -> Rule | None:

@@ -7,8 +7,9 @@ import pytest
 from huggingface_hub import constants
 
 from localv4 import paths
-from localv4.library.installed import InstalledModel
+from localv4.library.installed import InstalledModel, resolve
 from localv4.library.model_files import INDEX_NAME
+from localv4.library.verification import check_files, expected_files
 
 FLASH_COMMIT = "60d8d70770c6776ff598c94bb586a859a38244f1"
 OTHER_COMMIT = "0123456789" * 4
@@ -79,3 +80,9 @@ def snapshot(home: Path, repo: str, commit: str = OTHER_COMMIT, *, main: bool = 
 
 def names_of(models: list[InstalledModel]) -> list[str]:
     return [model.name for model in models]
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Name the files of a model whose digests are not what they should be."""
+    reports = check_files(expected_files(resolve(str(folder))))
+    return [report.name for report in reports if report.state != "right"]

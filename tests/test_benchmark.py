@@ -430,7 +430,6 @@ def test_memory_of_this_process(tmp_path: Path) -> None:
     del held
     assert machine.peak_resident_bytes() > before + size // 2
     assert machine.peak_resident_bytes() >= machine.resident_bytes() - (8 << 20)
-    assert machine.available_bytes() > 0
     path = tmp_path / "mapped"
     path.write_bytes(bytes(1 << 20))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:

@@ -13,6 +13,7 @@ from localv4.cli import inputs
 from localv4.engine.memory import MemoryOptions, plan_memory
 from localv4.library.installed import embedded_model_path
 from localv4.paging.trace import read_trace
+from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.storage import open_checkpoint
 
 pytestmark = needs_jit
@@ -49,7 +50,8 @@ def test_answer_on_stdout_and_notes_on_stderr(tmp_path: Path) -> None:
 
 def test_experts_are_paged_within_a_budget(tmp_path: Path) -> None:
     with open_checkpoint(embedded_model_path()) as checkpoint:
-        _, plan = plan_memory(checkpoint, MemoryOptions(), None, 2)
+        facts = facts_of_checkpoint("tiny-v4", "", checkpoint)
+    plan = plan_memory(facts, MemoryOptions(), None, 2)
     budget = plan.total - plan.expert_bytes + int(0.7 * plan.all_experts)
     trace = tmp_path / "routes"
     options = ("-t", "2", "--ram", str(budget), "--io", "direct", "--stats")

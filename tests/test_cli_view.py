@@ -283,10 +283,6 @@ def test_bytes(count: int, text: str) -> None:
     assert generation.format_bytes(count) == text
 
 
-def test_memory_is_measured() -> None:
-    assert 2**20 < generation.memory_bytes() <= 2 * generation.peak_memory_bytes()
-
-
 def test_plain_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model_folders import damaged_files
 from safetensors import safe_open
 
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError
@@ -28,7 +29,6 @@ from localv4.storage.packed_folder import (
     PACKED_BYTES,
     PAGE,
     open_packed_folder,
-    verify,
 )
 from quant import packed_writer, packer
 from quant.packed_writer import (
@@ -149,19 +149,12 @@ def test_all_names_of_the_network_are_there(whole: Path) -> None:
 
 
 def test_digests_are_verified(copy: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    verify(copy, lambda done, total: calls.append((done, total)))
-    assert (
-        calls[-1][0]
-        == calls[-1][1]
-        == sum(file.stat().st_size for file in copy.iterdir() if file.name != MANIFEST_NAME)
-    )
+    assert damaged_files(copy) == []
     data = bytearray((copy / SHARD).read_bytes())
     data[-5] ^= 4
     (copy / SHARD).write_bytes(data)
     load(copy)  # opening is quick: it reads no weights
-    with pytest.raises(BadFileError, match=rf"{SHARD}: damaged: its SHA-256"):
-        verify(copy)
+    assert damaged_files(copy) == [SHARD]
 
 
 def test_telling_packed_folders_from_others(whole: Path, tmp_path: Path) -> None:
@@ -182,8 +175,6 @@ def test_missing_and_cut_files(copy: Path) -> None:
     (copy / SHARD).unlink()
     with pytest.raises(BadFileError, match=rf"1 of 5 files are missing: '{SHARD}'"):
         open_packed_folder(copy)
-    with pytest.raises(BadFileError, match="files are missing"):
-        verify(copy)
     (copy / MANIFEST_NAME).unlink()
     with pytest.raises(NotFoundError):
         open_packed_folder(copy)

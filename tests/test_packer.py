@@ -9,10 +9,12 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from conversions import pack_folder
 from filelock import FileLock
 from gguf import GGMLQuantizationType as Type
 from gguf_writer import ANTIREZ, MAINLINE, ROLES, GgufOptions, write_gguf
 from golden_files import load_golden, random_model, write_model, write_stored
+from model_folders import damaged_files
 from networks import logits
 from packed_values import as_stored
 from test_sources import SUPERBLOCKS
@@ -35,12 +37,11 @@ from localv4.model.packing import (
 )
 from localv4.model.weights import Expert, Weights, load_weights
 from localv4.storage import open_checkpoint
-from localv4.storage.packed_folder import open_packed_folder, verify
+from localv4.storage.packed_folder import open_packed_folder
 from localv4.text.tokenizer import Tokenizer
 from quant.journal import JOURNAL_NAME
 from quant.output_file import WrittenFile
 from quant.packed_writer import write_shard
-from quant.packer import pack_folder
 from quant.task import Progress
 from quant.workplace import LOCK_NAME
 
@@ -60,7 +61,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pack(source: Path, target: Path, **options: Any) -> Path:
     with open_checkpoint(source) as checkpoint:
-        pack_folder(checkpoint, target, threads=2, **options)
+        pack_folder(checkpoint, target, **options)
     return target
 
 
@@ -155,7 +156,7 @@ def test_official_storage(official: Path, tmp_path: Path) -> None:
     folder = pack(official, tmp_path / "packed")
     assert_packed_as_in_memory(official, folder)
     assert_same_values(official, folder)
-    verify(folder)
+    assert damaged_files(folder) == []
     layer = load(folder).layers[1]
     assert isinstance(layer.attention.wq_b, PackedMatrix)
     assert all(isinstance(expert, PackedExpert) for expert in layer.experts)
@@ -307,7 +308,7 @@ def test_what_cannot_be_trusted_is_done_again(
     stopped_after(2, official, target, monkeypatch)
     damage(target)
     pack(official, target)
-    verify(target)
+    assert damaged_files(target) == []
     assert contents(target) == contents(pack(official, tmp_path / "whole"))
 
 

@@ -80,19 +80,6 @@ def test_urgent_records_come_before_guesses(gate: Gate) -> None:
     readers.close()
 
 
-def test_guesses_can_be_cancelled_until_they_begin(gate: Gate) -> None:
-    readers = Readers(gate, 1)
-    readers.submit((0, 0), 1, urgent=False)
-    until(lambda: gate.called == [(0, 0)])
-    readers.submit((0, 1), 2, urgent=False)
-    readers.submit((0, 2), 3)
-    assert readers.cancel_guesses() == [(0, 1)]
-    gate.open.set()
-    assert {done.key for done in collect(readers, 2)} == {(0, 0), (0, 2)}
-    assert gate.called == [(0, 0), (0, 2)]
-    readers.close()
-
-
 def test_guesses_wait_until_nothing_urgent_is_read_and_leave_threads_free(gate: Gate) -> None:
     readers = Readers(gate, 4)
     readers.submit((0, 0), 1)
@@ -217,7 +204,7 @@ def test_a_split_that_fails_leaves_the_error_to_load() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_record_ends_once_in_any_course_of_events(seed: int) -> None:
-    """Threads, guesses that are cancelled or come true, and parts, all at random."""
+    """Threads, guesses that come true, and parts, all at random."""
     choose = random.Random(seed)
 
     def load(key: Key, address: int) -> int:
@@ -238,8 +225,6 @@ def test_every_record_ends_once_in_any_course_of_events(seed: int) -> None:
         expected.add(key)
         if choose.random() < 0.1:
             readers.make_urgent(choose.sample(sorted(expected), min(3, len(expected))))
-        if choose.random() < 0.05:
-            expected -= set(readers.cancel_guesses())
         if choose.random() < 0.3:
             found += readers.wait(0.001) if choose.random() < 0.5 else readers.finished()
     while new := readers.wait(LONGEST_S):

@@ -7,7 +7,7 @@ import pytest
 
 from localv4.planning.assessment import Request, assess, choose, what_would_change
 from localv4.planning.forecast import Forecast, _Layer, _layer_s, make_forecast
-from localv4.planning.hit_rate import CountedRouting, EvenRouting, TypicalText
+from localv4.planning.hit_rate import CountedRouting, TypicalText
 from localv4.planning.machine import DiskFacts, KernelShares, Machine
 from localv4.planning.memory import Memory
 from localv4.planning.model_facts import ModelFacts, facts_of_recipe
@@ -149,10 +149,6 @@ def test_hit_rates_rise_with_the_share_of_experts() -> None:
     assert rates[2].high == 0.0  # less than one token's experts
     assert text.hit_rate(0.34).low == pytest.approx(0.816)
     assert all(rate.low <= rate.likely <= rate.high for rate in rates)
-
-
-def test_even_routing_hits_what_is_there() -> None:
-    assert EvenRouting().hit_rate(0.25).likely == 0.25
 
 
 def test_counted_routing_hits_the_most_frequent() -> None:

@@ -142,7 +142,7 @@ def test_a_failed_write_keeps_the_old_file(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("localv4.engine.saved_sessions.os.fsync", fail)
+        patch.setattr("localv4.finished_file.os.fsync", fail)
         with pytest.raises(LocalV4Error, match="No space left"):
             saved.write(example("one", tokens=5))
     assert saved.read("one").tokens == 0

@@ -347,7 +347,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tiny: Network, tmp_path: Path
 def test_unfinished_files_are_removed_when_they_are_old(tiny: Network, disk: Disk) -> None:
     saved(disk, tiny, IDS[:300])
     folder = next((disk.folder.folder / "blocks").glob("??"))
-    old, young = folder / ".a.partial", folder / ".b.partial"
+    old, young = folder / ".a.part", folder / ".b.part"
     for path in (old, young):
         path.write_bytes(b"x")
     os.utime(old, (1, 1))
@@ -364,7 +364,7 @@ def test_a_failed_write_leaves_nothing_half_made(
         if next(calls) == 1:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("localv4.engine.session_blocks.os.fsync", fail)
+    monkeypatch.setattr("localv4.finished_file.os.fsync", fail)
     saved(disk, tiny, IDS[:300])
     assert len(disk.warnings) == 1 and "No space" in disk.warnings[0]
     assert not any(name.startswith(".") for name in disk.names())
@@ -383,7 +383,7 @@ def test_two_at_once(tiny: Network, tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not any(name.endswith(".partial") for name in disk.names())
+    assert not any(name.endswith(".part") for name in disk.names())
     assert disk.warnings == [] or "larger" in disk.warnings[0]
 
 

@@ -194,7 +194,8 @@ class Report:
 
     def _details(self) -> list[str]:
         """Return what held for all rows together."""
-        from localv4.cli.generation import format_bytes, peak_memory_bytes
+        from localv4.cli.generation import format_bytes
+        from localv4.engine.machine import peak_resident_bytes
 
         stats = self._stats
         if stats is None:
@@ -204,7 +205,7 @@ class Report:
             f"prompts {stats.read_tokens} tok, {read:.1f} tok/s (+{stats.reused_tokens} reused)",
             f"gen {stats.decoded_tokens} tok, {stats.decode_tok_s:.1f} tok/s",
             f"{stats.rows_per_step:.1f} rows at a time",
-            f"peak RSS {format_bytes(peak_memory_bytes())}",
+            f"peak RSS {format_bytes(peak_resident_bytes())}",
         ]
         lines = [" | ".join(parts)]
         if stats.paused:

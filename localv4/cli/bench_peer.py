@@ -6,10 +6,10 @@ from pathlib import Path
 
 from localv4.cli import loading, terminal
 from localv4.engine.benchmark import fit_together
-from localv4.engine.machine import available_bytes
 from localv4.engine.peer import Peer, PeerFacts, PeerSettings, worker_command
 from localv4.errors import UsageError
 from localv4.library import installed
+from localv4.paging.pressure import available_bytes
 
 
 @dataclass(frozen=True, slots=True)

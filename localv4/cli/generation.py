@@ -1,6 +1,5 @@
 """One reply, made on the engine thread and watched from the main one."""
 
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,9 @@ from localv4.cli.signals import interrupt_sets
 
 if TYPE_CHECKING:
     from localv4.engine.engine import Engine
+    from localv4.engine.growing_answer import ReplyOptions
     from localv4.engine.paging_stats import PagingStats
-    from localv4.engine.reply import Reply, ReplyOptions
+    from localv4.engine.reply import Reply
     from localv4.engine.session import Session
     from localv4.text.completion import Delta
 
@@ -92,13 +92,15 @@ class Generation:
 
 def stats_line(reply: "Reply") -> str:
     """Return speed and memory of a finished reply on one line."""
+    from localv4.engine.machine import peak_resident_bytes
+
     stats = reply.stats
     read = stats.prompt_tokens - stats.reused_tokens
     prompt = f"prompt {read} tok, {stats.prefill_tok_s:.1f} tok/s"
     if stats.reused_tokens:
         prompt += f" (+{stats.reused_tokens} reused)"
     answer = f"gen {stats.generated_tokens} tok, {stats.decode_tok_s:.1f} tok/s"
-    return f"{prompt} | {answer} | peak RSS {format_bytes(peak_memory_bytes())}"
+    return f"{prompt} | {answer} | peak RSS {format_bytes(peak_resident_bytes())}"
 
 
 def paging_lines(reply: "Reply") -> list[str]:
@@ -130,25 +132,6 @@ def paging_lines(reply: "Reply") -> list[str]:
             f"{reads.core_s_per_gb:.2f} core-s per GB"
         )
     return lines
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has held so far, mapped model pages included."""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def memory_bytes() -> int:
-    """Return the memory that this process holds now, mapped model pages included."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def format_bytes(count: int) -> str:

@@ -94,10 +94,12 @@ class Chat:
 
     def status(self) -> str:
         """Return the line below the prompt: model, context, speed, memory; what fits the width."""
+        from localv4.engine.machine import resident_bytes
+
         parts = [
             self.loaded.name,
             f"context {self.session.position}/{self.loaded.engine.ctx_size}",
-            f"memory {generation.format_bytes(generation.memory_bytes())}",
+            f"memory {generation.format_bytes(resident_bytes())}",
             "/help",
         ]
         if self.last is not None and self.last.stats.decode_tok_s:
@@ -107,11 +109,11 @@ class Chat:
         return f" {' | '.join(parts)[: max(0, self.console.width - 2)]} "
 
     def _answer(self) -> None:
-        from localv4.engine.reply import ReplyOptions
+        from localv4.engine.growing_answer import ReplyOptions
 
         engine = self.loaded.engine
         prompt = self.conversation.prompt(
-            thinking=self.thinking, effort=self.effort, release=self.loaded.release
+            thinking=self.thinking, effort=self.effort, release=self.loaded.model.release
         )
         options = ReplyOptions(
             max_tokens=self.settings.max_tokens,

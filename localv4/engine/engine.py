@@ -3,13 +3,15 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from localv4.engine.expert_usage import ExpertUsage
+from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.memory import MemoryOptions, paging_options, plan_memory, row_format
-from localv4.engine.reply import Reply, ReplyOptions
+from localv4.engine.reply import Reply
 from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels
@@ -24,6 +26,7 @@ from localv4.model.packing import families, pack_dense
 from localv4.model.transformer import Transformer
 from localv4.model.weights import Weights
 from localv4.paging.paged_store import PagedStore
+from localv4.planning.header_facts import facts_of_tensors
 from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import Plan
 from localv4.storage import Checkpoint, PackedFolder, open_checkpoint
@@ -87,7 +90,9 @@ class Engine:
         weights = read_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
         if numerics == "fast" and can_run(config):
             options = memory or MemoryOptions()
-            facts, plan = plan_memory(checkpoint, options, ctx_size, count)
+            facts = facts_of_tensors(checkpoint, table, config, name=checkpoint.path.name)
+            facts = replace(facts, rows=row_format(options))
+            plan = plan_memory(facts, options, ctx_size, count)
             _make_kernels(families(weights) | {row_format(options).family}, on_progress)
             fast = _fast(checkpoint, config, weights, Team(count, pin), options, plan, on_progress)
             engine = cls(checkpoint, fast, size)

@@ -8,6 +8,7 @@ import hashlib
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import localv4
 from localv4.engine.session import Network
@@ -21,12 +22,22 @@ MOST_EXPERT_SAMPLES = 256
 ARITHMETIC_PACKAGES = ("kernels", "model")
 """Whose sources decide about the bits of a result."""
 
+_known: WeakKeyDictionary[Checkpoint, str] = WeakKeyDictionary()
+
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str:
     """Return 64 hexadecimal digits that tell the weights of models apart, wherever they lie.
 
-    They come from names, types and shapes of all tensors and a sample from the middle of each.
+    They come from names, types and shapes of all tensors and a sample from the middle of each,
+    which are read once for each opened checkpoint.
     """
+    found = _known.get(checkpoint)
+    if found is None:
+        found = _known[checkpoint] = _digest_of_samples(checkpoint)
+    return found
+
+
+def _digest_of_samples(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     tensors = [checkpoint.tensors[name] for name in sorted(checkpoint.tensors)]
     lines = [f"{tensor.name} {tensor.dtype.name} {tensor.shape}" for tensor in tensors]

@@ -52,11 +52,6 @@ def foreign_cores(before: CpuTimes, after: CpuTimes) -> float:
     return (max(0.0, foreign_s) + after.stolen_s - before.stolen_s) / wall_s
 
 
-def available_bytes() -> int:
-    """Return the memory that programs can have now; cached files make room."""
-    return int(psutil.virtual_memory().available)
-
-
 def resident_bytes() -> int:
     """Return the memory that this process holds now, mapped pages included."""
     return int(psutil.Process().memory_info().rss)

@@ -1,13 +1,12 @@
 """How a model is brought into the memory of this machine: from wishes and a plan to a store."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from localv4.kernels.row_operations import FORMATS, RowFormat
 from localv4.kernels.threads import default_threads
 from localv4.paging.faults import Faults
 from localv4.paging.options import IoChoice, PagingOptions, PolicyName
-from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import read_memory
 from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import DEFAULT_CTX, Plan, make_plan
@@ -38,12 +37,10 @@ class MemoryOptions:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, options: MemoryOptions, ctx_size: int | None, threads: int | None
-) -> tuple[ModelFacts, Plan]:
-    """Share out memory for a model; also tell what it costs. DoesNotFitError or UsageError."""
-    facts = facts_of_checkpoint(checkpoint.path.name, "", checkpoint)
-    facts = replace(facts, rows=row_format(options))
-    plan = make_plan(
+    facts: ModelFacts, options: MemoryOptions, ctx_size: int | None, threads: int | None
+) -> Plan:
+    """Share out memory for a model that costs so much. Raises DoesNotFitError or UsageError."""
+    return make_plan(
         facts,
         read_memory(),
         ram=options.ram,
@@ -52,7 +49,6 @@ def plan_memory(
         io=options.io,
         threads=threads or default_threads(),
     )
-    return facts, plan
 
 
 def row_format(options: MemoryOptions) -> RowFormat:

@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from localv4 import paths
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
+from localv4.finished_file import finished_file
 from localv4.small_file import read_small_file
 
 FORMAT: Final = "localv4-session"
@@ -167,19 +168,13 @@ class SavedSessions:
         """Write a conversation over the one of its name; raises LocalV4Error."""
         path = self.path(session.name)
         text = session.model_dump_json(indent=1, exclude_none=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             paths.private_dir(self.folder.parent)
             paths.private_dir(self.folder)
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
         except OSError as error:
             raise LocalV4Error(f"cannot write {path}: {error.strerror or error}") from error
-        finally:
-            _unlink(partial)
+        with finished_file(path) as file:
+            file.write(text.encode())
         if not session.named:
             self._forget_old()
 
@@ -222,10 +217,3 @@ def _first(error: ValidationError) -> str:
     detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(map(str, detail["loc"]))
     return f"{where}: {detail['msg']}"[:200] if where else detail["msg"][:200]
-
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return

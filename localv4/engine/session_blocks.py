@@ -11,7 +11,6 @@ import json
 import math
 import os
 import stat
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from localv4.engine.ladder import STEP_TOKENS
 from localv4.errors import BadFileError
+from localv4.finished_file import finished_file
 from localv4.model.snapshot import Snapshot, rings_of
 from localv4.model.state import Rows, State
 
@@ -157,22 +157,18 @@ def _rows_of(state: State) -> Iterator[tuple[int, Rows]]:
 
 
 def write_file(path: Path, form: Form, arrays: Sequence[Array]) -> None:
-    """Write arrays of a form; the file has its name once all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    """Write arrays of a form; the file has its name once all of it is on the disk.
+
+    Raises LocalV4Error if that fails.
+    """
     checksum = 0
-    try:
-        with partial.open("wb") as file:
-            file.write(form.header)
-            for array in arrays:
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                checksum = zlib.crc32(data, checksum)
-                file.write(data)
-            file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with finished_file(path) as file:
+        file.write(form.header)
+        for array in arrays:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+        file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
 
 
 def read_file(path: Path, form: Form) -> list[Array]:

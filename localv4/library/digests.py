@@ -6,7 +6,6 @@ file is damaged.
 """
 
 import hashlib
-import os
 import threading
 import zlib
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from localv4.errors import LocalV4Error
+from localv4.finished_file import finished_file
 from localv4.small_file import read_small_file
 from localv4.storage.gguf import open_gguf
 from localv4.storage.mapped_file import MappedFile
@@ -128,12 +128,8 @@ class Record:
         with self._lock:
             self._document.files[name] = entry
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(self._document.model_dump_json())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+            with finished_file(self.path) as file:
+                file.write(self._document.model_dump_json().encode())
 
 
 def read_record(path: Path) -> RecordDocument | None:

@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from localv4.finished_file import finished_file
 from localv4.library import hub
 from localv4.library.digests import Digester, Record, digest_file
 from localv4.library.hub_cache import PART_SUFFIX, RECORD_FOLDER
@@ -99,9 +100,8 @@ class CacheStore(Store):
             return
         reference = self._entry / "refs" / revision
         reference.parent.mkdir(parents=True, exist_ok=True)
-        partial = reference.with_name(f"{reference.name}.{os.getpid()}.tmp")
-        partial.write_text(self._commit)
-        partial.replace(reference)
+        with finished_file(reference) as file:
+            file.write(self._commit.encode())
 
 
 class FolderStore(Store):

@@ -106,6 +106,7 @@ class FastTransformer:
         self._rows = RowsPlan(self._network)
         self._vectors = Rows(HEAD_TOKENS, config.hidden_size)
         self._rounded = Rounded(HEAD_TOKENS, config.hidden_size)
+        self._network.adopt(self._vectors, self._rounded)
         self._logits: Rows | None = None
 
     @property
@@ -234,10 +235,14 @@ class FastTransformer:
         """The same for up to HEAD_TOKENS tokens."""
         count, program = len(vectors), self._network.new_program()
         if self._logits is None or (count > 1 and len(self._logits.values) < HEAD_TOKENS):
+            self._network.disown(self._logits)
             self._logits = Rows(1 if count == 1 else HEAD_TOKENS, self.config.vocab_size)
+            self._network.adopt(self._logits)
         self._vectors.values[:count] = vectors
+        self._network.publish(self._vectors.values[:count])
         program.round(self._rounded, self._vectors, count)
         inputs = Input(self._vectors, self._rounded)
         program.multiply(self._logits, self.weights.head, inputs, count)
         self._network.run(program)
+        self._network.fetch(self._logits.values[:count])
         return self._logits.values[:count]

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.kernels.rows import clear
 from localv4.model.experts import UnpackableError
 from localv4.model.fast_layer import FastLayer
 from localv4.model.fast_moe import SHARED_TOKENS, WaveBuffers
@@ -44,30 +45,36 @@ class ChunkPlan:
         network, tokens = self._network, len(ids)
         chunk, attention, waves = self._buffers(tokens, state.position + tokens)
         network.begin(chunk, ids, state)
-        routes = np.empty((tokens, len(network.layers), chunk.chosen.shape[1]), np.int16)
+        routes = []
         for index, layer in enumerate(network.layers):
             self._attend(layer, chunk, attention, tokens, state.position)
             self._mix(layer, index, chunk, waves, tokens)
-            routes[:, index] = chunk.chosen[:tokens]
+            if network.on_routes is not None:
+                routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:
-            network.on_routes(routes, True)
+            network.on_routes(np.stack(routes, 1), True)
         program = network.new_program()
         network.head_site.add_mixing(program, chunk, tokens, updates=2, leaves=True)
         network.head_site.add_head_entry(program, chunk, tokens)
         network.run(program)
+        network.fetch(chunk.x.values[:tokens])
         return chunk.x.values[:tokens].copy()
 
     def _buffers(self, tokens: int, end: int) -> tuple[ChunkBuffers, AttentionBuffers, WaveBuffers]:
         """Return buffers for so many tokens, the last of them before position `end`."""
         network, chunk, waves, attention = self._network, self._chunk, self._waves, self._attention
         if chunk is None or waves is None or chunk.tokens < tokens:
+            network.disown(chunk, waves)
             chunk = self._chunk = ChunkBuffers(network.config, tokens)
             waves = self._waves = WaveBuffers(network.config, tokens)
+            network.adopt(chunk, waves)
         together, seen = min(tokens, self._together), Seen.before(end, network.config)
         if attention is None or attention.tokens < together or not attention.seen.covers(seen):
             members = network.team.members
             seen = Seen.before(2 * end, network.config)
+            network.disown(attention)
             attention = AttentionBuffers(network.config, together, seen, members)
+            network.adopt(attention)
             self._attention = attention
         return chunk, attention, waves
 
@@ -88,6 +95,7 @@ class ChunkPlan:
             count = min(self._together, tokens - first)
             program = self._network.new_program()
             buffers.context[0] = position + first
+            self._network.publish(buffers.context)
             buffers.add_angles(program, count)
             layer.add_attention(program, chunk.part(first), buffers, count)
             self._network.run(program)
@@ -104,16 +112,19 @@ class ChunkPlan:
         network, moe = self._network, layer.moe
         program = network.new_program()
         layer.add_router(program, chunk, tokens)
+        program.add(clear, chunk.update.at(), chunk.update.stride, tokens, chunk.update.cols)
         network.run(program)
         for first in range(0, tokens, SHARED_TOKENS):
             count = min(SHARED_TOKENS, tokens - first)
             program = network.new_program()
             moe.add_shared(program, chunk.part(first), buffers.shared, count)
+            network.publish(buffers.shared.span)
             network.run(program)
-        chunk.update.values[:tokens] = 0
+        network.fetch(chunk.chosen[:tokens], chunk.shares[:tokens])
         try:
             for wave in moe.waves(chunk, buffers, tokens):
                 program = network.new_program()
+                network.publish(*wave.arrays)
                 moe.add_wave(program, chunk, buffers, wave)
                 network.run(program)
         except UnpackableError:

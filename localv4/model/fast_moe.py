@@ -52,11 +52,18 @@ class HiddenLayers:
 
 
 class WaveBuffers:
-    """Activations of the experts of a wave; a slot is a pair of a token and one of its experts."""
+    """Activations of the experts of a wave; a slot is a pair of a token and one of its experts.
+
+    `records`, `starts`, `tokens` and `shares` have room for those of a `Wave`.
+    """
 
     def __init__(self, config: ModelConfig, tokens: int) -> None:
         inner = config.expert_width
         self.slots = max(tokens, min(WAVE_SLOTS, tokens * config.experts_per_token))
+        self.records = np.zeros(config.n_experts, np.int64)
+        self.starts = np.zeros(config.n_experts + 1, np.int64)
+        self.tokens = np.zeros(self.slots, np.int64)
+        self.shares = np.zeros(self.slots, np.float32)
         self.x, self.hidden = Rounded(self.slots, config.hidden_size), Rounded(self.slots, inner)
         self.shared = SharedBuffers(min(tokens, SHARED_TOKENS), inner * config.shared_experts)
 
@@ -91,15 +98,20 @@ class Guess:
 class Wave:
     """Some experts of one form, and their slots: i has slots starts[i] ... starts[i + 1] - 1.
 
-    `tokens` and `shares` have the token of each slot and its weight there.
+    `tokens` and `shares` have the token of each slot and its weight there. They are valid until the
+    next wave.
     """
 
     form: ExpertForm
-    experts: NDArray[np.int64]
     records: NDArray[np.int64]
     starts: NDArray[np.int64]
     tokens: NDArray[np.int64]
     shares: NDArray[np.float32]
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """All that a program reads of it."""
+        return self.records, self.starts, self.tokens, self.shares
 
 
 class FastMoe:
@@ -314,17 +326,31 @@ class FastMoe:
                 while (store.addresses[self.index, part] <= 0).any():
                     store.wait(self.index, part.tolist())
                 mine = np.concatenate([slots[starts[e] : starts[e + 1]] for e in part])
-                yield Wave(
-                    self.experts.form(self.index, int(part[0])),
-                    part,
-                    store.addresses[self.index, part],
-                    np.concatenate([[0], np.cumsum(sizes[part])]),
-                    mine // chosen.shape[1],
-                    chunk.shares.ravel()[mine],
-                )
+                yield self._wave(buffers, part, sizes[part], mine, chunk.shares)
                 store.release(self.index, part.tolist())
         finally:
             store.end_prompt(self.index)
+
+    def _wave(
+        self,
+        buffers: WaveBuffers,
+        part: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        mine: NDArray[np.int64],
+        shares: NDArray[np.float32],
+    ) -> Wave:
+        """Return the wave of some experts, `sizes` slots each, numbered as `mine` of all slots."""
+        wave = Wave(
+            self.experts.form(self.index, int(part[0])),
+            buffers.records[: len(part)],
+            buffers.starts[: len(part) + 1],
+            buffers.tokens[: len(mine)],
+            buffers.shares[: len(mine)],
+        )
+        wave.records[:] = self.store.addresses[self.index, part]
+        np.cumsum(sizes, out=wave.starts[1:])
+        wave.tokens[:], wave.shares[:] = mine // shares.shape[1], shares.ravel()[mine]
+        return wave
 
     def _read_ahead(self, left: NDArray[np.int64]) -> None:
         """Keep absent ones of the experts that come next on their way, two waves of them."""
@@ -347,7 +373,7 @@ class FastMoe:
         self, program: Program, chunk: ChunkBuffers, buffers: WaveBuffers, wave: Wave
     ) -> None:
         """Add the weighted outputs of the experts of a wave to `update`."""
-        experts = (wave.records.ctypes.data, len(wave.experts), wave.starts.ctypes.data)
+        experts = (wave.records.ctypes.data, len(wave.records), wave.starts.ctypes.data)
         tokens, x = wave.tokens.ctypes.data, chunk.x
         program.add(
             quantize,

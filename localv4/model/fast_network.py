@@ -68,6 +68,21 @@ class FastNetwork:
         """Return an empty program."""
         return Program(self._scratch)
 
+    def adopt(self, *owners: object) -> None:
+        """Let programs use the arrays of some objects, from now on."""
+
+    def disown(self, *owners: object) -> None:
+        """Let go of arrays that no program uses any more."""
+
+    def publish(self, *arrays: NDArray[np.generic]) -> None:
+        """Let programs see what was written into some of their arrays."""
+
+    def publish_addresses(self, *tables: NDArray[np.int64]) -> None:
+        """The same for arrays of addresses."""
+
+    def fetch(self, *arrays: NDArray[np.generic]) -> None:
+        """See what programs have written into some of their arrays."""
+
     def run(self, program: Program) -> None:
         """Run a program that nothing halts; raise Cancelled, before it, when asked to stop."""
         self.check_cancelled()
@@ -85,6 +100,8 @@ class FastNetwork:
         self._cells[:] = state.addresses
         chunk.ids[:tokens] = ids
         chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
+        self.publish(chunk.ids[:tokens], chunk.streams[:tokens])
+        self.publish_addresses(self._cells)
         self.store.uses.clock += tokens
 
     def begin_rows(
@@ -100,6 +117,8 @@ class FastNetwork:
             own[:] = state.addresses
         chunk.ids[:] = ids
         chunk.streams[:] = look_up(self.weights.embed, ids)[:, None, :]
+        self.publish(chunk.ids, chunk.streams)
+        self.publish_addresses(cells)
         self.store.uses.clock += 1
 
     def _begin_state(self, state: State, tokens: int) -> None:

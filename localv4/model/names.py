@@ -5,7 +5,7 @@ plain transformers module names with fused experts, and GGUF with the aliases of
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from localv4.errors import BadFileError
@@ -189,9 +189,3 @@ def _experts(
             name = f"{prefix}ffn.experts.{expert}.{part}.weight"
             first = expert * rows + i * per_part
             yield name, Slice(tensor, (per_part, cols), first)
-
-
-def count_layers(table: Mapping[str, Slice]) -> int:
-    """Return one more than the highest layer number in a table of official names."""
-    numbers = (_SAFETENSORS_LAYER_NAME.fullmatch(name) for name in table)
-    return 1 + max((int(match[1]) for match in numbers if match), default=-1)

@@ -58,11 +58,6 @@ class Arena:
         self._holes = _Holes()
         self._holes.add(0, self.capacity)
 
-    @property
-    def committed(self) -> int:
-        """The bytes that may be resident: all that were used since they were last given back."""
-        return self._touched
-
     def take(self, nbytes: int) -> int | None:
         """Return the address of a place for a record, None if there is no room.
 

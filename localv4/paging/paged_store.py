@@ -54,6 +54,7 @@ class PagedStore:
         self.policy, self.uses = policy, uses
         self.addresses: NDArray[np.int64] = np.full(nbytes.shape, ABSENT, np.int64)
         self.counts = PagingCounts(len(nbytes))
+        self._all_bytes = int(nbytes.sum())
         self._is_mixed = bool((nbytes != nbytes.flat[0]).any())
         self._claimed = np.zeros(nbytes.shape, bool)
         self._going: dict[Key, int] = {}  # the first to be given up, in this order; since when
@@ -73,7 +74,7 @@ class PagedStore:
     @property
     def pages(self) -> bool:
         """Whether there are more records than there is room for."""
-        return self.arena.capacity < int(self.nbytes.sum())
+        return self.arena.capacity < self._all_bytes
 
     @property
     def resident(self) -> NDArray[np.bool_]:
@@ -249,7 +250,8 @@ class PagedStore:
         """Learn what became of guesses: wrong ones are the first to go."""
         clock = int(self.uses.clock[0])
         self.counts.tokens += 1
-        self.policy.observe(self.uses)
+        if self.pages:  # else nothing is given up, and observing takes a part of a millisecond
+            self.policy.observe(self.uses)
         for key in [key for key in self._guessed if self.addresses[key] != ON_ITS_WAY]:
             self._guessed.discard(key)
             if self.uses.last[key] == clock:

@@ -3,17 +3,20 @@
 import ctypes
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-
-_UNLIMITED = 1 << 60
-"""Control groups of version 1 have a limit of about 2^63 where there is none."""
+from localv4.paging.control_groups import (
+    CGROUPS,
+    PROC,
+    counter,
+    group_folders,
+    memory_limits,
+    text_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,13 @@ def open_gauge() -> Gauge:
     return PlainGauge(NoAlarm())
 
 
-def available_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
+def available_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """Return the memory that this process can have now: what is free, or its groups' limits leave.
 
     Cached files make room, in the system and in a control group.
     """
     free = int(psutil.virtual_memory().available)
-    return max(0, min([free, *_left_in_groups(proc, cgroups)]))
+    return max(0, min([free, *(limit.left for limit in memory_limits(proc, cgroups))]))
 
 
 # --- Linux ---
@@ -69,7 +72,7 @@ class LinuxGauge:
     seconds after memory was given back, and would have it given back again.
     """
 
-    def __init__(self, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> None:
+    def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
         self._proc, self._cgroups = proc, cgroups
         self._last = self._totals()
 
@@ -90,14 +93,14 @@ class LinuxGauge:
         )
 
     def _totals(self) -> "_Totals":
-        group = next(_groups(self._proc, self._cgroups, ""), None)
+        group = next(group_folders(self._proc, self._cgroups), None)
         files = [self._proc / "pressure/memory"]
         if group is not None:
             files.append(group / "memory.pressure")
         return _Totals(
             time.monotonic(),
-            tuple(stalled_seconds(_text(file)) for file in files),
-            _counter(_text(self._proc / "vmstat"), "pswpin") * 4096,
+            tuple(stalled_seconds(text_of(file)) for file in files),
+            counter(text_of(self._proc / "vmstat"), "pswpin") * 4096,
         )
 
 
@@ -118,56 +121,6 @@ def stalled_seconds(text: str) -> float:
             fields = dict(word.partition("=")[::2] for word in words[1:])
             return int(fields.get("total", "0")) / 1e6
     return 0.0
-
-
-def _left_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """Yield what each limit above this process leaves; of a group and all that it lies in."""
-    for group in _groups(proc, cgroups, ""):
-        limits = [_text(group / name) for name in ("memory.max", "memory.high")]
-        limit = min((int(text) for text in limits if text.isdigit()), default=_UNLIMITED)
-        if limit < _UNLIMITED:
-            cached = _counter(_text(group / "memory.stat"), "inactive_file")
-            yield limit - int(_text(group / "memory.current") or 0) + cached
-    for group in _groups(proc, cgroups, "memory"):
-        limit = int(_text(group / "memory.limit_in_bytes") or _UNLIMITED)
-        if limit < _UNLIMITED:
-            cached = _counter(_text(group / "memory.stat"), "total_inactive_file")
-            yield limit - int(_text(group / "memory.usage_in_bytes") or 0) + cached
-
-
-def _groups(proc: Path, cgroups: Path, controller: str) -> Iterator[Path]:
-    """Yield the folder of this process's group, and those above it up to the root.
-
-    Version 2 has one tree and no name of a controller, version 1 a tree for each. Within a
-    container the own folder is the root, whatever path the outside knows.
-    """
-    for line in _text(proc / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller not in controllers.split(","):
-            continue
-        base = cgroups / controller if controller else cgroups
-        inner = base / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if folder.is_dir():
-                yield folder
-            if folder == base:
-                break
-
-
-def _counter(text: str, name: str) -> int:
-    """Return a number of a file with a name and a number in each line, 0 if it is not there."""
-    for line in text.splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("ascii", "replace").strip()
-    except OSError:
-        return ""
 
 
 # --- macOS, Windows and others ---

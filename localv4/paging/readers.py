@@ -96,13 +96,6 @@ class Readers:
                     self._urgent[key] = job
                     self._work.notify()
 
-    def cancel_guesses(self) -> list[Key]:
-        """Drop the guesses that nobody has begun to read; their places are free again."""
-        with self._lock:
-            keys = list(self._guesses)
-            self._guesses.clear()
-            return keys
-
     def finished(self) -> list[Finished]:
         """Return what was finished since the last time, without waiting."""
         with self._lock:

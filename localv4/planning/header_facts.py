@@ -4,11 +4,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from localv4.model.config import ModelConfig
 from localv4.model.loading import read_model_config, read_names
 from localv4.model.names import Slice
-from localv4.model.packed_source import packed_config
 from localv4.planning.model_facts import EMBEDDING, HEAD, ROUTED, ModelFacts, Part
 from localv4.planning.recipes import F32_BYTES, FORMATS_BY_NAME, TABLE_BYTES, matrix_bytes
 from localv4.storage import Checkpoint, PackedFolder
@@ -63,12 +63,23 @@ def facts_of_checkpoint(
 
     Raises NotFoundError or BadFileError.
     """
+    table = read_names(checkpoint)
+    config = read_model_config(checkpoint, table)
+    facts = facts_of_tensors(checkpoint, table, config, name=name, quant=quant)
+    return replace(facts, download_bytes=download_bytes)
+
+
+def facts_of_tensors(
+    checkpoint: Checkpoint,
+    table: Mapping[str, Slice],
+    config: ModelConfig,
+    *,
+    name: str,
+    quant: str = "",
+) -> ModelFacts:
+    """Return what an opened model costs whose tensors, by official name, are known already."""
     packed = checkpoint if isinstance(checkpoint, PackedFolder) else None
-    if packed is not None:
-        config, weights = packed_config(packed), _packed_weights(packed)
-    else:
-        table = read_names(checkpoint)
-        config, weights = read_model_config(checkpoint, table), _stored_weights(table)
+    weights = _packed_weights(packed) if packed is not None else _stored_weights(table)
     resident: Counter[tuple[str, str]] = Counter()
     read: Counter[tuple[str, str]] = Counter()
     experts: Counter[int] = Counter()
@@ -90,7 +101,6 @@ def facts_of_checkpoint(
         expert_bytes=tuple(experts[i] // config.n_experts for i in range(config.n_layers)),
         expert_format="+".join(formats),
         file_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
-        download_bytes=download_bytes,
         is_packed=packed is not None,
     )
 

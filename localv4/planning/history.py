@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from localv4 import paths
 from localv4.errors import LocalV4Error
+from localv4.finished_file import finished_file
 from localv4.planning.forecast import Forecast
 from localv4.planning.plan import Plan
 from localv4.planning.profile import Identity, this_machine
@@ -136,12 +136,8 @@ def _append(run: Run) -> bool:
 
 
 def _rewrite(path: Path, runs: Iterable[Run]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(f"{run.model_dump_json()}\n" for run in runs)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with finished_file(path) as file:
+        file.writelines(f"{run.model_dump_json()}\n".encode() for run in runs)
 
 
 def _path() -> Path:

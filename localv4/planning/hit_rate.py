@@ -75,18 +75,6 @@ def _curve(share: float, values: Sequence[float], cycle_share: float) -> float:
     return values[left] + part * (values[right] - values[left])
 
 
-@dataclass(frozen=True, slots=True)
-class EvenRouting:
-    """Every expert equally often, as random weights choose: the worst case for a cache."""
-
-    source: str = "experts chosen evenly"
-
-    def hit_rate(self, share: float) -> Bounds:
-        """Return the share that is in memory."""
-        share = min(1.0, share)
-        return Bounds(share, share, share)
-
-
 class CountedRouting:
     """What a model's own runs have counted.
 

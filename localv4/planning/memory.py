@@ -1,15 +1,12 @@
 """The memory of this machine as it is now, and what limits this process to less."""
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from localv4.paging.control_groups import CGROUPS, PROC, memory_limits
 from localv4.paging.pressure import available_bytes
-
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class Memory:
 def read_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> Memory:
     """Look at the memory of this machine and the limits of this process; takes a millisecond."""
     total, swap = int(psutil.virtual_memory().total), psutil.swap_memory()
-    limit = _lowest_limit(proc, cgroups) if sys.platform == "linux" else None
+    limit = min((limit.nbytes for limit in memory_limits(proc, cgroups)), default=None)
     return Memory(
         total,
         available_bytes(proc, cgroups),
@@ -42,20 +39,3 @@ def read_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> Memory:
         int(swap.total),
         int(swap.used),
     )
-
-
-def _lowest_limit(proc: Path, root: Path) -> int | None:
-    """Return the lowest memory.max of this process's group (cgroup v2) and of those above it."""
-    lines = _text(proc / "self/cgroup").splitlines()
-    own = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    folder = Path(os.path.normpath(root / own.lstrip("/")))
-    folders = [folder, *folder.parents]
-    limits = [_text(place / "memory.max") for place in folders if place.is_relative_to(root)]
-    return min((int(text) for text in limits if text.isdigit()), default=None)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("ascii", "replace").strip()
-    except OSError:
-        return ""

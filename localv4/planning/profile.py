@@ -1,6 +1,6 @@
 """What was measured of this machine, kept in the cache folder until the machine is another one."""
 
-import os
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from localv4 import paths
 from localv4.errors import LocalV4Error
+from localv4.finished_file import finished_file
 from localv4.kernels.isa import ISA
 from localv4.kernels.threads import default_threads
 from localv4.planning.processor import cpu_name
@@ -102,16 +103,10 @@ def load_profile() -> Profile:
 def save_profile(profile: Profile) -> None:
     """Keep a profile; a cache that cannot be written to is measured anew every time."""
     path = _path()
-    partial = path.with_name(f".{FILE_NAME}.{os.getpid()}.partial")
-    try:
+    with suppress(OSError, LocalV4Error):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(profile.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        with finished_file(path) as file:
+            file.write(profile.model_dump_json(indent=1).encode())
 
 
 def disk_key(place: Path) -> str:

@@ -3,9 +3,8 @@
 Its shards are safetensors files. The manifest says what the packed bytes in them stand for.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,6 @@ PAGE = 4096
 LINE = 64
 
 _GGML_BY_NAME = {dtype.name: dtype for dtype in GGML_DTYPES.values()}
-_DIGEST_BYTES = 1 << 24
 
 
 class PackedFolder(Checkpoint):
@@ -55,7 +53,7 @@ class PackedFolder(Checkpoint):
 
 
 def open_packed_folder(folder: Path) -> PackedFolder:
-    """Open a packed model and check names, sizes and places; digests are left to `verify`.
+    """Open a packed model and check names, sizes and places; digests are left to `localv4 verify`.
 
     Raises NotFoundError where there is none, BadFileError for a damaged or incomplete one.
     """
@@ -81,31 +79,6 @@ def open_packed_folder(folder: Path) -> PackedFolder:
         packed = PackedFolder(manifest, files, tensors, _metadata(manifest))
         opened.pop_all()
     return packed
-
-
-def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Read every file of a packed model and compare its digest; `on_progress(bytes done, of)`.
-
-    Raises NotFoundError or BadFileError; a damaged file is named.
-    """
-    manifest = read_manifest(folder)
-    _check_files(manifest)
-    total, done = sum(entry.nbytes for entry in manifest.files.values()), 0
-    for name, entry in manifest.files.items():
-        digest = hashlib.sha256()
-        with closing(MappedFile(folder / name)) as file:
-            while file.position < file.size:
-                piece = file.read(min(_DIGEST_BYTES, file.size - file.position), "contents")
-                digest.update(piece)
-                done += len(piece)
-                if on_progress is not None:
-                    on_progress(done, total)
-        if digest.hexdigest() != entry.sha256:
-            raise BadFileError(
-                folder / name,
-                "damaged: its SHA-256 is not that of the manifest",
-                hint="copy or convert the model again",
-            )
 
 
 def _check_files(manifest: Manifest) -> None:

@@ -1,0 +1,114 @@
+"""Machine code of the kernels for one GPU: made by NVRTC at first use, kept in a private folder."""
+
+import hashlib
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from localv4 import paths
+from localv4.cuda.gpu import GpuError
+from localv4.errors import LocalV4Error
+from localv4.finished_file import finished_file
+from localv4.kernels.isa import ISA
+
+FLAGS = ("--std=c++17", "--fmad=false", "--extra-device-vectorization")
+"""No products are fused with sums behind our back: bits are those of the CPU."""
+
+OLDEST = 75
+"""The first architecture with integer tensor cores, which NVRTC still knows."""
+
+
+def compiled(source: str, arch: str, folder: Path | None = None) -> bytes:
+    """Return the machine code (cubin) of a file of kernels for an architecture such as `sm_90`.
+
+    `folder` is where machine code is kept, by default one of this user. Raises GpuError when NVRTC
+    is missing or refuses the source.
+    """
+    folder = folder or paths.cache_dir() / "cuda"
+    target = folder / f"{Path(source).stem}-{arch}-{_digest(source, arch)}.cubin"
+    try:
+        return target.read_bytes()
+    except OSError:
+        pass
+    code = compile_source(source, arch)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with finished_file(target) as file:
+            file.write(code)
+    except (OSError, LocalV4Error):
+        pass  # made again the next time
+    return code
+
+
+def compile_source(source: str, arch: str) -> bytes:
+    """Compile a file of kernels now."""
+    core = _core()
+    options = core.ProgramOptions(
+        name=source, arch=arch, std="c++17", fma=False, extra_device_vectorization=True
+    )
+    try:
+        program = core.Program(_text(source), "c++", options)
+        return bytes(program.compile("cubin").code)
+    except Exception as error:  # NVRTC's own types differ between its versions
+        raise GpuError(f"the CUDA kernels of {source} do not compile for {arch}: {error}") from None
+
+
+def sources() -> list[str]:
+    """Return the files of kernels."""
+    folder = resources.files("localv4.cuda") / "kernels"
+    return sorted(file.name for file in folder.iterdir() if file.name.endswith(".cu"))
+
+
+@cache
+def _text(source: str) -> str:
+    """Return a file with all that it includes, once each, since NVRTC gets no folders."""
+    return definitions() + _expanded(source, set())
+
+
+def definitions() -> str:
+    """Return what the kernels have to know about the CPU: the biases of its weights."""
+    return f"#define CODE_BIAS {ISA.code_bias}\n#define BYTE_BIAS {ISA.byte_bias}\n"
+
+
+def _expanded(name: str, seen: set[str]) -> str:
+    lines = []
+    text = (resources.files("localv4.cuda") / "kernels" / name).read_text("utf-8")
+    for line in text.splitlines():
+        parts = line.split('"')
+        if line.startswith("#include") and len(parts) == 3 and parts[1] != "cuda_host.h":
+            if parts[1] not in seen:
+                seen.add(parts[1])
+                lines.append(_expanded(parts[1], seen))
+        elif not line.startswith("#pragma once"):
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _digest(source: str, arch: str) -> str:
+    """Return what machine code depends on: the source, the architecture, flags and NVRTC."""
+    content = "\n".join([_text(source), arch, *FLAGS, toolkit()])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@cache
+def toolkit() -> str:
+    """Return the version of NVRTC; raises GpuError when it is missing."""
+    _core()
+    from cuda.bindings import nvrtc
+
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:
+        raise GpuError(f"NVRTC, the compiler of CUDA, cannot be loaded: {error}") from None
+    return f"{major}.{minor}"
+
+
+def _core() -> Any:
+    try:
+        import cuda.core
+    except ImportError as error:
+        raise GpuError(
+            f"CUDA for Python is not installed ({error})", hint="pip install 'localv4[cuda]'"
+        ) from None
+    return cuda.core

@@ -1,0 +1,253 @@
+"""The GPU through the CUDA driver: memory, copies, launches, graphs."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from localv4.cuda.compiler import OLDEST, compiled
+from localv4.cuda.gpu import GpuError, GpuMemoryError, Launch, Recording, Step
+from localv4.kernels.operation import WORDS
+
+MOST_BRANCHES = 8
+"""Sequences of launches that run at the same time; more of them take turns."""
+
+OUT_OF_MEMORY = 2
+"""CUDA_ERROR_OUT_OF_MEMORY"""
+
+SHARED_BYTES = 48 * 1024
+"""Dynamic shared memory that a kernel gets without being asked for."""
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_int64 * WORDS),)
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise GpuError(
+            f"CUDA for Python is not installed ({error})", hint="pip install 'localv4[cuda]'"
+        ) from None
+    return driver
+
+
+def _done(result: Any) -> Any:
+    """Return what a call of the driver returned; raise GpuError if it failed."""
+    status, *values = result
+    if int(status) == OUT_OF_MEMORY:
+        raise GpuMemoryError("the GPU has not enough free memory", hint="use a smaller --gpu-mem")
+    if int(status) != 0:
+        raise GpuError(f"the GPU failed: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def device_count() -> int:
+    """Return how many GPUs there are; 0 without a driver. Raises GpuError without the library."""
+    driver = _driver()
+    try:
+        _done(driver.cuInit(0))
+        count: int = _done(driver.cuDeviceGetCount())
+    except (GpuError, RuntimeError):  # no driver library, or one that finds no device
+        return 0
+    return count
+
+
+class CudaGpu:
+    """One CUDA device; see `gpu.Gpu` for what it does.
+
+    `capability` is its compute capability, for instance (9, 0). Raises GpuError when there is no
+    such device or it is too old.
+    """
+
+    def __init__(self, number: int = 0) -> None:
+        self._driver = driver = _driver()
+        count = device_count()
+        if number >= count:
+            raise GpuError(f"there is no CUDA device {number}: {count} found")
+        self._device = _done(driver.cuDeviceGet(number))
+        self.name = _done(driver.cuDeviceGetName(128, self._device)).split(b"\0")[0].decode()
+        major = self._attribute("COMPUTE_CAPABILITY_MAJOR")
+        self.capability = (major, self._attribute("COMPUTE_CAPABILITY_MINOR"))
+        if 10 * self.capability[0] + self.capability[1] < OLDEST:
+            raise GpuError(f"{self.name} is too old: compute capability {self.capability}")
+        self._context = _done(driver.cuDevicePrimaryCtxRetain(self._device))
+        self.make_current()
+        self.total_bytes: int = _done(driver.cuMemGetInfo())[1]
+        self._streams = [_done(driver.cuStreamCreate(1)) for _ in range(MOST_BRANCHES)]
+        self._events = [_done(driver.cuEventCreate(2)) for _ in range(MOST_BRANCHES + 1)]
+        self._modules: dict[str, Any] = {}
+        self._functions: dict[tuple[str, str], Any] = {}
+
+    def make_current(self) -> None:
+        """Let the calling thread use this device."""
+        _done(self._driver.cuCtxSetCurrent(self._context))
+
+    def _attribute(self, name: str) -> int:
+        key = getattr(self._driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        value: int = _done(self._driver.cuDeviceGetAttribute(key, self._device))
+        return value
+
+    @property
+    def arch(self) -> str:
+        """The architecture that kernels are compiled for."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+    @cached_property
+    def multiprocessors(self) -> int:
+        """How many multiprocessors the GPU has."""
+        return self._attribute("MULTIPROCESSOR_COUNT")
+
+    def free_bytes(self) -> int:
+        """Return how much memory nobody has taken."""
+        free: int = _done(self._driver.cuMemGetInfo())[0]
+        return free
+
+    def allocate(self, nbytes: int) -> int:
+        """Return the address of memory on a line of 256 bytes; raises GpuMemoryError."""
+        return int(_done(self._driver.cuMemAlloc(max(1, nbytes))))
+
+    def free(self, address: int) -> None:
+        """Give memory back that `allocate` returned."""
+        _done(self._driver.cuMemFree(address))
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        """Return the address of host memory that the GPU copies from at full speed."""
+        return int(_done(self._driver.cuMemAllocHost(nbytes)))
+
+    def free_pinned(self, address: int) -> None:
+        """Give host memory back that `allocate_pinned` returned."""
+        _done(self._driver.cuMemFreeHost(address))
+
+    def upload(self, address: int, host: int, nbytes: int) -> None:
+        """Copy from host memory, which may be changed as soon as this returns."""
+        _done(self._driver.cuMemcpyHtoDAsync(address, host, nbytes, self._streams[0]))
+
+    def download(self, host: int, address: int, nbytes: int) -> None:
+        """Copy to host memory; return when it is there."""
+        _done(self._driver.cuMemcpyDtoHAsync(host, address, nbytes, self._streams[0]))
+        self.synchronize()
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy inside the GPU."""
+        _done(self._driver.cuMemcpyDtoDAsync(target, source, nbytes, self._streams[0]))
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is done."""
+        _done(self._driver.cuStreamSynchronize(self._streams[0]))
+
+    def new_copy_stream(self) -> "CopyStream":
+        """Return what copies beside everything else, for one thread."""
+        return CopyStream(self)
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Enqueue launches, one step after the other."""
+        for step in steps:
+            for branch in step:
+                for launch in branch:
+                    self._launch(launch, self._streams[0])
+
+    def record(self, steps: Sequence[Step]) -> Recording:
+        """Keep launches for many runs, as a graph."""
+        for step in steps:
+            for branch in step:
+                for launch in branch:
+                    self._function(launch)  # loading code is not allowed while recording
+        driver, main = self._driver, self._streams[0]
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _done(driver.cuStreamBeginCapture(main, mode))
+        try:
+            for step in steps:
+                self._record_step(step)
+        finally:
+            graph = _done(driver.cuStreamEndCapture(main))
+        executable = _done(driver.cuGraphInstantiate(graph, 0))
+        _done(driver.cuGraphDestroy(graph))
+        return CudaGraph(lambda: _done(driver.cuGraphLaunch(executable, main)), executable)
+
+    def _record_step(self, step: Step) -> None:
+        """Fork into a stream for each branch, and join them."""
+        driver, used = self._driver, self._streams[: len(step)]
+        fork, *joins = self._events
+        if len(step) > 1:
+            _done(driver.cuEventRecord(fork, used[0]))
+        for stream in used[1:]:
+            _done(driver.cuStreamWaitEvent(stream, fork, 0))
+        for number, branch in enumerate(step):
+            for launch in branch:
+                self._launch(launch, used[number % len(used)])
+        for stream, event in zip(used[1:], joins, strict=False):
+            _done(driver.cuEventRecord(event, stream))
+            _done(driver.cuStreamWaitEvent(used[0], event, 0))
+
+    def _launch(self, launch: Launch, stream: Any) -> None:
+        function = self._function(launch)
+        operation = _Operation((ctypes.c_int64 * WORDS)(*launch.words))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(operation))
+        _done(
+            self._driver.cuLaunchKernel(
+                *(function, launch.blocks, 1, 1, launch.kernel.threads, 1, 1),
+                *(launch.shared, stream, ctypes.addressof(parameters), 0),
+            )
+        )
+
+    def _function(self, launch: Launch) -> Any:
+        """Return the machine code of a kernel; compiled or loaded now if it was not yet."""
+        kernel = launch.kernel
+        key = (kernel.source, kernel.name)
+        if key not in self._functions:
+            if kernel.source not in self._modules:
+                code = compiled(kernel.source, self.arch)
+                self._modules[kernel.source] = _done(self._driver.cuModuleLoadData(code))
+            module = self._modules[kernel.source]
+            function = _done(self._driver.cuModuleGetFunction(module, kernel.name.encode()))
+            self._allow_shared(function)
+            self._functions[key] = function
+        return self._functions[key]
+
+    def _allow_shared(self, function: Any) -> None:
+        """Let a kernel have as much shared memory as there is."""
+        driver = self._driver
+        attributes = driver.CUfunction_attribute
+        used = _done(
+            driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
+        )
+        most = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN") - used
+        if most > SHARED_BYTES - used:
+            key = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _done(driver.cuFuncSetAttribute(function, key, most))
+
+    def close(self) -> None:
+        """Give back everything."""
+        self._functions.clear()
+        self._modules.clear()
+        _done(self._driver.cuDevicePrimaryCtxRelease(self._device))
+
+
+class CudaGraph:
+    """A recorded graph of launches."""
+
+    def __init__(self, launch: Callable[[], object], executable: Any) -> None:
+        self._launch, self._executable = launch, executable
+
+    def replay(self) -> None:
+        """Enqueue all launches."""
+        self._launch()
+
+
+class CopyStream:
+    """Copies to the GPU beside what it computes; for the one thread that made it."""
+
+    def __init__(self, gpu: CudaGpu) -> None:
+        self._driver = gpu._driver
+        gpu.make_current()
+        self._stream = _done(self._driver.cuStreamCreate(1))
+
+    def upload(self, address: int, host: int, nbytes: int) -> None:
+        """Copy from pinned memory; return at once."""
+        _done(self._driver.cuMemcpyHtoDAsync(address, host, nbytes, self._stream))
+
+    def synchronize(self) -> None:
+        """Wait for all copies."""
+        _done(self._driver.cuStreamSynchronize(self._stream))

@@ -1,0 +1,77 @@
+"""What the rest needs to know of a GPU: memory, copies, launches in order, recorded launches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from localv4.cuda.twin import Kernel
+from localv4.errors import LocalV4Error
+
+
+class GpuError(LocalV4Error):
+    """The GPU cannot be used, or not any more."""
+
+
+class GpuMemoryError(GpuError):
+    """The GPU has not enough memory left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel with the words of its operation, in device addresses."""
+
+    kernel: Kernel
+    blocks: int
+    shared: int
+    words: tuple[int, ...]
+
+
+Step = Sequence[Sequence[Launch]]
+"""Launches that may run at the same time: sequences, each in its own order."""
+
+
+class Recording(Protocol):
+    """Steps that can be run again and again."""
+
+    def replay(self) -> None:
+        """Enqueue all of them."""
+
+
+class Gpu(Protocol):
+    """One GPU. Everything is done in the order in which it is asked for, but for `Step`s.
+
+    Addresses are integers. All methods raise GpuError when the GPU fails.
+    """
+
+    name: str
+    total_bytes: int
+
+    def free_bytes(self) -> int:
+        """Return how much memory nobody has taken."""
+
+    def allocate(self, nbytes: int) -> int:
+        """Return the address of memory on a line of 256 bytes; raises GpuMemoryError."""
+
+    def free(self, address: int) -> None:
+        """Give memory back that `allocate` returned."""
+
+    def upload(self, address: int, host: int, nbytes: int) -> None:
+        """Copy from host memory, which may be changed as soon as this returns."""
+
+    def download(self, host: int, address: int, nbytes: int) -> None:
+        """Copy to host memory; return when it is there."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy inside the GPU."""
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Enqueue launches, one step after the other."""
+
+    def record(self, steps: Sequence[Step]) -> Recording:
+        """Keep launches for many runs."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is done."""
+
+    def close(self) -> None:
+        """Give back everything."""

@@ -1,0 +1,186 @@
+// What all CUDA kernels share: the words of an operation, arithmetic with one rounding each, and
+// the few instructions that C++ has no name for.
+//
+// Every kernel computes one operation of a program (localv4/kernels/operation.py) with the words of
+// the CPU's function of that name, all addresses being those of device memory. The same files are
+// compiled for the host by the tests (LOCALV4_HOST), where blocks run one after the other, so
+// nothing here may depend on headers of CUDA, and every instruction that needs one has a host form.
+
+#pragma once
+
+#ifdef LOCALV4_HOST
+#include "cuda_host.h"
+#else
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+typedef long long i64;
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef signed char i8;
+static_assert(sizeof(i64) == 8 && sizeof(u32) == 4, "the widths that the formats are made of");
+
+// Words 0 ... 23 of an operation; word 0 means nothing here.
+struct Words {
+    i64 words[24];
+
+    __device__ i64 number(int index) const { return words[index]; }
+    __device__ float real(int index) const { return __int_as_float((int)words[index]); }
+    template <typename T>
+    __device__ T *address(int index) const { return (T *)words[index]; }
+    // What the address in a cell points to.
+    template <typename T>
+    __device__ T *cell(int index) const { return *(T **)words[index]; }
+    // The i64 at an address: a context, for instance.
+    __device__ i64 at(int index) const { return *(const i64 *)words[index]; }
+};
+
+#define KERNEL(name) extern "C" __global__ void name(const Words op)
+
+// --- numbers ---
+
+// Products and sums are rounded one by one unless fma says otherwise: NVRTC gets --fmad=false.
+
+__device__ inline float half_bits_to_float(u32 bits) {
+#ifdef LOCALV4_HOST
+    return host_half_to_float((u16)bits);
+#else
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
+    return value;
+#endif
+}
+
+// 2^(code - 127), and 0 for code 0, as the CPU's products read UE8M0 scales.
+__device__ inline float e8m0_to_float(u32 code) { return __int_as_float((int)(code << 23)); }
+
+// acc + the four products of signed bytes of a and b
+__device__ inline int dot4(u32 a, u32 b, int acc) {
+#if defined(LOCALV4_HOST) || __CUDA_ARCH__ >= 610
+    return __dp4a((int)a, (int)b, acc);
+#endif
+}
+
+// Bytes of low (0 ... 3) and high (4 ... 7) by four nibbles of a selector, whose upper half is not
+// used. A nibble with bit 3 set gives the sign of the byte instead, 0 or 255: __byte_perm does not.
+__device__ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
+#ifdef LOCALV4_HOST
+    return host_permute_bytes(low, high, selector);
+#else
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+#endif
+}
+
+// --- memory ---
+
+// Read once, past the first cache: weights.
+__device__ inline uint4 load_stream(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint4 *)address;
+#else
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline u32 load_stream_u32(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const u32 *)address;
+#else
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline uint2 load_stream_u64(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint2 *)address;
+#else
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#endif
+}
+
+// --- tensor cores ---
+
+// d = a (16 x 32) . b (32 x 8) + c, signed bytes; fragments as PTX has them for m16n8k32.
+__device__ inline void mma_s8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const int (&c)[4]) {
+#ifdef LOCALV4_HOST
+    host_mma_s8(d, a, b, c);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
+                   "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#else
+    // sm_75 multiplies 8 x 16 by 16 x 8 at a time
+    int low[2] = {c[0], c[1]}, high[2] = {c[2], c[3]};
+    for (int half = 0; half < 2; ++half) {
+        asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                     : "+r"(low[0]), "+r"(low[1]) : "r"(a[2 * half]), "r"(b[half]));
+        asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                     : "+r"(high[0]), "+r"(high[1]) : "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+    d[0] = low[0], d[1] = low[1], d[2] = high[0], d[3] = high[1];
+#endif
+}
+
+// d = a (16 x 16) . b (16 x 8) + c, bf16 with float sums; fragments as PTX has them for m16n8k16.
+__device__ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const float (&c)[4]) {
+#ifdef LOCALV4_HOST
+    host_mma_bf16(d, a, b, c);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
+                   "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#endif
+}
+
+// --- asynchronous copies into shared memory ---
+
+__device__ inline void copy16(void *shared, const void *global) {
+#if defined(LOCALV4_HOST) || __CUDA_ARCH__ < 800
+    *(uint4 *)shared = *(const uint4 *)global;
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global));
+#endif
+}
+
+__device__ inline void commit_copies() {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;");
+#endif
+}
+
+// Wait until at most `groups` of the committed groups of copies are on their way.
+template <int groups>
+__device__ inline void wait_for_copies() {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(groups));
+#endif
+}
+
+// --- sums over a warp ---
+
+__device__ inline float warp_sum(float value) {
+    for (int distance = 16; distance > 0; distance /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, distance);
+    return value;
+}
+
+__device__ inline float warp_max(float value) {
+    for (int distance = 16; distance > 0; distance /= 2)
+        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    return value;
+}

@@ -1,0 +1,142 @@
+"""Memory that host and GPU both have: which device address stands for which host address."""
+
+import bisect
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.cuda.gpu import Gpu
+
+Array = NDArray[np.generic]
+
+LARGEST_TAKEN = 1 << 27
+"""Arrays that are allocated together with others: one allocation has so many bytes at most."""
+
+
+def span(array: Array) -> tuple[int, int]:
+    """Return the address of an array and the bytes from its first to the end of its last value."""
+    if array.size == 0:
+        return int(array.ctypes.data), 0
+    reach = sum(stride * (n - 1) for stride, n in zip(array.strides, array.shape, strict=True))
+    return int(array.ctypes.data), reach + array.itemsize
+
+
+class Mirrors:
+    """Host arrays with their twins in the memory of a GPU.
+
+    Programs are made of host addresses; `address` tells the device's. Contents move only by `push`
+    and `pull`.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.nbytes = 0
+        self._starts: list[int] = []  # ascending
+        self._ranges: dict[int, tuple[int, int]] = {}  # of a start: its end, the device address
+        self._held: dict[int, object] = {}  # arrays live as long as their twins
+
+    def add(self, array: Array) -> None:
+        """Give an array a twin with the same content, unless it has one."""
+        start, nbytes = span(array)
+        if nbytes == 0 or self.knows(start):
+            return
+        device = self.gpu.allocate(nbytes)
+        self.nbytes += nbytes
+        self.name(start, nbytes, device)
+        self._held[start] = array
+        self.gpu.upload(device, start, nbytes)
+
+    def name(self, start: int, nbytes: int, device: int) -> None:
+        """Let a range of host addresses stand for a range of the device, which others own."""
+        if start not in self._ranges:
+            bisect.insort(self._starts, start)
+        self._ranges[start] = (start + nbytes, device)
+
+    def forget(self, start: int) -> None:
+        """Take back `name`."""
+        if self._ranges.pop(start, None) is not None:
+            self._starts.remove(start)
+
+    def drop(self, array: Array) -> None:
+        """Free the twin of an array."""
+        start, nbytes = span(array)
+        if start in self._held:
+            _, device = self._ranges[start]
+            self.forget(start)
+            del self._held[start]
+            self.nbytes -= nbytes
+            self.gpu.synchronize()
+            self.gpu.free(device)
+
+    def knows(self, host: int) -> bool:
+        """Say whether a host address has a twin."""
+        return self._find(host) is not None
+
+    def address(self, host: int) -> int:
+        """Return the device address for a host address, 0 for 0; raises KeyError without one."""
+        if host == 0:
+            return 0
+        found = self._find(host)
+        if found is None:
+            raise KeyError(f"nothing on the GPU stands for host address {host:#x}")
+        return found
+
+    def _find(self, host: int) -> int | None:
+        index = bisect.bisect_right(self._starts, host) - 1
+        if index < 0:
+            return None
+        start = self._starts[index]
+        end, device = self._ranges[start]
+        return device + host - start if host < end else None
+
+    def push(self, *arrays: Array) -> None:
+        """Copy arrays, or parts of them, to the GPU."""
+        for array in arrays:
+            start, nbytes = span(array)
+            if nbytes:
+                self.gpu.upload(self.address(start), start, nbytes)
+
+    def pull(self, *arrays: Array) -> None:
+        """Copy arrays, or parts of them, back; all of their span is overwritten."""
+        for array in arrays:
+            start, nbytes = span(array)
+            if nbytes:
+                self.gpu.download(start, self.address(start), nbytes)
+
+    def push_table(self, table: NDArray[np.int64]) -> None:
+        """Copy a table of addresses, those of mirrored arrays as the device's."""
+        translated = np.array([self._translated(int(word)) for word in table.ravel()], np.int64)
+        self.gpu.upload(self.address(int(table.ctypes.data)), translated.ctypes.data, table.nbytes)
+
+    def _translated(self, word: int) -> int:
+        found = self._find(word) if word > 0 else None
+        return word if found is None else found
+
+
+def arrays_of(owner: object, skipped: Iterable[type] = ()) -> Iterator[Array]:
+    """Yield all arrays that an object reaches through attributes, lists, tuples and dicts."""
+    seen: set[int] = set()
+    types = tuple(skipped)
+    waiting: list[object] = [owner]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, types):
+            continue
+        seen.add(id(value))
+        if isinstance(value, np.ndarray):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif type(value).__module__.startswith("localv4."):
+            waiting.extend(_attributes(value))
+
+
+def _attributes(value: object) -> Iterator[object]:
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        for name in getattr(kind, "__slots__", ()):
+            if hasattr(value, name):
+                yield getattr(value, name)

@@ -1,0 +1,112 @@
+"""Programs of the fast engine as launches on a GPU."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.cuda.gpu import Gpu, GpuError, Launch, Step
+from localv4.cuda.mirrors import Mirrors
+from localv4.cuda.twin import SCRATCH, Twin
+from localv4.cuda.twins import TWINS
+from localv4.kernels.compiler import Entry
+from localv4.kernels.operation import WORDS
+from localv4.model.program import Program, Scratch
+
+LINE = 256
+"""Scratch memory of kernels starts on such a line."""
+
+
+def twin_of(entry: Entry) -> Twin:
+    """Return the twin of an operation; raises GpuError if there is none."""
+    module, function = entry.function.__module__, entry.function.__name__
+    name = f"{module.removeprefix('localv4.kernels.')}.{function}"
+    if name not in TWINS:
+        raise GpuError(f"the GPU has no kernel for {name}")
+    return TWINS[name]
+
+
+class GpuProgram(Program):
+    """A list of operations that is being built for a GPU; the words are those for the CPU."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        super().__init__(scratch)
+        self._entries: list[Entry] = []
+
+    def add(self, entry: Entry, *words: int) -> None:
+        """Append an operation."""
+        self._entries.append(entry)
+        self._operations.append([0, *words])
+
+    def finish(self) -> NDArray[np.int64]:
+        """Raise: the CPU has no use for it."""
+        raise TypeError("a program for the GPU has no form for the CPU")
+
+    def groups(self) -> list[list[tuple[Entry, Sequence[int]]]]:
+        """Return the operations (entry, words) in groups that may run at the same time."""
+        groups: list[list[tuple[Entry, Sequence[int]]]] = [[]]
+        pairs = zip(self._entries, self._operations, strict=True)
+        for number, (entry, words) in enumerate(pairs):
+            groups[-1].append((entry, words))
+            if number not in self._alongside:
+                groups.append([])
+        return [group for group in groups if group]
+
+
+class Translator:
+    """Turns programs into launches.
+
+    Scratch memory of kernels is shared by operations that do not run at the same time; what a
+    recorded launch uses is never given back.
+    """
+
+    def __init__(self, gpu: Gpu, mirrors: Mirrors) -> None:
+        self._gpu, self._mirrors = gpu, mirrors
+        self._scratch, self._scratch_bytes = 0, 0
+        self._kept: list[int] = []
+        self.nbytes = 0
+
+    def steps(self, program: GpuProgram) -> list[Step]:
+        """Return the launches of a program."""
+        return [step for group in program.groups() if (step := self._step(group))]
+
+    def _step(self, group: Sequence[tuple[Entry, Sequence[int]]]) -> Step:
+        operations = [(twin_of(entry), words) for entry, words in group]
+        filled = [[*words, *[0] * (WORDS - len(words))] for _, words in operations]
+        sizes = [
+            max(kernel.scratch(words) for kernel in twin.kernels)
+            for (twin, _), words in zip(operations, filled, strict=True)
+        ]
+        places = self._places(sizes)
+        branches = []
+        for (twin, _), words, place in zip(operations, filled, places, strict=True):
+            device = self._translated(twin, words, place)
+            launches = [
+                Launch(kernel, blocks, kernel.shared(words), device)
+                for kernel in twin.kernels
+                if (blocks := kernel.blocks(words)) > 0
+            ]
+            if launches:
+                branches.append(launches)
+        return branches
+
+    def _translated(self, twin: Twin, words: Sequence[int], scratch: int) -> tuple[int, ...]:
+        device = list(words)
+        for index, kind in enumerate(twin.kinds, start=1):
+            if kind in "atc":
+                device[index] = self._mirrors.address(words[index])
+        device[SCRATCH] = scratch
+        return tuple(device)
+
+    def _places(self, sizes: Sequence[int]) -> list[int]:
+        """Return scratch memory for operations that run at the same time."""
+        rounded = [-(-size // LINE) * LINE for size in sizes]
+        total = sum(rounded)
+        if total > self._scratch_bytes:
+            if self._scratch:
+                self._kept.append(self._scratch)
+            self._scratch = self._gpu.allocate(total)
+            self._scratch_bytes = total
+            self.nbytes += total
+        ends = np.cumsum([0, *rounded]).tolist()
+        return [self._scratch + end if size else 0 for size, end in zip(sizes, ends, strict=False)]

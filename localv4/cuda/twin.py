@@ -1,0 +1,48 @@
+"""The CUDA form of an operation: which kernel computes it, and with how many threads.
+
+A *twin* takes the words of the CPU's operation (`kernels.operation`), all addresses being those of
+device memory, and leaves the same results: the same bits where the weights are integers, so that
+it does not matter which device has computed an expert.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Words = Sequence[int]
+"""The words of an operation; word 0, the address of the CPU's function, is not used."""
+
+SCRATCH = 21
+"""The word in which a kernel finds the address of scratch memory of its own, if it asked for it."""
+
+
+def nothing(words: Words) -> int:
+    """Return that no memory is needed."""
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One launch: `name` in the file `source`, `blocks` of `threads`, by the operation's words.
+
+    `shared` are the bytes of dynamic shared memory of a block, `scratch` those of device memory
+    that the launches of an operation use together. No blocks: nothing is launched.
+    """
+
+    source: str
+    name: str
+    threads: int
+    blocks: Callable[[Words], int]
+    shared: Callable[[Words], int] = nothing
+    scratch: Callable[[Words], int] = nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """What stands for an operation: `kinds` of its words from the first on, and its launches.
+
+    Kinds: `a` the address of an array or 0, `t` that of a table of addresses (i64), `c` a cell (the
+    address of one address), `i` an integer, `f` the bits of a float32.
+    """
+
+    kinds: str
+    kernels: tuple[Kernel, ...]

@@ -1,0 +1,86 @@
+"""Running the CUDA twin of an operation, compiled for the host (`tests/cuda_host`)."""
+
+import ctypes
+import functools
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localv4.cuda.compiler import definitions
+from localv4.cuda.twin import SCRATCH, Kernel
+from localv4.cuda.twins import TWINS
+from localv4.kernels.compiler import Entry
+from localv4.kernels.operation import WORDS
+
+HOST = Path(__file__).parent / "cuda_host"
+KERNELS = Path(__file__).parents[1] / "localv4" / "cuda" / "kernels"
+FLAGS = ("-std=c++17", "-O2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing")
+
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(
+    COMPILER is None or platform.machine() not in ("x86_64", "AMD64"),
+    reason="needs g++ on x86-64 to run CUDA kernels on the host",
+)
+
+
+class _Words(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_int64 * WORDS),)
+
+
+def twin_name(entry: Entry) -> str:
+    """The name of an operation in TWINS."""
+    function = entry.function
+    return f"{function.__module__.removeprefix('localv4.kernels.')}.{function.__name__}"
+
+
+@functools.cache
+def library(source: str) -> ctypes.CDLL:
+    """A file of kernels, compiled for this machine."""
+    headers = sorted([*KERNELS.glob("*.cuh"), *HOST.iterdir(), KERNELS / source])
+    parts = [definitions().encode(), *(path.read_bytes() for path in headers)]
+    digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"localv4-cuda-host-{digest}"
+    target = folder / f"{source}.so"
+    if not target.exists():
+        folder.mkdir(exist_ok=True)
+        unit = folder / f"{source}.cpp"
+        files = (KERNELS / source, HOST / "launch.cpp")
+        includes = "".join(f'#include "{path}"\n' for path in files)
+        unit.write_text(definitions() + includes)
+        made = folder / f"{source}.{id(target)}.so"
+        command = [COMPILER or "g++", *FLAGS, "-DLOCALV4_HOST", "-shared", "-fPIC", "-w"]
+        command += [f"-I{HOST}", f"-I{KERNELS}", str(unit), "-o", str(made)]
+        subprocess.run(command, check=True)
+        made.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+def launch(kernel: Kernel, words: Sequence[int]) -> None:
+    """Run one kernel; `words` are all of an operation."""
+    shared = library(kernel.source)
+    given = _Words((ctypes.c_int64 * WORDS)(*words))
+    function = ctypes.cast(getattr(shared, kernel.name), ctypes.c_void_p)
+    blocks = kernel.blocks(words)
+    if blocks:
+        size = (ctypes.c_uint(n) for n in (blocks, kernel.threads, kernel.shared(words)))
+        shared.cuda_host_launch(function, *size, ctypes.byref(given))
+
+
+def run_twin(entry: Entry, operands: Sequence[int]) -> None:
+    """Run the twin of an operation on memory of the host, with the operands of the CPU's one."""
+    twin = TWINS[twin_name(entry)]
+    assert len(twin.kinds) == len(operands), f"{twin_name(entry)} has {len(twin.kinds)} operands"
+    words = [0, *operands, *[0] * (WORDS - 1 - len(operands))]
+    needed = max(kernel.scratch(words) for kernel in twin.kernels)
+    scratch = np.full(needed // 8 + 16, -1, np.int64)
+    if needed:
+        words[SCRATCH] = (scratch.ctypes.data + 127) // 128 * 128
+    for kernel in twin.kernels:
+        launch(kernel, words)
