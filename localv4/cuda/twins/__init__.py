@@ -2,5 +2,6 @@
 
 from localv4.cuda.twin import Twin
 from localv4.cuda.twins.rows import ROWS
+from localv4.cuda.twins.streams import STREAMS
 
-TWINS: dict[str, Twin] = {**ROWS}
+TWINS: dict[str, Twin] = {**ROWS, **STREAMS}
