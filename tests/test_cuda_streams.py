@@ -51,11 +51,17 @@ def test_only_mixing_and_only_leaving() -> None:
     np.testing.assert_allclose(partials[:, :, 4], squares, rtol=1e-5)
     run_twin(streams.leave_and_mix, [*own, address(site.mix), 0, 0, 0, *size])
     expected = Site(2, 4, 256)
-    run(1, streams.leave_and_mix, [address(expected.streams), *own[1:], address(site.mix), 0, 0, 0, *size])
+    run(
+        1,
+        streams.leave_and_mix,
+        [address(expected.streams), *own[1:], address(site.mix), 0, 0, 0, *size],
+    )
     assert_same_bits(site.streams, expected.streams)
 
 
-@pytest.mark.parametrize(("tokens", "n", "hidden"), [(1, 4, 4096), (3, 4, 256), (2, 8, 128), (1, 1, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "n", "hidden"), [(1, 4, 4096), (3, 4, 256), (2, 8, 128), (1, 1, 128)]
+)
 @pytest.mark.parametrize("is_head", [False, True])
 def test_entering_a_site(tokens: int, n: int, hidden: int, is_head: bool) -> None:
     site = Site(tokens, n, hidden)
@@ -65,7 +71,13 @@ def test_entering_a_site(tokens: int, n: int, hidden: int, is_head: bool) -> Non
         x, mix = padded(np.zeros((tokens, hidden), F32)), np.zeros_like(site.mix)
         rounded = Rounded(tokens, hidden)
         first = [address(partials), address(site.scale), address(site.base)]
-        last = [address(site.streams), address(site.weight), float_bits(RMS_EPS), address(x), stride(x)]
+        last = [
+            address(site.streams),
+            address(site.weight),
+            float_bits(RMS_EPS),
+            address(x),
+            stride(x),
+        ]
         size = [*rounded.addresses(0), tokens, n, hidden]
         if is_head:
             runner(mixes.enter_head, [*first, float_bits(HC_EPS), *last, *size])
@@ -84,6 +96,12 @@ def test_entering_without_rounding() -> None:
     partials, _ = mixed(site, 4)
     x = padded(np.zeros((1, 128), F32))
     words = [address(partials), address(site.scale), address(site.base), float_bits(HC_EPS)]
-    words += [address(site.streams), address(site.weight), float_bits(RMS_EPS), address(x), stride(x)]
+    words += [
+        address(site.streams),
+        address(site.weight),
+        float_bits(RMS_EPS),
+        address(x),
+        stride(x),
+    ]
     run_twin(mixes.enter_head, [*words, 0, 0, 0, 1, 4, 128])
     assert np.abs(x).min() > 0
