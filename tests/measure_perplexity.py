@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.engine.engine import Engine, NumericsName
-from localv4.engine.reply import ReplyOptions
+from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.sampler import Sampling
 from localv4.text.pieces import Piece, Prompt
 from localv4.text.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from localv4.engine.batch_prefixes import LEAST_SHARED, MOST_TRUNKS, Prefixes
 from localv4.engine.batch_rows import Job
 from localv4.engine.batching import Batcher, Outcome
 from localv4.engine.engine import Engine
-from localv4.engine.reply import ReplyOptions
+from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.sampler import Sampling
 from localv4.engine.session import Session
 from localv4.errors import Cancelled, DoesNotFitError, NumericsError
@@ -242,7 +242,7 @@ def test_bad_logits_end_one_row_only(engine: Engine, monkeypatch: pytest.MonkeyP
         batcher.submit(asked)
     outcomes = [outcome for _ in range(4) for outcome in batcher.step()]
     sick = batcher._running[0]
-    monkeypatch.setattr(sick._sampler, "pick", _raise_numerics_error)
+    monkeypatch.setattr(sick._answer._sampler, "pick", _raise_numerics_error)
     while not batcher.is_idle:
         outcomes += batcher.step()
     ended = {outcome.job: outcome for outcome in outcomes}

@@ -10,7 +10,8 @@ import pytest
 from measure_perplexity import token_losses
 
 from localv4.engine.engine import Engine
-from localv4.engine.reply import Reply, ReplyOptions
+from localv4.engine.growing_answer import ReplyOptions
+from localv4.engine.reply import Reply
 from localv4.engine.sampler import Sampling
 from localv4.errors import BadFileError, DoesNotFitError, NumericsError, UsageError
 from localv4.library.installed import embedded_model_path

@@ -10,8 +10,9 @@ from localv4.cli.signals import interrupt_sets
 
 if TYPE_CHECKING:
     from localv4.engine.engine import Engine
+    from localv4.engine.growing_answer import ReplyOptions
     from localv4.engine.paging_stats import PagingStats
-    from localv4.engine.reply import Reply, ReplyOptions
+    from localv4.engine.reply import Reply
     from localv4.engine.session import Session
     from localv4.text.completion import Delta
 

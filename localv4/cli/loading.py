@@ -20,15 +20,11 @@ if TYPE_CHECKING:
     from localv4.engine.memory import MemoryOptions
     from localv4.library.installed import InstalledModel
     from localv4.paging.trace import TraceWriter
-    from localv4.text.effort import Release
 
 DEMO_NOTE = (
     "using tiny-v4, the small built-in demo model (a toy); for a real one: "
     "localv4 pull v4-flash, then -m v4-flash"
 )
-
-# Marks in the names of models whose prompts have the texts of the July release.
-SUMMER_RELEASES = ("0731", "0813")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +54,6 @@ class Loaded:
         from localv4.engine.route_log import record_routes
 
         return record_routes(self.engine.network, self.engine.checkpoint, self.model.name, path)
-
-    @property
-    def release(self) -> "Release":
-        """Which texts ask for more effort; a model outside the registry tells by its name."""
-        if self.model.spec is not None:
-            return self.model.spec.release
-        return "0731" if any(date in self.model.name for date in SUMMER_RELEASES) else "preview"
 
 
 def load_engine(

@@ -7,9 +7,10 @@ from rich.text import Text
 
 from localv4.cli import generation, terminal
 from localv4.cli.conversation import Conversation
+from localv4.cli.live_view import LiveView
 from localv4.cli.settings import Settings
 from localv4.cli.statistics import statistics_lines
-from localv4.cli.view import PlainView, TerminalView, View
+from localv4.cli.view import PlainView, View
 from localv4.errors import LocalV4Error
 
 if TYPE_CHECKING:
@@ -109,11 +110,11 @@ class Chat:
         return f" {' | '.join(parts)[: max(0, self.console.width - 2)]} "
 
     def _answer(self) -> None:
-        from localv4.engine.reply import ReplyOptions
+        from localv4.engine.growing_answer import ReplyOptions
 
         engine = self.loaded.engine
         prompt = self.conversation.prompt(
-            thinking=self.thinking, effort=self.effort, release=self.loaded.release
+            thinking=self.thinking, effort=self.effort, release=self.loaded.model.release
         )
         options = ReplyOptions(
             max_tokens=self.settings.max_tokens,
@@ -145,7 +146,7 @@ class Chat:
     def _view(self) -> View:
         stream = cast(TextIO, self.console.file)
         if terminal.can_move_cursor(stream):
-            return TerminalView(self.console, hide_thinking=self.hide_thinking)
+            return LiveView(self.console, hide_thinking=self.hide_thinking)
         return PlainView(stream, None if self.hide_thinking else stream)
 
     def _keep(self, reply: "Reply") -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from localv4.engine.batch_input import Kind, Row, RowError
 from localv4.engine.batch_rows import Job
-from localv4.engine.reply import ReplyOptions
+from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.sampler import Sampling
 from localv4.errors import LocalV4Error
 from localv4.text.effort import Release, choose_effort

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from localv4.engine.expert_usage import ExpertUsage
+from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.memory import MemoryOptions, paging_options, plan_memory, row_format
-from localv4.engine.reply import Reply, ReplyOptions
+from localv4.engine.reply import Reply
 from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels

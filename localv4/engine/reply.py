@@ -3,31 +3,15 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+from localv4.engine.growing_answer import REPEAT_WINDOW, FinishReason, GrowingAnswer, ReplyOptions
 from localv4.engine.paging_stats import PagingMeter, PagingStats
-from localv4.engine.sampler import Sampler, Sampling
 from localv4.engine.session import Progress, Session
-from localv4.errors import Cancelled, DoesNotFitError, UsageError
+from localv4.errors import Cancelled
 from localv4.model.matrix import Floats
-from localv4.text.completion import Completion, CompletionStream, Delta
+from localv4.text.completion import Completion, Delta
 from localv4.text.tokenizer import Tokenizer
-
-REPEAT_WINDOW = 256
-"""Newest tokens, of prompt and answer, that a repetition penalty looks at."""
-
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyOptions:
-    """What the caller wants: `max_tokens` None means as many as the context holds."""
-
-    max_tokens: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    thinking: bool = False
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -80,45 +64,33 @@ class Reply:
         cancelled: threading.Event | None,
         check_files: Callable[[], None],
     ) -> None:
-        self.finish_reason: FinishReason = "cancelled"
-        self.token_ids: list[int] = []
         self.stats = ReplyStats(prompt_tokens=len(prompt_ids))
         self.completion = Completion(None, "", (), None)
         self._session = session
         self._prompt_ids = prompt_ids
-        self._eos_id = tokenizer.eos_id
-        self._sampler = Sampler(options.sampling)
-        self._stream = CompletionStream(tokenizer, options.thinking, options.stop)
+        self._answer = GrowingAnswer(tokenizer, options, len(prompt_ids), session.ctx_size)
         self._on_prefill = on_prefill
         self._cancelled = cancelled
         self._check_files = check_files
-        self._budget = self._token_budget(options.max_tokens)
 
-    def _token_budget(self, max_tokens: int | None) -> int:
-        """Return how many tokens may be generated; the prompt must leave room for one."""
-        room = self._session.ctx_size - len(self._prompt_ids)
-        if room < 1:
-            raise DoesNotFitError(
-                f"the prompt has {len(self._prompt_ids)} tokens and leaves no room for an answer"
-                f" in a context of {self._session.ctx_size}",
-                hint="use a larger context (--ctx-size) or a shorter prompt",
-            )
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"--max-tokens is {max_tokens}, expected at least 1")
-        return room if max_tokens is None else min(max_tokens, room)
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of the answer so far."""
+        return self._answer.token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """What has ended the answer."""
+        return self._answer.finish_reason or "cancelled"
 
     def __iter__(self) -> Iterator[Delta]:
         """Yield pieces of reasoning, content and tool calls as they become certain."""
         try:
             yield from self._decode(self._prefill())
         except Cancelled:
-            self.finish_reason = "cancelled"
+            pass
         finally:
-            rest, self.completion = self._stream.finish()
-        if self._stream.stopped:
-            self.finish_reason = "stop"  # the stop string lay in text that was held back
-        elif self.completion.tool_calls and self.finish_reason == "stop":
-            self.finish_reason = "tool_calls"
+            rest, self.completion = self._answer.finish()
         yield from rest
 
     def _prefill(self) -> Floats:
@@ -144,17 +116,12 @@ class Reply:
     def _pick_tokens(self, logits: Floats, start: float) -> Iterator[Delta]:
         while True:
             self._check_files()  # of changed weights no token may come
-            token = self._sampler.pick(logits, self._session.tokens[-REPEAT_WINDOW:])
-            self.token_ids.append(token)
+            deltas = self._answer.take(logits, self._session.tokens[-REPEAT_WINDOW:])
             self.stats.generated_tokens += 1
             self.stats.decode_s = time.perf_counter() - start
-            yield from self._stream.push(token)
-            if token == self._eos_id or self._stream.stopped:
-                self.finish_reason = "stop"
-                return
-            if len(self.token_ids) == self._budget:
-                self.finish_reason = "length"
+            yield from deltas
+            if self._answer.finish_reason is not None:
                 return
             if self._cancelled is not None and self._cancelled.is_set():
                 raise Cancelled("stopped")
-            logits = self._session.extend([token], cancelled=self._cancelled)
+            logits = self._session.extend(self.token_ids[-1:], cancelled=self._cancelled)

@@ -12,9 +12,12 @@ from localv4 import paths
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 from localv4.library import hub_cache
 from localv4.library.model_files import WeightSet, find_weight_sets, gguf_set_of
-from localv4.library.registry import ModelSpec, Registry, load_registry
+from localv4.library.registry import ModelSpec, Registry, Release, load_registry
 
 EMBEDDED_NAME = "tiny-v4"
+SUMMER_RELEASES = ("0731", "0813")
+"""Marks in the names of models whose prompts have the texts of the July release."""
+
 _HUB_PREFIX = "hf://"
 
 
@@ -35,6 +38,13 @@ class InstalledModel:
     def base_name(self) -> str:
         """The name without the quantization."""
         return self.name.removesuffix(f":{self.quant}") if self.quant else self.name
+
+    @property
+    def release(self) -> Release:
+        """Which texts ask for more effort; a model outside the registry tells by its name."""
+        if self.spec is not None:
+            return self.spec.release
+        return "0731" if any(date in self.name for date in SUMMER_RELEASES) else "preview"
 
 
 def embedded_model_path() -> Path:

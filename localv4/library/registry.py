@@ -45,6 +45,7 @@ RepoPath = Annotated[
 ]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 # TOML knows lists only, hence not strict; the items stay strict.
+Release = Literal["preview", "0731"]
 Names = Annotated[tuple[Name, ...], Field(strict=False)]
 RepoPaths = Annotated[tuple[RepoPath, ...], Field(strict=False)]
 TypeNames = Annotated[tuple[str, ...], Field(strict=False)]
@@ -104,7 +105,7 @@ class ModelSpec(_Table):
     arch: Literal["deepseek_v4"]
     format: Literal["safetensors", "gguf"]
     base: Name | None = None  # the registry name of the model it was converted from
-    release: Literal["preview", "0731"]  # decides the texts of the reasoning effort
+    release: Release  # decides the texts of the reasoning effort
     chat: bool = True
     draft: Literal["mtp", "dspark"] | None = None
     allow: RepoPaths

@@ -222,7 +222,8 @@ inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; ++i) c += (int)(int8_t)(a >> (8 * i)) * (int)(int8_t)(b >> (8 * i));
     return c;
 }
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
+// prmt.b32: the upper bit of a selector asks for the sign of a byte. __byte_perm has no such bit.
+inline unsigned host_permute_bytes(unsigned a, unsigned b, unsigned s) {
     unsigned long long both = (unsigned long long)b << 32 | a;
     unsigned result = 0;
     for (int i = 0; i < 4; ++i) {
@@ -232,6 +233,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
     }
     return result;
 }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) { return host_permute_bytes(a, b, s & 0x7777); }
 template <typename T> T __ldg(const T *p) { return *p; }
 using std::max;
 using std::min;

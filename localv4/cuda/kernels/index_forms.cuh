@@ -5,6 +5,7 @@
 #include "row_forms.cuh"
 
 constexpr int E2M1_UNIT = 14;
+constexpr int SPREAD = 3;  // powers of two between the scales of a row at most
 
 // Multiply n floats of shared memory with a Hadamard matrix, in blocks of the largest power of two
 // that n is a multiple of; all threads of a block.
@@ -28,19 +29,20 @@ struct E2m1Rows {
 
     __device__ static i64 stride(int n, int rope) { return n / 2 + n / GROUP; }
 
-    // The smallest scale with which all codes of a warp's group fit.
-    __device__ static int scale_of(float x) {
-        int bits = largest_bits(__float_as_int(x) & 0x7fffffff);
-        return min(max((int)(((u32)bits + ((1 << 22) - 1)) >> 23) - 2 + E2M1_UNIT, E2M1_UNIT), 255);
+    // The smallest scale with which codes of absolute values fit: `bits` are those of the largest.
+    __device__ static int scale_of(int bits) {
+        return min((int)(((u32)bits + ((1 << 22) - 1)) >> 23) - 2 + E2M1_UNIT, 255);
     }
 
     // A warp writes a group: a channel a lane.
     __device__ static void write(u8 *out, float *row, int n, int rope) {
         mix_row(row, n);
-        int lane = threadIdx.x % 32;
+        int lane = threadIdx.x % 32, largest = 0;
+        for (int c = lane; c < n; c += 32) largest = max(largest, __float_as_int(row[c]) & 0x7fffffff);
+        int least = max(scale_of(largest_bits(largest)) - SPREAD, E2M1_UNIT);
         for (int group = threadIdx.x / 32; group < n / GROUP; group += blockDim.x / 32) {
             float x = row[GROUP * group + lane];
-            int scale = scale_of(x);
+            int scale = max(scale_of(largest_bits(__float_as_int(x) & 0x7fffffff)), least);
             u32 code = small_code(x * power(2 * 127 + E2M1_UNIT - scale), 1, 1, 3);
             u32 high = __shfl_xor_sync(0xffffffffu, code, 16);
             if (lane < 16) out[16 * group + lane] = (u8)(code | high << 4);
