@@ -4,6 +4,7 @@ Kernels get the very addresses of the host: all memory of this process is regist
 driver, so the GPU reads and writes it over the bus. Slow, and true.
 """
 
+import ctypes
 import functools
 import os
 import re
@@ -18,6 +19,14 @@ IS_WANTED = os.environ.get("LOCALV4_TEST_GPU") == "1"
 
 PAGE = 4096
 PORTABLE_AND_MAPPED = 3
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+if IS_WANTED:
+    # memory that the driver knows must not be given back: other memory would come to its place
+    _libc = ctypes.CDLL(None)
+    _libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    _libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 _registered: list[tuple[int, int]] = []
 
