@@ -98,6 +98,7 @@ def run(
         pin=engine.pin,
         numerics=engine.numerics.value,
         memory=engine.memory(),
+        gpu=engine.gpu(),
         quiet=quiet,
         no_color=no_color,
     )
@@ -195,14 +196,14 @@ def _watch(generation: "Generation", view: "View", output: Output) -> "Reply":
 
 def _view(request: Request, output: Output, model: str) -> "View":
     """Choose how to show the answer: live Markdown only on a terminal that can be redrawn."""
-    from localv4.cli import view
+    from localv4.cli import live_view, view
 
     if output.as_json:
         return view.JsonView(sys.stdout, model)
     chosen: View
     if terminal.can_move_cursor(sys.stdout) and not request.raw:
         console = terminal.make_console(sys.stdout, no_color=output.no_color)
-        chosen = view.TerminalView(console, hide_thinking=output.hide_thinking)
+        chosen = live_view.LiveView(console, hide_thinking=output.hide_thinking)
     else:
         chosen = view.PlainView(sys.stdout, _reasoning_stream(output))
     return chosen if output.stream else view.HeldView(chosen)
