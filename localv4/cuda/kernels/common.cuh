@@ -36,6 +36,8 @@ struct Words {
     __device__ i64 at(int index) const { return *(const i64 *)words[index]; }
 };
 
+#define INFINITE __int_as_float(0x7f800000)
+
 #define KERNEL(name) extern "C" __global__ void name(const Words op)
 
 // --- numbers ---
@@ -95,6 +97,13 @@ __device__ inline u32 load_stream_u32(const void *address) {
     u32 v;
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
     return v;
+#endif
+}
+
+// Ask for a line to be in the second cache soon.
+__device__ inline void prefetch_far(const void *address) {
+#ifndef LOCALV4_HOST
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
 #endif
 }
 
