@@ -3,7 +3,7 @@
 // `records` are the addresses of packed experts, 0 for one that another operation or the CPU
 // computes. All devices give the same bits, so it does not matter which one has done it.
 
-#include "single_token.cuh"
+#include "kquant_token.cuh"
 
 // Groups of gate and up, which alternate in a record.
 struct GateUpSource {
@@ -116,3 +116,8 @@ KERNEL(combine) {
 EXPERTS(mx4, BlockProducts<Mx4>)
 EXPERTS(q4, BlockProducts<Q4>)
 EXPERTS(q8, BlockProducts<Q8>)
+EXPERTS(q4k, SuperblockProducts<Q4K>)
+EXPERTS(q6, SuperblockProducts<Q6>)
+EXPERTS(q3, SuperblockProducts<Q3>)
+EXPERTS(q2, SuperblockProducts<Q2>)
+EXPERTS(iq2, SuperblockProducts<Iq2>)

@@ -1,6 +1,6 @@
 // A packed matrix times one token: twins of `*_matvec` in localv4/kernels/formats.py.
 
-#include "single_token.cuh"
+#include "kquant_token.cuh"
 
 // Some groups of a matrix, one after the other.
 struct MatrixSource {
@@ -37,3 +37,8 @@ __device__ inline void matvec(const Words &op) {
 MATVEC(mx4, BlockProducts<Mx4>)
 MATVEC(q4, BlockProducts<Q4>)
 MATVEC(q8, BlockProducts<Q8>)
+MATVEC(q4k, SuperblockProducts<Q4K>)
+MATVEC(q6, SuperblockProducts<Q6>)
+MATVEC(q3, SuperblockProducts<Q3>)
+MATVEC(q2, SuperblockProducts<Q2>)
+MATVEC(iq2, SuperblockProducts<Iq2>)

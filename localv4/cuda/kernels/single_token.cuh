@@ -5,7 +5,8 @@
 // a time. Its whole numbers are exact in any order and go to shared memory; then one thread for each
 // row adds them up in the order of the CPU (localv4/kernels/matvec.py), so that the bits are equal.
 //
-// `Products` is a format's part: Task (load, store) and chain (the sum over the blocks of a row).
+// `Products` is a format's part: Task (load, store), chain (the sum over the blocks of a row), finish
+// (what happens to that sum), and prepare (what all threads of a block do first).
 
 #pragma once
 
@@ -46,6 +47,7 @@ __device__ inline int blocks_at_once(int slots, int blocks) {
 template <class Products, int ROWS, class Source>
 __device__ inline float row_products(const Source &source, int slots, int blocks, int first_quad) {
     DYNAMIC_SHARED(memory);
+    Products::prepare();
     constexpr int QUADS = ROWS / 4, TOGETHER = Products::TOGETHER;
     int at_once = blocks_at_once<Products, ROWS>(slots, blocks);
     Tables<ROWS> tables = {(float *)memory, slots, at_once};
@@ -84,6 +86,8 @@ struct BlockProducts {
     typedef Format Weights;
     static constexpr int BLOCKS = Format::BLOCKS;
     static constexpr int TOGETHER = Format::LINES == 4 ? 2 : 1;  // 128 bytes on their way
+
+    __device__ static inline void prepare() {}
 
     struct Task {
         uint4 lines[Format::LINES];

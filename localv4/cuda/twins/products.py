@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from localv4.cuda.twin import Kernel, Twin, Words
 from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 
 # as in kernels/single_token.cuh
 THREADS = 256
@@ -19,11 +20,17 @@ QUAD = 4  # rows of a task
 
 @dataclass(frozen=True, slots=True)
 class TokenFormat:
-    """How a format is read: so many tasks of a thread at a time, and that many tables of sums."""
+    """How a format is read (`single_token.cuh`): so many tasks of a thread at a time.
+
+    `tables` of sums are in shared memory, and so many `heads` for each superblock; `module` of
+    `localv4.kernels` has the operations of the CPU.
+    """
 
     fmt: PackedFormat
     together: int
     tables: int = 2
+    heads: int = 0
+    module: str = "formats"
 
     @property
     def blocks(self) -> int:
@@ -31,13 +38,24 @@ class TokenFormat:
         return self.fmt.columns // BLOCK
 
     def table_bytes(self, slots: int, cols: int, rows: int) -> int:
-        """Return the shared memory for `rows` rows of each slot (`single_token.cuh`)."""
+        """Return the shared memory for `rows` rows of each slot."""
         most = TABLE_FLOATS // rows // slots // self.blocks * self.blocks
         at_once = min(cols // BLOCK, max(most, self.blocks))
-        return 4 * self.tables * slots * (at_once + 1) * rows
+        heads = self.heads * at_once // self.blocks
+        return 4 * slots * rows * (self.tables * (at_once + 1) + heads)
 
 
-FORMATS = (TokenFormat(MX4, 2), TokenFormat(Q4, 2), TokenFormat(Q8, 1))
+KQUANTS = "kquant_operations"
+FORMATS = (
+    TokenFormat(MX4, 2),
+    TokenFormat(Q4, 2),
+    TokenFormat(Q8, 1),
+    TokenFormat(Q4K, 2, 2, 2, KQUANTS),
+    TokenFormat(Q6, 1, 1, 1, KQUANTS),
+    TokenFormat(Q3, 2, 1, 1, KQUANTS),
+    TokenFormat(Q2, 2, 2, 2, KQUANTS),
+    TokenFormat(IQ2, 2, 1, 1, KQUANTS),
+)
 
 
 def _groups_together(form: TokenFormat, groups: int, cols: int) -> int:
@@ -127,7 +145,7 @@ def _combined(words: Words) -> int:
 
 
 def _twins(make: Callable[[TokenFormat], Twin], kind: str) -> dict[str, Twin]:
-    return {f"formats.{form.fmt.name.lower()}_{kind}": make(form) for form in FORMATS}
+    return {f"{form.module}.{form.fmt.name.lower()}_{kind}": make(form) for form in FORMATS}
 
 
 PRODUCTS = {
