@@ -40,11 +40,15 @@ class Tile:
         return self.groups * self.warps
 
     @property
-    def shared(self) -> int:
-        """Bytes of shared memory: some stages of weights, activations and their scales."""
+    def stage(self) -> int:
+        """Bytes of a superblock of weights, activations and their scales."""
         activations = self.fmt.columns + self.fmt.columns // BLOCK * 4
-        stage = self.all_groups * self.fmt.superblock_bytes + self.tokens * activations
-        return self.stages * stage
+        return self.all_groups * self.fmt.superblock_bytes + self.tokens * activations
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.stages * self.stage
 
     def blocks(self, groups: int, tokens: int) -> int:
         """Return the number of tiles of a product."""
@@ -82,7 +86,9 @@ def _is_too_large(tile: Tile, groups: int, tokens: int) -> bool:
     return is_rather_empty or tile.blocks(groups, tokens) < MANY_BLOCKS
 
 
-def _gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:
+def gemm_kernel(source: str, tiles: Sequence[Tile], tile: Tile) -> Kernel:
+    """Return the kernel of a tile, which is launched where the tile is the best one."""
+
     def blocks(words: Words) -> int:
         groups, tokens = words[2], words[7]
         is_best = best_tile(tiles, groups, tokens) == tile
@@ -92,11 +98,11 @@ def _gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:
         return tile.shared
 
     name = f"{tile.fmt.name.lower()}_gemm_{tile.tokens}"
-    return Kernel("gemm.cu", name, tile.threads, blocks, shared)
+    return Kernel(source, name, tile.threads, blocks, shared)
 
 
 def _gemm(tiles: Sequence[Tile]) -> Twin:
-    return Twin("aiiaaaiaia", tuple(_gemm_kernel(tiles, tile) for tile in tiles))
+    return Twin("aiiaaaiaia", tuple(gemm_kernel("gemm.cu", tiles, tile) for tile in tiles))
 
 
 EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}
