@@ -3,6 +3,7 @@
 from localv4.cuda.twin import Twin
 from localv4.cuda.twins.float_products import FLOAT_PRODUCTS
 from localv4.cuda.twins.gemm import MANY_PRODUCTS
+from localv4.cuda.twins.gemm_floats import MANY_FLOAT_PRODUCTS
 from localv4.cuda.twins.pooling import POOLING
 from localv4.cuda.twins.products import PRODUCTS
 from localv4.cuda.twins.router import ROUTER
@@ -13,6 +14,7 @@ TWINS: dict[str, Twin] = {
     **PRODUCTS,
     **FLOAT_PRODUCTS,
     **MANY_PRODUCTS,
+    **MANY_FLOAT_PRODUCTS,
     **ROWS,
     **STREAMS,
     **POOLING,
