@@ -64,6 +64,7 @@ class Translator:
         self._gpu, self._mirrors = gpu, mirrors
         self._scratch, self._scratch_bytes = 0, 0
         self._kept: list[int] = []
+        self._owned: dict[tuple[int, int], int] = {}
         self.nbytes = 0
 
     def steps(self, program: GpuProgram) -> list[Step]:
@@ -73,11 +74,12 @@ class Translator:
     def _step(self, group: Sequence[tuple[Entry, Sequence[int]]]) -> Step:
         operations = [(twin_of(entry), words) for entry, words in group]
         filled = [[*words, *[0] * (WORDS - len(words))] for _, words in operations]
-        sizes = [
-            max(kernel.scratch(words) for kernel in twin.kernels)
-            for (twin, _), words in zip(operations, filled, strict=True)
-        ]
-        places = self._places(sizes)
+        places = self._places(
+            [
+                (twin.scratch(words), words[twin.owner] if twin.owner else 0)
+                for (twin, _), words in zip(operations, filled, strict=True)
+            ]
+        )
         branches = []
         for (twin, _), words, place in zip(operations, filled, places, strict=True):
             device = self._translated(twin, words, place)
@@ -98,8 +100,23 @@ class Translator:
         device[SCRATCH] = scratch
         return tuple(device)
 
-    def _places(self, sizes: Sequence[int]) -> list[int]:
-        """Return scratch memory for operations that run at the same time."""
+    def _places(self, needed: Sequence[tuple[int, int]]) -> list[int]:
+        """Return scratch memory for operations that run at the same time: bytes, owner or 0."""
+        sizes = [0 if owner else size for size, owner in needed]
+        shared = iter(self._shared_places(sizes))
+        return [
+            self._owned_place(size, owner) if owner and size else place
+            for (size, owner), place in zip(needed, shared, strict=True)
+        ]
+
+    def _owned_place(self, size: int, owner: int) -> int:
+        """Return the scratch memory of that size that belongs to an array of the host."""
+        if (owner, size) not in self._owned:
+            self._owned[owner, size] = self._gpu.allocate(size)
+            self.nbytes += size
+        return self._owned[owner, size]
+
+    def _shared_places(self, sizes: Sequence[int]) -> list[int]:
         rounded = [-(-size // LINE) * LINE for size in sizes]
         total = sum(rounded)
         if total > self._scratch_bytes:

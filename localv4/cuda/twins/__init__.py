@@ -1,6 +1,7 @@
 """The twins of all operations, by the function of the CPU: `module.name` below localv4.kernels."""
 
 from localv4.cuda.twin import Twin
+from localv4.cuda.twins.attention import ATTENTION
 from localv4.cuda.twins.gemm import MANY_PRODUCTS
 from localv4.cuda.twins.pooling import POOLING
 from localv4.cuda.twins.products import PRODUCTS
@@ -8,4 +9,12 @@ from localv4.cuda.twins.router import ROUTER
 from localv4.cuda.twins.rows import ROWS
 from localv4.cuda.twins.streams import STREAMS
 
-TWINS: dict[str, Twin] = {**ROWS, **PRODUCTS, **MANY_PRODUCTS, **STREAMS, **POOLING, **ROUTER}
+TWINS: dict[str, Twin] = {
+    **ROWS,
+    **PRODUCTS,
+    **MANY_PRODUCTS,
+    **STREAMS,
+    **ATTENTION,
+    **POOLING,
+    **ROUTER,
+}
