@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from localv4.cli.option_groups import option
 
 if TYPE_CHECKING:
+    from localv4.cuda.options import GpuOptions
     from localv4.engine.memory import MemoryOptions
 
 
@@ -132,6 +133,24 @@ KvRows = Annotated[
         help="How the compressed context is stored; compact: FP8 and FP4. Default: f32.",
     ),
 ]
+Device = Annotated[
+    str,
+    option(
+        "--device",
+        panel="Model",
+        metavar="DEVICE",
+        help="auto: a GPU if there is one and localv4[cuda] is installed; cpu; cuda; cuda:1.",
+    ),
+]
+GpuMem = Annotated[
+    str | None,
+    option(
+        "--gpu-mem",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory to take of the GPU, as 8GiB. Default: what is free, less a reserve.",
+    ),
+]
 TraceRoutes = Annotated[
     Path | None,
     option(
@@ -158,6 +177,16 @@ class EngineOptions:
     readers: ExpertReaders = None
     prefetch: Prefetch = True
     kv: KvRows = None
+    device: Device = "auto"
+    gpu_mem: GpuMem = None
+
+    def gpu(self) -> "GpuOptions":
+        """Return what was said about GPUs. Raises UsageError for what is no device or no size."""
+        from localv4.cli.sizes import parse_bytes
+        from localv4.cuda.options import GpuOptions
+
+        memory = parse_bytes(self.gpu_mem, "--gpu-mem") if self.gpu_mem is not None else None
+        return GpuOptions.parse(self.device, memory)
 
     def memory(self) -> "MemoryOptions":
         """Return what was said about memory. Raises UsageError for what is no size."""

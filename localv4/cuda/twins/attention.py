@@ -1,7 +1,7 @@
 """Twins of attention (`kernels.attend`, `kernels.attend_keys`).
 
-For one token `attend_query`, `attend_scores` and `attend_softmax` do all the work, in scratch memory
-that belongs to the CPU's (`attention.cu` has its layout).
+For one token `attend_query`, `attend_scores` and `attend_softmax` do all the work, in memory that
+belongs to the CPU's scratch memory (`attention.cu` has its layout).
 """
 
 from localv4.cuda.twin import Kernel, Twin, Words
