@@ -83,22 +83,12 @@ class Translator:
         """Return the launches of a program."""
         return [step for group in program.groups() if (step := self._step(group))]
 
-<<<<<<< HEAD
-    def _step(self, group: Sequence[tuple[Entry, Sequence[int]]]) -> Step:
-        operations = [(twin_of(entry), words) for entry, words in group]
-        filled = [[*words, *[0] * (WORDS - len(words))] for _, words in operations]
-        places = self._places(
-            [
-                (twin.scratch(words), words[twin.owner] if twin.owner else 0)
-                for (twin, _), words in zip(operations, filled, strict=True)
-            ]
-        )
-=======
     def _step(self, group: Sequence[Operation]) -> Step:
-        sizes = [max(kernel.scratch(words) for kernel in twin.kernels) for twin, words in group]
->>>>>>> main
+        needed = [
+            (twin.scratch(words), words[twin.owner] if twin.owner else 0) for twin, words in group
+        ]
         branches = []
-        for (twin, words), place in zip(group, self._places(sizes), strict=True):
+        for (twin, words), place in zip(group, self._places(needed), strict=True):
             device = self._translated(twin, words, place)
             launches = [
                 Launch(kernel, blocks, kernel.shared(words), device)
@@ -119,21 +109,21 @@ class Translator:
 
     def _places(self, needed: Sequence[tuple[int, int]]) -> list[int]:
         """Return scratch memory for operations that run at the same time: bytes, owner or 0."""
-        sizes = [0 if owner else size for size, owner in needed]
-        shared = iter(self._shared_places(sizes))
+        shared = self._shared_places([0 if owner else size for size, owner in needed])
         return [
-            self._owned_place(size, owner) if owner and size else place
+            self._owned_place(size, owner) if owner else place
             for (size, owner), place in zip(needed, shared, strict=True)
         ]
 
     def _owned_place(self, size: int, owner: int) -> int:
         """Return the scratch memory of that size that belongs to an array of the host."""
-        if (owner, size) not in self._owned:
+        if size and (owner, size) not in self._owned:
             self._owned[owner, size] = self._gpu.allocate(size)
             self.nbytes += size
-        return self._owned[owner, size]
+        return self._owned.get((owner, size), 0)
 
     def _shared_places(self, sizes: Sequence[int]) -> list[int]:
+        """Return scratch memory that anybody may use afterwards."""
         rounded = [-(-size // LINE) * LINE for size in sizes]
         total = sum(rounded)
         if total > self._scratch_bytes:

@@ -1,11 +1,8 @@
 """The twins of all operations, by the function of the CPU: `module.name` below localv4.kernels."""
 
 from localv4.cuda.twin import Twin
-<<<<<<< HEAD
 from localv4.cuda.twins.attention import ATTENTION
-=======
 from localv4.cuda.twins.float_products import FLOAT_PRODUCTS
->>>>>>> main
 from localv4.cuda.twins.gemm import MANY_PRODUCTS
 from localv4.cuda.twins.gemm_floats import MANY_FLOAT_PRODUCTS
 from localv4.cuda.twins.pooling import POOLING
@@ -15,20 +12,13 @@ from localv4.cuda.twins.rows import ROWS
 from localv4.cuda.twins.streams import STREAMS
 
 TWINS: dict[str, Twin] = {
-<<<<<<< HEAD
-    **ROWS,
-    **PRODUCTS,
-    **MANY_PRODUCTS,
-    **STREAMS,
-    **ATTENTION,
-=======
     **PRODUCTS,
     **FLOAT_PRODUCTS,
     **MANY_PRODUCTS,
     **MANY_FLOAT_PRODUCTS,
     **ROWS,
     **STREAMS,
->>>>>>> main
     **POOLING,
     **ROUTER,
+    **ATTENTION,
 }
