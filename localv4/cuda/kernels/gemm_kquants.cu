@@ -109,6 +109,12 @@ __device__ inline void decode(Q2, const u32 (&words)[2], int member, u32 &low, u
     low = word & 0x03030303, high = word >> 2 & 0x03030303;
 }
 
+// The magnitudes of the eight columns of each point.
+__device__ inline uint2 *lattice() {
+    __shared__ uint2 points[256];
+    return points;
+}
+
 __device__ inline void decode(Iq2, const u32 (&words)[2], int member, u32 &low, u32 &high) {
     u32 signs = words[1] >> (8 * member), odd = (u32)__popc(signs & 127) & 1;
     uint2 magnitudes = lattice()[words[0] >> (8 * member) & 255];
@@ -117,6 +123,18 @@ __device__ inline void decode(Iq2, const u32 (&words)[2], int member, u32 &low, 
 }
 
 // --- formats as gemm.cuh has them ---
+
+template <class Source>
+__device__ inline void prepare_tables(Source) {}
+
+__device__ inline void prepare_tables(Iq2) {
+    for (int point = threadIdx.x; point < 256; point += blockDim.x) {
+        u32 word = LATTICE_WORDS[point], halves[2] = {0, 0};
+        for (int i = 0; i < 8; ++i) halves[i / 4] |= (0x2B2B1908u >> (8 * (word >> (2 * i) & 3)) & 255) << (8 * (i % 4));
+        lattice()[point] = {halves[0], halves[1]};
+    }
+    __syncthreads();
+}
 
 // `part` and `least` are sums over the superblock, of whole numbers times scales of activations.
 template <int NUMBERS>
@@ -138,7 +156,7 @@ struct Kquant {
         float base[2];  // -MAGIC_FLOAT * scale of the first part
     };
 
-    __device__ static void prepare() { Source::prepare(); }
+    __device__ static void prepare() { prepare_tables(Source()); }
     __device__ static int place(int offset) { return offset; }
 
     __device__ static Rows load(const u8 *w, int block, Place own) {
