@@ -128,7 +128,7 @@ struct BlockProducts {
             typename Format::Sum sums[4];
             add_lines(sums, x.q + BLOCK * column_block, lookup);
             int total = 0;
-            if (Format::BIAS != 0) {
+            if (Format::WANTS_TOTAL) {
                 uint2 halves = load_input_u64(x.b + 4 * column_block + 2);
                 total = (int)(halves.x + halves.y);
             }
