@@ -117,6 +117,38 @@ __device__ inline uint2 load_stream_u64(const void *address) {
 #endif
 }
 
+// Read by many threads, and not written while the kernel runs: activations. In any order with writes
+// to other memory.
+__device__ inline float load_input(const float *address) {
+#ifdef LOCALV4_HOST
+    return *address;
+#else
+    float v;
+    asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline uint2 load_input_u64(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint2 *)address;
+#else
+    uint2 v;
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline uint4 load_input_u128(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint4 *)address;
+#else
+    uint4 v;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+#endif
+}
+
 // --- tensor cores ---
 
 // d = a (16 x 32) . b (32 x 8) + c, signed bytes; fragments as PTX has them for m16n8k32.

@@ -1,6 +1,6 @@
 // A packed matrix times one token: twins of `*_matvec` in localv4/kernels/formats.py.
 
-#include "single_token.cuh"
+#include "kquant_token.cuh"
 
 // Some groups of a matrix, one after the other.
 struct MatrixSource {
@@ -8,6 +8,7 @@ struct MatrixSource {
     i64 bytes;  // of a group
     Rounded activations;
 
+    __device__ inline bool exists(int) const { return true; }
     __device__ inline const u8 *weights(int slot) const { return first + slot * bytes; }
     __device__ inline const Rounded &x(int) const { return activations; }
 };
@@ -37,3 +38,8 @@ __device__ inline void matvec(const Words &op) {
 MATVEC(mx4, BlockProducts<Mx4>)
 MATVEC(q4, BlockProducts<Q4>)
 MATVEC(q8, BlockProducts<Q8>)
+MATVEC(q4k, SuperblockProducts<Q4K>)
+MATVEC(q6, SuperblockProducts<Q6>)
+MATVEC(q3, SuperblockProducts<Q3>)
+MATVEC(q2, SuperblockProducts<Q2>)
+MATVEC(iq2, SuperblockProducts<Iq2>)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from localv4.cuda.twin import Kernel, Twin, Words
 from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 
 # as in kernels/single_token.cuh
 THREADS = 256
-TABLE_FLOATS = 4096
+TABLE_ROWS = 4096
 DOWN_ROWS = 8
 
 FEW_GROUPS = 512
@@ -19,11 +20,17 @@ QUAD = 4  # rows of a task
 
 @dataclass(frozen=True, slots=True)
 class TokenFormat:
-    """How a format is read: so many tasks of a thread at a time, and that many tables of sums."""
+    """How a format is read (`single_token.cuh`): so many tasks of a thread at a time.
+
+    In shared memory there are `floats` for each row and block, and `heads` for each row and
+    superblock. `module` of `localv4.kernels` has the operations of the CPU.
+    """
 
     fmt: PackedFormat
     together: int
-    tables: int = 2
+    floats: int = 2
+    heads: int = 0
+    module: str = "formats"
 
     @property
     def blocks(self) -> int:
@@ -31,13 +38,24 @@ class TokenFormat:
         return self.fmt.columns // BLOCK
 
     def table_bytes(self, slots: int, cols: int, rows: int) -> int:
-        """Return the shared memory for `rows` rows of each slot (`single_token.cuh`)."""
-        most = TABLE_FLOATS // rows // slots // self.blocks * self.blocks
+        """Return the shared memory for `rows` rows of each slot."""
+        most = TABLE_ROWS // rows // slots // self.blocks * self.blocks
         at_once = min(cols // BLOCK, max(most, self.blocks))
-        return 4 * self.tables * slots * (at_once + 1) * rows
+        heads = self.heads * at_once // self.blocks
+        return 4 * slots * rows * (self.floats * (at_once + 1) + heads)
 
 
-FORMATS = (TokenFormat(MX4, 2), TokenFormat(Q4, 2), TokenFormat(Q8, 1))
+KQUANTS = "kquant_operations"
+FORMATS = (
+    TokenFormat(MX4, 2),
+    TokenFormat(Q4, 2),
+    TokenFormat(Q8, 1),
+    TokenFormat(Q4K, 2, 2, 2, KQUANTS),
+    TokenFormat(Q6, 1, 1, 1, KQUANTS),
+    TokenFormat(Q3, 2, 1, 1, KQUANTS),
+    TokenFormat(Q2, 2, 2, 2, KQUANTS),
+    TokenFormat(IQ2, 2, 1, 1, KQUANTS),
+)
 
 
 def _groups_together(form: TokenFormat, groups: int, cols: int) -> int:
@@ -104,7 +122,7 @@ def _down(form: TokenFormat) -> Twin:
         return GROUP_ROWS // DOWN_ROWS * words[3]
 
     def shared(words: Words) -> int:
-        fitting = min(TABLE_FLOATS // DOWN_ROWS // (words[4] // BLOCK), THREADS // DOWN_ROWS)
+        fitting = min(TABLE_ROWS // DOWN_ROWS // (words[4] // BLOCK), THREADS // DOWN_ROWS)
         return form.table_bytes(max(1, min(words[2], fitting)), words[4], DOWN_ROWS)
 
     name = f"{form.fmt.name.lower()}_down"
@@ -127,7 +145,7 @@ def _combined(words: Words) -> int:
 
 
 def _twins(make: Callable[[TokenFormat], Twin], kind: str) -> dict[str, Twin]:
-    return {f"formats.{form.fmt.name.lower()}_{kind}": make(form) for form in FORMATS}
+    return {f"{form.module}.{form.fmt.name.lower()}_{kind}": make(form) for form in FORMATS}
 
 
 PRODUCTS = {
