@@ -130,8 +130,8 @@ class TokenPlan:
         """Bring the token's experts of a layer into memory; compute with those that are there."""
         network, store = self._network, self._network.store
         numbers = self._chunk.chosen[0]
+        store.request(layer, numbers.tolist())  # before anything else: the disk shall not rest
         store.count_misses(layer, numbers.tolist())
-        store.request(layer, numbers.tolist())
         if layer in segment.guesses:
             network.team.run(segment.program[segment.guesses[layer]])
             store.guess(layer + 1, self._guess.chosen.tolist(), numbers.tolist())
