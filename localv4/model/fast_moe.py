@@ -28,10 +28,6 @@ WAVE_SLOTS = 4096
 """Pairs of token and expert that are multiplied together: bounds the memory of activations."""
 
 
-GUESSES = 4
-"""Experts of the next layer that are guessed: the likeliest ones."""
-
-
 SURE_USES = 4
 """Uses for each expert of a layer from which on nearly every one is used."""
 
@@ -83,15 +79,6 @@ class ExpertGroups:
         self.shares = np.zeros(slots, np.float32)
         self.x, self.hidden = Rounded(slots, config.hidden_size), Rounded(slots, inner)
         self.shared = SharedBuffers(rows, inner * config.shared_experts)
-
-
-class Guess:
-    """What the router of the next layer would choose for one token."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.logits = Rows(1, config.n_experts)
-        self.chosen = np.zeros(min(GUESSES, config.n_experts), np.int64)
-        self.shares = np.zeros(len(self.chosen), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +167,10 @@ class FastMoe:
             *(uses.decay.ctypes.data, len(uses.decay), halt),
         )
 
-    def add_glance(self, program: Program, chunk: ChunkBuffers, guess: Guess, halt: int) -> None:
-        """Choose what this layer would for the input of the one before; halt if one is absent."""
-        router, config = self.router, self.config
-        assert router.bias is not None
-        program.multiply(guess.logits, router.weight, Input(chunk.x, chunk.x_rounded), 1)
-        program.add(
-            route.route,
-            *(guess.logits.at(), guess.logits.stride, config.n_experts),
-            *(router.bias.ctypes.data, 0, 0, len(guess.chosen), float_bits(1.0)),
-            *(guess.chosen.ctypes.data, guess.shares.ctypes.data, 1),
-        )
-        table = self.store.addresses[self.index].ctypes.data
-        program.add(route.glance, guess.chosen.ctypes.data, len(guess.chosen), table, halt)
+    def add_glance(self, program: Program, guess: ChunkBuffers, halt: int) -> None:
+        """Halt if one of the experts that one token is guessed to choose is absent."""
+        chosen, table = guess.chosen.ctypes.data, self.store.addresses[self.index].ctypes.data
+        program.add(route.glance, chosen, guess.chosen.shape[1], table, halt)
 
     def add_gate_up(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
         """Compute the hidden layers of one token's experts, which are looked up."""
