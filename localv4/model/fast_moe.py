@@ -180,14 +180,6 @@ class FastMoe:
                 self._add_gate_up(program, chunk, form, records.ctypes.data, count, hidden, 0)
             self.shared.add_gate_up(program, hidden.shared, x, 1)
 
-    def add_shared_gate_up(
-        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers
-    ) -> None:
-        """Compute the hidden layer of the shared expert alone."""
-        x = Input(chunk.x, chunk.x_rounded)
-        with program.alongside():
-            self.shared.add_gate_up(program, hidden.shared, x, 1)
-
     def add_early_gate_up(
         self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, places: Sequence[int]
     ) -> None:
@@ -197,6 +189,25 @@ class FastMoe:
                 form = self.experts.form(self.index, int(chunk.chosen[0, place]))
                 record = hidden.early[place : place + 1].ctypes.data
                 self._add_gate_up(program, chunk, form, record, 1, hidden, place)
+        with program.alongside():
+            for place in places:
+                program.round(hidden.rounded.part(place), hidden.values.part(place), 1)
+
+    def add_early_down(
+        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, places: range
+    ) -> None:
+        """Add the outputs of neighbours among the token's experts to `update`, in their order.
+
+        Those at place 0 begin the sum. All experts of the layer have one form.
+        """
+        first = places.start
+        program.add(
+            OPERATIONS[self.forms[0].down.name].down,
+            *(hidden.early[first:].ctypes.data, len(places)),
+            *(self.forms[0].hidden // GROUP_ROWS, self.forms[0].inner),
+            *(*hidden.rounded.part(first).addresses, chunk.update.at()),
+            *(chunk.shares[0, first:].ctypes.data, self.forms[0].offset, int(first > 0)),
+        )
 
     def _add_gate_up(
         self,

@@ -153,7 +153,7 @@ class RowsProgram:
             layer.add_router(program, chunk, rows)
             layer.moe.add_shared(program, chunk, self._groups.shared, rows)
             if not layer.moe.forms:
-                segments.append(Segment(program.finish(), lookups, {}, resumes, index))
+                segments.append(Segment(program.finish(), lookups, {}, {}, resumes, index))
                 program, lookups, resumes = network.new_program(), {}, {}
                 continue
             lookups[len(program)] = index
@@ -162,5 +162,5 @@ class RowsProgram:
         site = network.head_site
         site.add_mixing(program, chunk, rows, updates=2, leaves=True)
         site.add_head_entry(program, chunk, rows)
-        segments.append(Segment(program.finish(), lookups, {}, resumes, None))
+        segments.append(Segment(program.finish(), lookups, {}, {}, resumes, None))
         return segments

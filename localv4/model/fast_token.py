@@ -23,14 +23,15 @@ class Segment:
     """Operations of the token's program.
 
     `lookups` maps those that look up a layer's experts, where the segment can halt, to the layer,
-    `glances` those that guess them. `resumes` maps a layer to the operation behind the first half
-    of its experts. After the segment the experts of layer `stored` are multiplied as they are
-    stored, if it is not None.
+    `glances` those that guess them. `resumes` maps a layer to the operation behind its experts,
+    `downs` to the one where their second half begins. After the segment the experts of layer
+    `stored` are multiplied as they are stored, if it is not None.
     """
 
     program: NDArray[np.int64]
     lookups: dict[int, int]
     glances: dict[int, int]
+    downs: dict[int, int]
     resumes: dict[int, int]
     stored: int | None
 
@@ -126,33 +127,42 @@ class TokenPlan:
                 return False
             assert (network.store.addresses[layer, self._chunk.chosen[0]] > 0).all()
             network.team.run(segment.program[last:done])
-            done = segment.resumes[layer]
+            is_done = len(network.layers[layer].moe.forms) == 1
+            done = segment.resumes[layer] if is_done else segment.downs[layer]
 
     def _fetch(self, layer: int) -> None:
-        """Bring the token's experts of a layer into memory; compute with those that are there."""
+        """Bring the token's experts of a layer into memory; compute with those that are there.
+
+        Their outputs are added as far as their order allows: up to the first that is not there.
+        Experts of several forms have another order, so of those only the first half is computed.
+        """
         network, store = self._network, self._network.store
-        numbers = self._chunk.chosen[0]
+        moe, numbers = network.layers[layer].moe, self._chunk.chosen[0]
         store.request(layer, numbers.tolist())  # before anything else: the disk shall not rest
         store.count_misses(layer, numbers.tolist())
         self._run_shared(layer)
-        open_places = list(range(len(numbers)))
-        while open_places:
+        ready = np.zeros(len(numbers) + 1, bool)
+        added = 0
+        while not ready[:-1].all():
             records = store.addresses[layer, numbers]
-            there = [place for place in open_places if records[place] > 0]
-            if there:
-                self._hidden.early[:] = records
-                program = network.new_program()
-                moe = network.layers[layer].moe
-                moe.add_early_gate_up(program, self._chunk, self._hidden, there)
-                network.run(program)
-            else:
+            there = np.flatnonzero((records > 0) & ~ready[:-1]).tolist()
+            if not there:
                 network.check_cancelled()
                 store.wait(layer, numbers.tolist())
-            open_places = [place for place in open_places if place not in there]
+                continue
+            self._hidden.early[:] = records
+            program = network.new_program()
+            moe.add_early_gate_up(program, self._chunk, self._hidden, there)
+            ready[there] = True
+            end = int(ready.argmin())
+            if end > added and len(moe.forms) == 1:
+                moe.add_early_down(program, self._chunk, self._hidden, range(added, end))
+                added = end
+            network.run(program)
 
     def _run_shared(self, layer: int) -> None:
-        program = self._network.new_program()
-        self._network.layers[layer].moe.add_shared_gate_up(program, self._chunk, self._hidden)
+        program, moe = self._network.new_program(), self._network.layers[layer].moe
+        moe.add_shared(program, self._chunk, self._hidden.shared, 1)
         self._network.run(program)
 
     def _build(self) -> None:
@@ -179,7 +189,7 @@ class TokenPlan:
 
     def _new_segment(self) -> tuple[Program, Segment]:
         nothing = np.zeros((0, WORDS), np.int64)
-        return self._network.new_program(), Segment(nothing, {}, {}, {}, None)
+        return self._network.new_program(), Segment(nothing, {}, {}, {}, {}, None)
 
     def _add_experts(self, program: Program, segment: Segment, index: int) -> None:
         """Add the experts of a layer."""
@@ -188,8 +198,9 @@ class TokenPlan:
         segment.lookups[len(program)] = index
         moe.add_resolve(program, chunk, hidden, halt)
         moe.add_gate_up(program, chunk, hidden)
-        segment.resumes[index] = len(program)
+        segment.downs[index] = len(program)
         moe.add_down(program, chunk, hidden)
+        segment.resumes[index] = len(program)
 
     def _add_glance(self, program: Program, segment: Segment, index: int) -> None:
         """Choose what a layer would if its attention added nothing; halt if one is absent."""
