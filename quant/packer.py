@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from localv4.errors import UsageError
-from localv4.kernels.threads import most_threads
 from localv4.small_file import read_small_file
 from localv4.storage import Checkpoint
 from localv4.storage.names import member_path
@@ -24,9 +23,7 @@ from quant.packed_writer import (
     write_manifest,
     write_shard,
 )
-from quant.recipe import Recipe
 from quant.report import REPORT_NAME, report_of
-from quant.source import open_source
 from quant.task import OnProgress, Progress, Task
 from quant.workplace import claimed, reserve_all
 
@@ -43,21 +40,6 @@ SMALL_FILES = (
 """What is copied from the folder of a safetensors model, where it is there."""
 
 MAX_SMALL_FILE_BYTES = 64 << 20
-LOSSLESS = Recipe(name="lossless", summary="every value stays")
-
-
-def pack_folder(
-    source: Checkpoint,
-    target: Path,
-    *,
-    threads: int | None = None,
-    on_progress: OnProgress | None = None,
-) -> None:
-    """Write `source` as the packed folder `target`, value for value; see `Packer.run`.
-
-    Raises UsageError for a source that is packed already.
-    """
-    Packer(Task(open_source(source), LOSSLESS, threads or most_threads())).run(target, on_progress)
 
 
 class Packer:

@@ -15,7 +15,6 @@ The last rule that names a tensor decides. What no rule names keeps its values.
 
 import re
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,15 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from localv4.errors import BadFileError, UsageError
 from localv4.small_file import read_small_file
+from localv4.storage.recipe_files import NAMES, check_layers, names_layer, read_recipe
 from quant.formats import GGML_TARGETS, KEEP, PACKED_TARGETS
 from quant.tensor_class import TensorClass
 
-BUILT_IN = ("lossless", "q8", "q4", "q3", "q2", "mixed")
 MAX_RECIPE_BYTES = 1 << 20
 
 Method = Literal["round", "search", "feedback"]
 
-_SPAN = re.compile(r"all|(?:first|last) (\d+)|(\d+)(?:-(\d+))?")
 _ROUTED = {TensorClass.GATE_UP, TensorClass.DOWN}
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 
@@ -51,9 +49,7 @@ class Rule(BaseModel):
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, text: str) -> str:
-        for span in text.split(","):
-            if not _SPAN.fullmatch(span.strip()):
-                raise ValueError(f'"{span.strip()}" is not all, first N, last N, N or N-M')
+        check_layers(text)
         return text
 
     @field_validator("formats")
@@ -74,10 +70,7 @@ class Rule(BaseModel):
 
     def covers(self, kind: TensorClass, layer: int | None, layers: int) -> bool:
         """Tell whether the rule is about a class in a layer (None: in none) of `layers`."""
-        if kind not in self.tensors:
-            return False
-        spans = (_SPAN.fullmatch(span.strip()) for span in self.layers.split(","))
-        return any(match is not None and _inside(match, layer, layers) for match in spans)
+        return kind in self.tensors and names_layer(self.layers, layer, layers)
 
 
 class Recipe(BaseModel):
@@ -114,14 +107,13 @@ def load_recipe(reference: str) -> Recipe:
 
     Raises UsageError for an unknown name, NotFoundError or BadFileError for a file.
     """
-    if reference in BUILT_IN:
-        text = resources.files("quant.recipes").joinpath(f"{reference}.toml").read_bytes()
-        return _parse(text, Path(f"{reference}.toml"), reference)
+    if reference in NAMES:
+        return _parse(read_recipe(reference), Path(f"{reference}.toml"), reference)
     path = Path(reference)
     if path.suffix != ".toml":
         raise UsageError(
             f'there is no recipe "{reference}"',
-            hint=f"choose {', '.join(BUILT_IN)}, or a file that ends in .toml",
+            hint=f"choose {', '.join(NAMES)}, or a file that ends in .toml",
         )
     return _parse(read_small_file(path, MAX_RECIPE_BYTES), path, path.stem.lower())
 
@@ -155,14 +147,3 @@ def _known(names: list[str], targets: object) -> list[str]:
         if name not in allowed:
             raise ValueError(f'"{name}" is not one of {", ".join(allowed)}')
     return names
-
-
-def _inside(match: re.Match[str], layer: int | None, layers: int) -> bool:
-    if match[0] == "all":
-        return True
-    if layer is None:
-        return False
-    if match[1] is not None:
-        count = int(match[1])
-        return layer < count if match[0].startswith("first") else layer >= layers - count
-    return int(match[2]) <= layer <= int(match[3] or match[2])

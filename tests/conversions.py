@@ -6,7 +6,7 @@ from pathlib import Path
 
 from golden_files import load_golden, write_stored
 
-from localv4.storage import open_checkpoint
+from localv4.storage import Checkpoint, open_checkpoint
 from quant.gguf_conversion import GgufConversion
 from quant.importance import Statistics
 from quant.packer import Packer
@@ -64,3 +64,9 @@ def copied(source: Path, target: Path) -> Path:
     """Return a copy of a model that a test may change."""
     shutil.copytree(source, target)
     return target
+
+
+def pack_folder(source: Checkpoint, target: Path, on_progress: OnProgress | None = None) -> None:
+    """Write `source` as the packed folder `target`, value for value."""
+    task = Task(open_source(source), load_recipe("lossless"), threads=2)
+    Packer(task).run(target, on_progress)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from localv4.cuda.compiler import definitions
 from localv4.cuda.twin import SCRATCH, Kernel
 from localv4.cuda.twins import TWINS
 from localv4.kernels.compiler import Entry
@@ -43,13 +44,16 @@ def twin_name(entry: Entry) -> str:
 def library(source: str) -> ctypes.CDLL:
     """A file of kernels, compiled for this machine."""
     headers = sorted([*KERNELS.glob("*.cuh"), *HOST.iterdir(), KERNELS / source])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in headers)).hexdigest()[:16]
+    parts = [definitions().encode(), *(path.read_bytes() for path in headers)]
+    digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"localv4-cuda-host-{digest}"
     target = folder / f"{source}.so"
     if not target.exists():
         folder.mkdir(exist_ok=True)
         unit = folder / f"{source}.cpp"
-        unit.write_text(f'#include "{KERNELS / source}"\n#include "{HOST / "launch.cpp"}"\n')
+        files = (KERNELS / source, HOST / "launch.cpp")
+        includes = "".join(f'#include "{path}"\n' for path in files)
+        unit.write_text(definitions() + includes)
         made = folder / f"{source}.{id(target)}.so"
         command = [COMPILER or "g++", *FLAGS, "-DLOCALV4_HOST", "-shared", "-fPIC", "-w"]
         command += [f"-I{HOST}", f"-I{KERNELS}", str(unit), "-o", str(made)]

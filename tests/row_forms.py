@@ -78,6 +78,7 @@ def encode(name: str, rows: Floats, rope: int) -> Bytes:
     if name == "E2M1":
         groups = mixed(rows).reshape(count, -1, 32)
         k = np.maximum(_exponents(groups, 6), -127)
+        k = np.maximum(k, k.max(1, keepdims=True) - 3)
         codes = _nearest(np.ldexp(groups, -k[:, :, None]), _E2M1)
         pairs = codes[:, :, :16] | codes[:, :, 16:] << 4
         scales = (k + 127 + 14).astype(np.uint8)

@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from localv4.cli import bench_plot
+from localv4.cli import bench_plot, picture
 from localv4.cli.bench_report import Report
 from localv4.engine.measurement import (
     Case,
@@ -114,6 +114,7 @@ def test_files(suffix: str, tmp_path: Path) -> None:
     start = b"\x89PNG" if suffix == "png" else b"<?xml"
     assert data.startswith(start)
     assert b"<dc:date>" not in data
+    assert data == again.read_bytes()
     assert sorted(tmp_path.iterdir()) == [first, again]
     bench_plot.draw(report(), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -122,20 +123,20 @@ def test_files(suffix: str, tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="comes with the plot extra")
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(OSError, match=r"a\.png"):
+    with pytest.raises(LocalV4Error, match=r"a\.png"):
         bench_plot.draw(report(*DEEP), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_targets_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"speed\.jpg"):
-        bench_plot.check_target(tmp_path / "speed.jpg")
+        picture.check_target(tmp_path / "speed.jpg")
     with pytest.raises(NotFoundError, match="no folder"):
-        bench_plot.check_target(tmp_path / "none" / "a.png")
+        picture.check_target(tmp_path / "none" / "a.png")
     (tmp_path / "b.png").mkdir()
     with pytest.raises(LocalV4Error, match="cannot write"):
-        bench_plot.check_target(tmp_path / "b.png")
+        picture.check_target(tmp_path / "b.png")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(NotFoundError, match="matplotlib") as caught:
-        bench_plot.check_target(tmp_path / "a.png")
+        picture.check_target(tmp_path / "a.png")
     assert caught.value.hint == "pip install 'localv4[plot]'"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conversions import pack_folder
 from gguf_writer import MAINLINE, GgufOptions, write_gguf
 from golden_files import random_model
 from terminal import needs_jit, run_here, run_localv4
@@ -11,7 +12,6 @@ from test_sources import SUPERBLOCKS
 
 from localv4.library.installed import embedded_model_path
 from localv4.storage import open_checkpoint
-from quant.packer import pack_folder
 
 pytestmark = needs_jit
 
@@ -21,7 +21,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home whose only model is a packed copy of the embedded one."""
     home = tmp_path_factory.mktemp("home")
     with open_checkpoint(embedded_model_path()) as source:
-        pack_folder(source, home / "data" / "models" / "mine", threads=2)
+        pack_folder(source, home / "data" / "models" / "mine")
     return home
 
 
@@ -59,7 +59,7 @@ def test_one_that_was_made_from_gguf(tmp_path: Path) -> None:
     source, _ = write_gguf(random_model(SUPERBLOCKS), tmp_path / "m.gguf", GgufOptions(MAINLINE))
     folder = tmp_path / "packed"
     with open_checkpoint(source) as opened:
-        pack_folder(opened, folder, threads=2)
+        pack_folder(opened, folder)
     assert not (folder / "config.json").exists()
     both = [
         json.loads(run_here("show", str(path), "--json", home=tmp_path).stdout)

@@ -13,8 +13,9 @@ from terminal import ESCAPE
 from test_cli_terminal import ATTACKS, Screen, is_harmless
 
 from localv4.cli import generation, terminal
+from localv4.cli.live_view import LiveView
 from localv4.cli.progress import Progress
-from localv4.cli.view import HeldView, JsonView, PlainView, TerminalView, View
+from localv4.cli.view import HeldView, JsonView, PlainView, View
 from localv4.engine.paging_stats import PagingStats
 from localv4.engine.reply import ReplyStats
 from localv4.paging.counts import PagingCounts
@@ -138,7 +139,7 @@ def on_terminal(
     screen = Screen()
     console = terminal.make_console(screen)
     console.size = (columns, 12)
-    show(TerminalView(console, hide_thinking=hide_thinking), deltas, **reply)
+    show(LiveView(console, hide_thinking=hide_thinking), deltas, **reply)
     return screen.getvalue()
 
 
@@ -147,7 +148,7 @@ def _capable_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("localv4.cli.view.REFRESH_S", 0.0)
+    monkeypatch.setattr("localv4.cli.live_view.REFRESH_S", 0.0)
 
 
 def screen_lines(written: str) -> list[str]:
@@ -231,7 +232,7 @@ def test_narrow_screens(columns: int) -> None:
 
 def test_error_keeps_the_text_and_gives_the_cursor_back() -> None:
     screen = Screen()
-    view = TerminalView(terminal.make_console(screen), hide_thinking=False)
+    view = LiveView(terminal.make_console(screen), hide_thinking=False)
     with pytest.raises(KeyboardInterrupt), view:
         view.show(Delta("content", "text"))
         raise KeyboardInterrupt
@@ -263,7 +264,7 @@ def test_paging_while_an_answer_is_written() -> None:
     screen = Screen()
     console = terminal.make_console(screen)
     console.size = (120, 12)
-    with TerminalView(console, hide_thinking=False) as view:
+    with LiveView(console, hide_thinking=False) as view:
         view.tick(fake_generation(paging=fake_paging()))
     assert "hits 70% | 4 misses, 50 ms wait per tok" in screen.getvalue()
 

@@ -9,7 +9,16 @@ import row_forms
 from numpy.typing import NDArray
 from reference_packed import address, floats
 
-from localv4.kernels import index_scores, row_operations, top_entries
+from localv4.kernels import (
+    code_keys,
+    code_scores,
+    code_tiles,
+    index_scores,
+    row_operations,
+    top_entries,
+)
+from localv4.kernels.head_lanes import lanes
+from localv4.kernels.isa import ISA
 from localv4.kernels.operation import WORDS, float_bits
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
@@ -71,11 +80,17 @@ class Case:
             even * cos - odd * sin,
             even * sin + odd * cos,
         )
-        if self.rows.index.is_mixed:
-            queries = row_forms.mixed(queries.astype(F32)).astype(np.float64)
+        if self.rows is row_operations.COMPACT:
+            queries = rounded(row_forms.mixed(queries.astype(F32)))
         dots = np.maximum(queries @ self.entries[: self.visible(t)].T.astype(np.float64), 0)
         weights: Wide = self.weights[t, : self.heads].astype(np.float64) * FACTOR
         return weights @ dots
+
+
+def rounded(queries: Floats) -> Wide:
+    """The queries (heads, n) in int8 with a scale for each head."""
+    size = np.abs(queries).max(1, keepdims=True)
+    return np.rint(queries * (F32(127) / size)) * (size / 127).astype(np.float64)
 
 
 class Run:
@@ -84,7 +99,8 @@ class Run:
     def __init__(self, case: Case, members: int) -> None:
         self.case, self.members = case, members
         size = index_scores.scratch_bytes(case.heads, case.n, case.visible(case.tokens - 1))
-        self.scratch = floats(members + 1, size // 4)
+        self.size = size
+        self.scratch = floats(members * index_scores.TOKENS + 1, size // 4)
         self.chosen = np.full((case.tokens + 1, case.top_k), -1, np.int32)
         self.counts = np.full(case.tokens + 1, -1, np.int64)
         self.cell = np.array([address(case.stored)], np.int64)
@@ -99,7 +115,7 @@ class Run:
         x = [address(case.x), case.x.shape[1], case.tokens]
         weights = [address(case.weights), case.weights.shape[1], float_bits(float(FACTOR))]
         results = [address(self.chosen), address(self.counts)]
-        scratch = [address(self.scratch), self.scratch[0].nbytes]
+        scratch = [address(self.scratch), self.size]
         angles = [address(case.cos), address(case.sin), case.pairs]
         words = [
             *self.words(context),
@@ -135,6 +151,7 @@ class Run:
                 scratch,
             ],
             [case.rows.index_scores.address, *shared, address(self.cell), scratch, case.pairs],
+            [index_scores.index_rank.address, *shared, scratch],
             [index_scores.index_select.address, *shared, scratch, *results],
         ]
         self.run(operations if select else operations[:2])
@@ -147,12 +164,11 @@ class Run:
         team = Team(self.members)
         team.run(program)
         team.close()
-        assert np.isnan(self.scratch[self.members]).all(), "a write behind the scratch memory"
+        assert np.isnan(self.scratch[-1]).all(), "a write behind the scratch memory"
 
     def scores(self, t: int) -> Floats:
         """The scores of the token that ran alone, before the choice."""
-        end = self.scratch[0].size - GAP
-        start = end - self.case.visible(self.case.tokens - 1)
+        start = (self.case.n + 1) * lanes(self.case.heads)
         return self.scratch[0, start : start + self.case.visible(t)].copy()
 
 
@@ -213,17 +229,44 @@ def test_tokens_alone_and_together_choose_the_same(case: Case) -> None:
         assert np.array_equal(run.counts, expected.counts)
 
 
+@pytest.mark.skipif(not ISA.amx, reason="needs a machine with AMX")
+@pytest.mark.parametrize("visible", [1, 48, 500])
+def test_tiles_have_the_bits_of_vectors(visible: int) -> None:
+    case = replace(RELEASED, rows=row_operations.COMPACT)
+    run = Run(case, 1).alone(2, select=False)
+    results = []
+    for scorer, bias in ((code_scores.scorer, ISA.byte_bias), (code_tiles.tile_scorer, 0)):
+        score_blocks = scorer(code_keys.expander(bias))
+        where = (address(run.scratch), 0, 1, address(case.stored), visible)
+        score_blocks(*where, case.heads, case.n, 0, -(-visible // code_keys.KEYS))
+        results.append(run.scores(2)[:visible])
+    assert np.array_equal(*results)
+    assert np.abs(results[0] - case.scores(2)[:visible]).max() < 1e-4
+
+
+def test_a_row_that_is_not_finite_has_no_finite_score() -> None:
+    case = replace(RELEASED, rows=row_operations.COMPACT, tokens=1)
+    before = Run(case, 1).alone(0, select=False).scores(0)
+    case.stored[7, case.n // 2 :] = [120, 255, 120, 120]
+    after = Run(case, 1).alone(0, select=False).scores(0)
+    assert not np.isfinite(after[7])
+    assert np.array_equal(np.delete(after, 7), np.delete(before, 7))
+
+
 def top(scores: Floats, k: int) -> Ints:
     """The k best of scores as the kernel finds them."""
-    buffer = np.concatenate([scores, np.full(17, np.inf)]).astype(F32)
+    size = top_entries.ranking_bytes(len(scores)) // 4
+    buffer = np.concatenate([scores, np.full(size - len(scores) + 1, np.inf)]).astype(F32)
     chosen = np.full(k + 1, -7, np.int32)
+    for group in range(top_entries.groups_of(len(scores))):
+        top_entries.rank_group(address(buffer), len(scores), group)
     top_entries.write_top(address(chosen), address(buffer), len(scores), k)
-    assert buffer[len(scores) + 16 :] == np.inf, "a write behind the scores"
+    assert buffer[-1] == np.inf, "a write behind the scratch memory"
     assert chosen[k] == -7, "a write behind the chosen"
     return chosen[:k]
 
 
-@pytest.mark.parametrize("count", [2, 16, 17, 63, 64, 65, 1000])
+@pytest.mark.parametrize("count", [2, 16, 17, 127, 128, 129, 1000, 5000, 20_000])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_top_is_exact(count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

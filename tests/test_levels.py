@@ -21,6 +21,9 @@ SOME = (
     "test_gemm.py::test_some_tokens_have_the_bits_of_one[80-384-17-Q8]",
     "test_row_forms.py::test_rows_are_stored_as_the_twin_stores_them",
     "test_row_forms.py::test_rows_read_as_what_is_stored",
+    "test_index_scores.py::test_scores_are_those_of_the_indexer[3-many, compact]",
+    "test_index_scores.py::test_scores_are_those_of_the_indexer[3-small, compact]",
+    "test_index_scores.py::test_scores_are_those_of_the_indexer[3-released size, compact]",
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from conversions import pack_folder
 from filelock import FileLock
 from gguf import GGMLQuantizationType as Type
 from gguf_writer import ANTIREZ, MAINLINE, ROLES, GgufOptions, write_gguf
@@ -41,7 +42,6 @@ from localv4.text.tokenizer import Tokenizer
 from quant.journal import JOURNAL_NAME
 from quant.output_file import WrittenFile
 from quant.packed_writer import write_shard
-from quant.packer import pack_folder
 from quant.task import Progress
 from quant.workplace import LOCK_NAME
 
@@ -61,7 +61,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pack(source: Path, target: Path, **options: Any) -> Path:
     with open_checkpoint(source) as checkpoint:
-        pack_folder(checkpoint, target, threads=2, **options)
+        pack_folder(checkpoint, target, **options)
     return target
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conversions import pack_folder
 
 if os.environ.get("NUMBA_DISABLE_JIT") == "1":
     pytest.skip("packed kernels need the compiler", allow_module_level=True)
@@ -31,7 +32,6 @@ from localv4.paging.readers import ReadError, Readers
 from localv4.paging.store import ExpertStore
 from localv4.paging.uses import Uses
 from localv4.storage import Checkpoint, open_checkpoint
-from quant.packer import pack_folder
 
 PROMPT = np.random.default_rng(3).integers(0, 400, 70).tolist()
 TOKENS = 14

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from localv4.errors import BadFileError, NotFoundError, UsageError
+from localv4.storage.recipe_files import NAMES
 from quant.choice import choose_ggml, choose_packed
-from quant.recipe import BUILT_IN, Recipe, Rule, load_recipe
+from quant.recipe import Recipe, Rule, load_recipe
 from quant.tensor_class import TensorClass, class_of, layer_of
 
 
@@ -17,7 +18,7 @@ def rule(*formats: str, **fields: object) -> Rule:
 # --- files
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", NAMES)
 def test_built_in_recipes_are_valid(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.summary

@@ -94,6 +94,7 @@ class Layer:
         return _program(
             (rows.index_query, query, heads, width, *turn, *inputs),
             (rows.index_scores, *seen, entries, scratch, turn[2]),
+            (index_scores.index_rank, *seen, scratch),
             (
                 index_scores.index_select,
                 *(*seen, scratch, self.chosen.ctypes.data, self.counts.ctypes.data),

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localv4.cli import options
+from localv4.cli.engine_options import Arithmetic, EngineOptions
+from localv4.cli.option_groups import with_groups
+from localv4.cli.sampling_options import SamplingOptions, ThinkingOptions
 from localv4.errors import Cancelled, UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +100,7 @@ class Machine:
     ctx_size: int | None
     threads: int | None
     pin: bool
-    numerics: options.Arithmetic
+    numerics: Arithmetic
     memory: "MemoryOptions"
     parallel: int | None
     ray: str | None
@@ -140,38 +143,23 @@ class Job:
     no_color: bool
 
 
+@with_groups
 def batch(
     input_file: Input,
     output: Output,
+    *,
     model: options.Model = None,
     parallel: Parallel = None,
     shard: Shard = None,
     ray: Ray = None,
     overwrite: Overwrite = False,
     ctx_size: options.ContextSize = None,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
-    ram: options.Ram = None,
-    reserve: options.Reserve = None,
-    io: options.Io = options.IoWay.AUTO,
-    cache_policy: options.CachePolicy = options.Caching.DECAY,
-    readers: options.ExpertReaders = None,
-    prefetch: options.Prefetch = True,
-    kv: options.KvRows = None,
+    engine: EngineOptions,
     system: options.System = None,
     raw: options.Raw = False,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    seed: options.Seed = None,
-    greedy: options.Greedy = False,
+    sampling: SamplingOptions,
     stop: options.Stop = None,
-    think: options.Think = None,
-    think_effort: options.ThinkEffort = None,
+    thought: ThinkingOptions,
     output_format: options.Format = options.OutputFormat.AUTO,
     as_json: options.Json = False,
     stats: options.Stats = False,
@@ -188,14 +176,13 @@ def batch(
     from localv4.engine.batch_input import scan
     from localv4.engine.fingerprint import weights_fingerprint
 
-    thinking, effort = options.thinking_mode(think, think_effort)
+    thinking, effort = thought.mode()
     if raw and (thinking or system is not None):
         raise UsageError("--raw has no chat format: no system prompt and no thinking")
-    values = options.sampling_values(
-        temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
+    values = sampling.values()
+    machine = Machine(
+        ctx_size, engine.threads, engine.pin, engine.numerics, engine.memory(), parallel, ray
     )
-    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv)
-    machine = Machine(ctx_size, threads, pin, numerics, memory, parallel, ray)
     part = parse_shard(shard)
     job = Job(
         rows=scan(input_file),
@@ -318,7 +305,7 @@ def _on_this_machine(
         rows=len(todo),
         ctx_size=machine.ctx_size,
         threads=machine.threads,
-        exact=machine.numerics is options.Arithmetic.EXACT,
+        exact=machine.numerics is Arithmetic.EXACT,
     )
     loaded = loading.load_engine(
         _reference(asked.model),

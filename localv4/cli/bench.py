@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localv4.cli import options
+from localv4.cli.engine_options import EngineOptions
+from localv4.cli.option_groups import with_groups
 from localv4.errors import Cancelled, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from localv4.cli.bench_report import Report
     from localv4.engine.benchmark import Benchmark, Plan
+    from localv4.engine.engine import Engine
 
 INTERRUPTED = 130
 MAX_SIZES = 64
@@ -131,24 +136,17 @@ Output = Annotated[
 ]
 
 
+@with_groups
 def bench(
     model_argument: options.ModelArgument = None,
+    *,
     model: options.Model = None,
     prompt_tokens: PromptTokens = "512",
     gen_tokens: GenTokens = "128",
     depth: Depth = "0,4096",
     repeat: Repeat = 5,
     pause: Pause = 0.0,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
-    ram: options.Ram = None,
-    reserve: options.Reserve = None,
-    io: options.Io = options.IoWay.AUTO,
-    cache_policy: options.CachePolicy = options.Caching.DECAY,
-    readers: options.ExpertReaders = None,
-    prefetch: options.Prefetch = True,
-    kv: options.KvRows = None,
+    engine: EngineOptions,
     compare: Compare = None,
     peer_python: PeerPython = None,
     peer_ubatch: PeerUbatch = 512,
@@ -173,10 +171,9 @@ def bench(
     from localv4.cli.bench_report import Report, write
     from localv4.cli.progress import Progress
     from localv4.engine.benchmark import Benchmark, plan
-    from localv4.engine.engine import Engine
     from localv4.engine.peer import PeerSettings
 
-    memory = options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv)
+    memory = engine.memory()
     settings = PeerSettings(peer_ubatch, peer_flash_attn.value, peer_repack)
     with ExitStack() as stack:
         rival = None
@@ -186,28 +183,22 @@ def bench(
         loaded = loading.load_engine(
             reference,
             ctx_size=None,
-            threads=threads,
-            pin=pin,
-            numerics=numerics.value,
+            threads=engine.threads,
+            pin=engine.pin,
+            numerics=engine.numerics.value,
             memory=memory,
+            gpu=engine.gpu(),
             quiet=quiet,
             no_color=no_color,
         )
         cases = plan(*sizes, loaded.engine.ctx_size)
         _tell_skipped(cases, loaded.engine.ctx_size, quiet)
-        reload = partial(
-            Engine.load,
-            loaded.model.path,
-            threads=threads,
-            pin=pin,
-            numerics=numerics.value,
-            memory=memory,
-        )
         progress = stack.enter_context(Progress(quiet=quiet, no_color=no_color))
         make = partial(Benchmark, repeats=repeat, pause_s=pause, on_step=progress)
         if rival is not None:
-            apart = None if rival.fits_together else reload
-            make = partial(make, peer=rival.peer, reload=apart)
+            make = partial(make, peer=rival.peer)
+            if not rival.fits_together:
+                make = partial(make, reload=_reload(loaded.model.path, engine))
         benchmark = worker.call(partial(make, loaded.engine, cancelled=cancelled))
         report = Report(loaded.name, benchmark, cases.skipped, rival)
         del loaded  # the benchmark may have to forget the engine: it must be the last to hold it
@@ -221,9 +212,24 @@ def bench(
         raise typer.Exit(INTERRUPTED)
 
 
+def _reload(path: Path, engine: EngineOptions) -> "Callable[[], Engine]":
+    """Return what loads our engine once more, after the other one was there in its stead."""
+    from localv4.engine.engine import Engine
+
+    return partial(
+        Engine.load,
+        path,
+        threads=engine.threads,
+        pin=engine.pin,
+        numerics=engine.numerics.value,
+        memory=engine.memory(),
+        gpu=engine.gpu(),
+    )
+
+
 def _check_plot(plot: Path | None) -> None:
     if plot is not None:
-        from localv4.cli.bench_plot import check_target
+        from localv4.cli.picture import check_target
 
         check_target(plot)
 

@@ -1,14 +1,12 @@
 """The picture of a benchmark: tokens per second against depth, beside the roof of memory."""
 
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from localv4.errors import LocalV4Error, NotFoundError, UsageError
+from localv4.cli.picture import BLUE, GREY, GRID, ORANGE, TEXT, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,12 +15,9 @@ if TYPE_CHECKING:
     from localv4.cli.bench_report import Report
     from localv4.engine.measurement import CaseKind, Measurement, Series
 
-SUFFIXES = (".png", ".svg")
-
-OWN, PEER, ROOF = "#1764ab", "#d9700a", "#5f6b76"  # also apart for the colour-blind, and in grey
-GRID, TEXT = "#e3e6e9", "#22272b"
+OWN, PEER, ROOF = BLUE, ORANGE, GREY
 MARKERS = "osD^vP*X"  # one for each size of a test
-PANEL_INCHES, HEIGHT_INCHES, DPI = 5.2, 4.2, 160
+PANEL_INCHES, HEIGHT_INCHES = 5.2, 4.2
 HEADROOM = 1.18
 LABEL_SHARE = 0.075  # of the height of a panel: what a label and its distance need
 Side = Literal["above", "below", "right"]
@@ -35,37 +30,10 @@ LABELS: dict[Side, tuple[tuple[int, int], str, str]] = {
 TITLES = {"pp": "Reading a prompt", "tg": "Generating"}
 
 
-def check_target(path: Path) -> None:
-    """Raise LocalV4Error if no picture can be made at `path`, long before there is one to make."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot is {path.name!r}, expected a name ending in .png or .svg")
-    if not path.parent.is_dir():
-        raise NotFoundError(f"there is no folder {path.parent} for the plot")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise LocalV4Error(f"cannot write {path}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotFoundError("--plot needs matplotlib", hint="pip install 'localv4[plot]'")
-
-
 def draw(report: "Report", path: Path) -> None:
-    """Write the picture of the finished tests, if there are any; raise OSError if that fails."""
-    if not report.measurements:
-        return
-    figure = make_figure(report)
-    unfinished = path.with_name(f".{path.name}.part")
-    # without a date, the same figures make the same file
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    try:
-        figure.savefig(
-            unfinished,
-            format=path.suffix[1:].lower(),
-            dpi=DPI,
-            metadata=metadata,
-            facecolor="white",
-        )
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write the picture of the finished tests, if there are any; raises LocalV4Error."""
+    if report.measurements:
+        save_figure(make_figure(report), path)
 
 
 def make_figure(report: "Report") -> "Figure":

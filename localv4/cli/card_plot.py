@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
+
+from localv4.cli.picture import BLUE, GREY, GRID, ORANGE, TEXT, drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -11,31 +12,22 @@ if TYPE_CHECKING:
 
     from localv4.engine.quality_card import BaseResult, Card, ContextResult
 
-OWN, OTHER, FLOOR = "#1764ab", "#5f6b76", "#d9700a"  # also apart for the colour-blind
-SHADES = ("#1764ab", "#d9700a", "#3a8f5c", "#8a5aa8", "#5f6b76")
-GRID, TEXT = "#e3e6e9", "#22272b"
-INCHES, DPI = (10.4, 4.4), 160
+OWN, OTHER, FLOOR = BLUE, GREY, ORANGE
+SHADES = (BLUE, ORANGE, "#3a8f5c", "#8a5aa8", GREY)
+INCHES = (10.4, 4.4)
 NAME_LENGTH = 24
 
 
 def draw(card: "Card", others: Sequence["Card"]) -> bytes:
     """Return the picture as SVG; the same cards make the same bytes."""
-    from matplotlib import rc_context
-
-    buffer = BytesIO()
-    # a fixed salt: names inside the file would be random otherwise
-    with rc_context({"svg.hashsalt": "localv4", "svg.fonttype": "path"}):
-        make_figure(card, others).savefig(
-            buffer, format="svg", metadata={"Date": None}, facecolor="white"
-        )
-    return buffer.getvalue()
+    return drawn(make_figure(card, others), "svg")
 
 
 def make_figure(card: "Card", others: Sequence["Card"]) -> "Figure":
     """Return the picture of a card beside comparable ones."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=INCHES, layout="constrained", dpi=DPI)
+    figure = Figure(figsize=INCHES, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _draw_quality(left, card, others)
     _draw_positions(right, card)

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 from localv4 import __version__
 from localv4.cli import options, terminal
+from localv4.cli.engine_options import EngineOptions, TraceRoutes
+from localv4.cli.option_groups import with_groups
+from localv4.cli.sampling_options import SamplingOptions, ThinkingOptions
 from localv4.errors import LocalV4Error, UsageError
 
 if TYPE_CHECKING:
@@ -13,34 +16,19 @@ if TYPE_CHECKING:
     from localv4.cli.repl import Chat
 
 
+@with_groups
 def chat(
     model_argument: options.ModelArgument = None,
+    *,
     model: options.Model = None,
     ctx_size: options.ContextSize = None,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
-    ram: options.Ram = None,
-    reserve: options.Reserve = None,
-    io: options.Io = options.IoWay.AUTO,
-    cache_policy: options.CachePolicy = options.Caching.DECAY,
-    readers: options.ExpertReaders = None,
-    prefetch: options.Prefetch = True,
-    kv: options.KvRows = None,
-    trace_routes: options.TraceRoutes = None,
+    engine: EngineOptions,
+    trace_routes: TraceRoutes = None,
     system: options.System = None,
     session: options.SessionName = None,
     resume: options.Continue = False,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    seed: options.Seed = None,
-    greedy: options.Greedy = False,
-    think: options.Think = None,
-    think_effort: options.ThinkEffort = None,
+    sampling: SamplingOptions,
+    thought: ThinkingOptions,
     hide_thinking: options.HideThinking = False,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
@@ -54,10 +42,8 @@ def chat(
     _check_terminal()
     if session is not None and resume:
         raise UsageError("--session contradicts --continue")
-    thinking, effort = options.thinking_mode(think, think_effort)
-    values = options.sampling_values(
-        temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
-    )
+    thinking, effort = thought.mode()
+    values = sampling.values()
 
     from localv4.cli import loading
     from localv4.cli.archive import open_archive
@@ -66,10 +52,11 @@ def chat(
     loaded = loading.load_engine(
         options.one_of(model_argument, model, "--model"),
         ctx_size=ctx_size,
-        threads=threads,
-        pin=pin,
-        numerics=numerics.value,
-        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv),
+        threads=engine.threads,
+        pin=engine.pin,
+        numerics=engine.numerics.value,
+        memory=engine.memory(),
+        gpu=engine.gpu(),
         quiet=quiet,
         no_color=no_color,
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from localv4.cli import generation, inputs, session_commands, terminal
-from localv4.cli.options import Effort
 from localv4.cli.repl import Chat
+from localv4.cli.sampling_options import Effort
 from localv4.cli.tables import print_table
 from localv4.errors import UsageError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localv4 import __version__
-from localv4.cli import evaluate_kld, evaluate_ppl, evaluation, options
+from localv4.cli import engine_options, evaluate_kld, evaluate_ppl, evaluation, options
 from localv4.errors import LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ BaseModel = Annotated[
     str | None, _option("--base-model", metavar="MODEL", help="Model to measure divergence from.")
 ]
 BaseNumerics = Annotated[
-    options.Arithmetic | None,
+    engine_options.Arithmetic | None,
     _option("--base-numerics", help="Arithmetic of --base-model. Default: that of the model."),
 ]
 Out = Annotated[
@@ -57,9 +57,9 @@ def card(
     windows: evaluation.MostWindows = None,
     bos: evaluation.Bos = True,
     floor_windows: evaluation.FloorWindows = 4,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
+    threads: engine_options.Threads = None,
+    pin: engine_options.Pin = False,
+    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:

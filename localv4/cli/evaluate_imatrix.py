@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localv4.cli import evaluation, options
+from localv4.cli import engine_options, evaluation, options
 from localv4.cli.generation import format_bytes
 from localv4.cli.sizes import parse_bytes
 from localv4.errors import DoesNotFitError, NotFoundError, UsageError
@@ -50,8 +50,8 @@ def imatrix(
     context: evaluation.OptionalSize = None,
     windows: evaluation.MostWindows = None,
     bos: evaluation.Bos = True,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
+    threads: engine_options.Threads = None,
+    pin: engine_options.Pin = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -78,7 +78,7 @@ def imatrix(
     from localv4.engine import imatrix as collecting
     from localv4.storage.imatrix_file import write_imatrix
 
-    exact = options.Arithmetic.EXACT
+    exact = engine_options.Arithmetic.EXACT
     engine = evaluation.load(model, threads, pin, exact, quiet, no_color).engine
     tokens = evaluation.tokenize(engine, text, file)
     part = evaluation.cut_text(engine, tokens, context or evaluation.WINDOW, windows, bos)

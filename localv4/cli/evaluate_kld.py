@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localv4.cli import evaluation, options, terminal
+from localv4.cli import engine_options, evaluation, options, terminal
 from localv4.cli.evaluation import figure, pair, percent
 from localv4.cli.show import print_json
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
@@ -37,7 +37,7 @@ BaseModel = Annotated[
     _option("--base-model", metavar="MODEL", help="Or the base itself: both models are run."),
 ]
 BaseNumerics = Annotated[
-    options.Arithmetic | None,
+    engine_options.Arithmetic | None,
     _option("--base-numerics", help="Arithmetic of --base-model. Default: that of the model."),
 ]
 
@@ -52,9 +52,9 @@ def kld(
     windows: evaluation.MostWindows = None,
     bos: evaluation.OptionalBos = None,
     floor_windows: evaluation.FloorWindows = 4,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
+    threads: engine_options.Threads = None,
+    pin: engine_options.Pin = False,
+    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,

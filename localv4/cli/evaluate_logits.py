@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localv4.cli import evaluation, options
+from localv4.cli import engine_options, evaluation, options
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.finished_file import finished_file
 
@@ -63,9 +63,9 @@ def logits(
     windows: evaluation.MostWindows = None,
     bos: evaluation.OptionalBos = None,
     model: options.Model = None,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
+    threads: engine_options.Threads = None,
+    pin: engine_options.Pin = False,
+    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:

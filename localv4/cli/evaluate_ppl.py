@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localv4.cli import evaluation, options, terminal
+from localv4.cli import engine_options, evaluation, options, terminal
 from localv4.cli.evaluation import figure, finite, pair, percent
 from localv4.cli.show import print_json
 
@@ -36,10 +36,10 @@ def ppl(
     windows: evaluation.MostWindows = None,
     bos: evaluation.Bos = True,
     floor_windows: evaluation.FloorWindows = 4,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
-    kv: options.KvRows = None,
+    threads: engine_options.Threads = None,
+    pin: engine_options.Pin = False,
+    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    kv: engine_options.KvRows = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,

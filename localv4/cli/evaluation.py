@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localv4.cli import options
+from localv4.cli import engine_options
 from localv4.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -186,10 +186,10 @@ def load(
     model: str | None,
     threads: int | None,
     pin: bool,
-    numerics: "options.Arithmetic",
+    numerics: "engine_options.Arithmetic",
     quiet: bool,
     no_color: bool,
-    kv: "options.Kv | None" = None,
+    kv: "engine_options.Kv | None" = None,
 ) -> "Loaded":
     """Load a model with the whole context that it allows."""
     from localv4.cli import loading

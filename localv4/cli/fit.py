@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localv4.cli import options, terminal, worker
+from localv4.cli import engine_options, options, terminal, worker
 from localv4.cli.sizes import parse_bytes, parse_rate
 from localv4.errors import UsageError
 
@@ -76,10 +76,10 @@ class Answer:
 def fit(
     model_argument: FitModel = None,
     model: options.Model = None,
-    ram: options.Ram = None,
-    reserve: options.Reserve = None,
+    ram: engine_options.Ram = None,
+    reserve: engine_options.Reserve = None,
     ctx_size: PlannedContext = None,
-    io: options.Io = options.IoWay.AUTO,
+    io: engine_options.Io = engine_options.IoWay.AUTO,
     assume_ram: options.AssumeRam = None,
     assume_bandwidth: options.AssumeBandwidth = None,
     assume_disk: options.AssumeDisk = None,

@@ -7,9 +7,10 @@ from rich.text import Text
 
 from localv4.cli import generation, terminal
 from localv4.cli.conversation import Conversation
+from localv4.cli.live_view import LiveView
 from localv4.cli.settings import Settings
 from localv4.cli.statistics import statistics_lines
-from localv4.cli.view import PlainView, TerminalView, View
+from localv4.cli.view import PlainView, View
 from localv4.errors import LocalV4Error
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Chat:
     def _view(self) -> View:
         stream = cast(TextIO, self.console.file)
         if terminal.can_move_cursor(stream):
-            return TerminalView(self.console, hide_thinking=self.hide_thinking)
+            return LiveView(self.console, hide_thinking=self.hide_thinking)
         return PlainView(stream, None if self.hide_thinking else stream)
 
     def _keep(self, reply: "Reply") -> None:

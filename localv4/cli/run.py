@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from localv4.cli import options, terminal
+from localv4.cli.engine_options import EngineOptions, TraceRoutes
+from localv4.cli.option_groups import with_groups
+from localv4.cli.sampling_options import SamplingOptions, ThinkingOptions
 from localv4.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,38 +51,23 @@ class Output:
     no_color: bool
 
 
+@with_groups
 def run(
     prompt: options.Prompt = None,
+    *,
     model: options.Model = None,
     ctx_size: options.ContextSize = None,
-    threads: options.Threads = None,
-    pin: options.Pin = False,
-    numerics: options.Numerics = options.Arithmetic.FAST,
-    ram: options.Ram = None,
-    reserve: options.Reserve = None,
-    io: options.Io = options.IoWay.AUTO,
-    cache_policy: options.CachePolicy = options.Caching.DECAY,
-    readers: options.ExpertReaders = None,
-    prefetch: options.Prefetch = True,
-    kv: options.KvRows = None,
-    trace_routes: options.TraceRoutes = None,
+    engine: EngineOptions,
+    trace_routes: TraceRoutes = None,
     prompt_option: options.PromptOption = None,
     file: options.PromptFile = None,
     system: options.System = None,
     tools: options.Tools = None,
     raw: options.Raw = False,
     session: options.SessionName = None,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    seed: options.Seed = None,
-    greedy: options.Greedy = False,
+    sampling: SamplingOptions,
     stop: options.Stop = None,
-    think: options.Think = None,
-    think_effort: options.ThinkEffort = None,
+    thought: ThinkingOptions,
     hide_thinking: options.HideThinking = False,
     output_format: options.Format = options.OutputFormat.AUTO,
     as_json: options.Json = False,
@@ -97,21 +85,20 @@ def run(
     from localv4.cli.conversation import read_tools
 
     given = options.one_of(prompt, prompt_option, "--prompt")
-    thinking, effort = options.thinking_mode(think, think_effort)
+    thinking, effort = thought.mode()
     if raw and (thinking or system is not None or tools is not None or session is not None):
         raise UsageError("--raw has no chat format: no system prompt, tools, thinking or session")
-    values = options.sampling_values(
-        temp, greedy, top_p, top_k, min_p, repeat_penalty, seed, max_tokens
-    )
+    values = sampling.values()
     known_tools = tuple(read_tools(tools)) if tools is not None else ()
     text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
     loaded = loading.load_engine(
         model,
         ctx_size=ctx_size,
-        threads=threads,
-        pin=pin,
-        numerics=numerics.value,
-        memory=options.memory_options(ram, reserve, io, cache_policy, readers, prefetch, kv),
+        threads=engine.threads,
+        pin=engine.pin,
+        numerics=engine.numerics.value,
+        memory=engine.memory(),
+        gpu=engine.gpu(),
         quiet=quiet,
         no_color=no_color,
     )
@@ -209,14 +196,14 @@ def _watch(generation: "Generation", view: "View", output: Output) -> "Reply":
 
 def _view(request: Request, output: Output, model: str) -> "View":
     """Choose how to show the answer: live Markdown only on a terminal that can be redrawn."""
-    from localv4.cli import view
+    from localv4.cli import live_view, view
 
     if output.as_json:
         return view.JsonView(sys.stdout, model)
     chosen: View
     if terminal.can_move_cursor(sys.stdout) and not request.raw:
         console = terminal.make_console(sys.stdout, no_color=output.no_color)
-        chosen = view.TerminalView(console, hide_thinking=output.hide_thinking)
+        chosen = live_view.LiveView(console, hide_thinking=output.hide_thinking)
     else:
         chosen = view.PlainView(sys.stdout, _reasoning_stream(output))
     return chosen if output.stream else view.HeldView(chosen)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localv4.cli import inputs
-from localv4.cli.options import MAX_TOKENS
 from localv4.errors import BadFileError, UsageError
 from localv4.small_file import read_small_file
 
 if TYPE_CHECKING:
     from localv4.engine.sampler import Sampling
+
+
+MAX_TOKENS = 2**31 - 1  # also the bound of --top-k; real limits are far below
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ def tune(
     size = parse_bytes(expert_bytes, "--expert-bytes") if expert_bytes else None
     disk = parse_rate(assume_disk, "--assume-disk") if assume_disk else None
     if plot is not None:
-        from localv4.cli.bench_plot import check_target
+        from localv4.cli.picture import check_target
 
         check_target(plot)
     with Progress(quiet=quiet, no_color=no_color) as progress:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localv4.cli.bench_plot import DPI, GRID, OWN, PEER, ROOF, TEXT
+from localv4.cli.picture import BLUE, GREY, GRID, ORANGE, TEXT, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,32 +15,19 @@ if TYPE_CHECKING:
 
 GIB, GB = 2**30, 1e9
 SIZE_INCHES = (10.4, 4.4)
-LFU = "#8a6bb8"
+VIOLET = "#8a6bb8"
 # colour, dashes, width, label of each curve; also apart in grey
 CURVES = {
-    "optimal": (ROOF, (4, 2), 1.3, "optimum: knows the future"),
-    "decay": (OWN, (), 2.2, "decay (default)"),
-    "lru": (PEER, (), 1.5, "lru"),
-    "lfu": (LFU, (1, 1), 1.5, "lfu"),
+    "optimal": (GREY, (4, 2), 1.3, "optimum: knows the future"),
+    "decay": (BLUE, (), 2.2, "decay (default)"),
+    "lru": (ORANGE, (), 1.5, "lru"),
+    "lfu": (VIOLET, (1, 1), 1.5, "lfu"),
 }
 
 
 def draw(report: "Report", path: Path) -> None:
-    """Write the picture; raise OSError if that fails."""
-    figure = make_figure(report)
-    unfinished = path.with_name(f".{path.name}.part")
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    try:
-        figure.savefig(
-            unfinished,
-            format=path.suffix[1:].lower(),
-            dpi=DPI,
-            metadata=metadata,
-            facecolor="white",
-        )
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write the picture; raises LocalV4Error if that fails."""
+    save_figure(make_figure(report), path)
 
 
 def make_figure(report: "Report") -> "Figure":
@@ -88,14 +75,14 @@ def _mark(axes: "Axes", report: "Report") -> None:
         now, then = report.at(capacity), report.at(report.more(capacity))
         start = (now.capacity_bytes / GIB, now.bytes_read / GB)
         end = (then.capacity_bytes / GIB, then.bytes_read / GB)
-        axes.plot([start[0], end[0]], [start[1], end[1]], "o", color=OWN, markersize=5.5)
+        axes.plot([start[0], end[0]], [start[1], end[1]], "o", color=BLUE, markersize=5.5)
         if end == start:
             continue
         axes.annotate(
             "",
             end,
             start,
-            arrowprops={"arrowstyle": "->", "color": OWN, "connectionstyle": "arc3,rad=0.35"},
+            arrowprops={"arrowstyle": "->", "color": BLUE, "connectionstyle": "arc3,rad=0.35"},
         )
         more = (then.capacity_bytes - capacity) / GIB
         axes.annotate(
@@ -104,5 +91,5 @@ def _mark(axes: "Axes", report: "Report") -> None:
             xytext=(10, 18),
             textcoords="offset points",
             fontsize=8.5,
-            color=OWN,
+            color=BLUE,
         )

@@ -10,6 +10,7 @@ from localv4 import paths
 from localv4.cuda.gpu import GpuError
 from localv4.errors import LocalV4Error
 from localv4.finished_file import finished_file
+from localv4.kernels.isa import ISA
 
 FLAGS = ("--std=c++17", "--fmad=false", "--extra-device-vectorization")
 """No products are fused with sums behind our back: bits are those of the CPU."""
@@ -62,7 +63,12 @@ def sources() -> list[str]:
 @cache
 def _text(source: str) -> str:
     """Return a file with all that it includes, once each, since NVRTC gets no folders."""
-    return _expanded(source, set())
+    return definitions() + _expanded(source, set())
+
+
+def definitions() -> str:
+    """Return what the kernels have to know about the CPU: the biases of its weights."""
+    return f"#define CODE_BIAS {ISA.code_bias}\n#define BYTE_BIAS {ISA.byte_bias}\n"
 
 
 def _expanded(name: str, seen: set[str]) -> str:

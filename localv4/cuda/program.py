@@ -13,14 +13,22 @@ from localv4.kernels.compiler import Entry
 from localv4.kernels.operation import WORDS
 from localv4.model.program import Program, Scratch
 
+Operation = tuple[Twin, Sequence[int]]
+"""A twin and all words of its operation, those for the CPU."""
+
 LINE = 256
 """Scratch memory of kernels starts on such a line."""
 
 
+def name_of(entry: Entry) -> str:
+    """Return the name of an operation in the tables of twins."""
+    module, function = entry.function.__module__, entry.function.__name__
+    return f"{module.removeprefix('localv4.kernels.')}.{function}"
+
+
 def twin_of(entry: Entry) -> Twin:
     """Return the twin of an operation; raises GpuError if there is none."""
-    module, function = entry.function.__module__, entry.function.__name__
-    name = f"{module.removeprefix('localv4.kernels.')}.{function}"
+    name = name_of(entry)
     if name not in TWINS:
         raise GpuError(f"the GPU has no kernel for {name}")
     return TWINS[name]
@@ -31,23 +39,27 @@ class GpuProgram(Program):
 
     def __init__(self, scratch: Scratch) -> None:
         super().__init__(scratch)
-        self._entries: list[Entry] = []
+        self._twins: list[Twin] = []
 
     def add(self, entry: Entry, *words: int) -> None:
         """Append an operation."""
-        self._entries.append(entry)
-        self._operations.append([0, *words])
+        self.add_twin(twin_of(entry), *words)
+
+    def add_twin(self, twin: Twin, *words: int) -> None:
+        """Append what only a GPU does."""
+        self._twins.append(twin)
+        self._operations.append([0, *words, *[0] * (WORDS - 1 - len(words))])
 
     def finish(self) -> NDArray[np.int64]:
         """Raise: the CPU has no use for it."""
         raise TypeError("a program for the GPU has no form for the CPU")
 
-    def groups(self) -> list[list[tuple[Entry, Sequence[int]]]]:
-        """Return the operations (entry, words) in groups that may run at the same time."""
-        groups: list[list[tuple[Entry, Sequence[int]]]] = [[]]
-        pairs = zip(self._entries, self._operations, strict=True)
-        for number, (entry, words) in enumerate(pairs):
-            groups[-1].append((entry, words))
+    def groups(self) -> list[list[Operation]]:
+        """Return the operations (twin, words) in groups that may run at the same time."""
+        groups: list[list[Operation]] = [[]]
+        pairs = zip(self._twins, self._operations, strict=True)
+        for number, (twin, words) in enumerate(pairs):
+            groups[-1].append((twin, words))
             if number not in self._alongside:
                 groups.append([])
         return [group for group in groups if group]
@@ -70,16 +82,10 @@ class Translator:
         """Return the launches of a program."""
         return [step for group in program.groups() if (step := self._step(group))]
 
-    def _step(self, group: Sequence[tuple[Entry, Sequence[int]]]) -> Step:
-        operations = [(twin_of(entry), words) for entry, words in group]
-        filled = [[*words, *[0] * (WORDS - len(words))] for _, words in operations]
-        sizes = [
-            max(kernel.scratch(words) for kernel in twin.kernels)
-            for (twin, _), words in zip(operations, filled, strict=True)
-        ]
-        places = self._places(sizes)
+    def _step(self, group: Sequence[Operation]) -> Step:
+        sizes = [max(kernel.scratch(words) for kernel in twin.kernels) for twin, words in group]
         branches = []
-        for (twin, _), words, place in zip(operations, filled, places, strict=True):
+        for (twin, words), place in zip(group, self._places(sizes), strict=True):
             device = self._translated(twin, words, place)
             launches = [
                 Launch(kernel, blocks, kernel.shared(words), device)

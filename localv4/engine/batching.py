@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -65,7 +65,6 @@ class BatchStats:
     read_s: float = 0.0
     reused_tokens: int = 0
     paused: int = 0
-    started_s: float = field(default_factory=time.perf_counter)
 
     @property
     def decode_tok_s(self) -> float:

@@ -29,7 +29,6 @@ class Collector(Numerics):
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
         self._experts = len(weights.layers[0].experts)
-        self._head = weights.head
 
     def linear(self, x: Floats, weight: Matrix, groups: int = 1) -> Floats:
         """Return weight . x for each token, and take note of x (tokens, groups * cols)."""

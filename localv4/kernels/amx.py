@@ -40,7 +40,7 @@ _ROW = 64  # bytes of a row of a tile, as stored
 _WEIGHTS = (6, 7)  # numbers of tiles
 
 _address = types.int64
-_Call = tuple[Any, ...]  # name and operands of an instruction
+Call = tuple[Any, ...]  # name and operands of an instruction
 
 
 class _Signed(Isa):
@@ -91,13 +91,13 @@ def begin_tiles(b: Builder, memory: Value, small: Value) -> None:
     some, few = (simd_ir.constant(BYTES, _configuration(n)) for n in (SOME_TOKENS, FEW_TOKENS))
     is_some = b.icmp_signed("==", small, ir.Constant(I64, SOME_TOKENS))
     simd_ir.store(b, b.select(is_some, some, few), memory)
-    _emit(b, ("ldtilecfg", _pointer(b, memory)))
+    emit(b, ("ldtilecfg", pointer(b, memory)))
 
 
 @operation(types.void)
 def end_tiles(b: Builder) -> None:
     """Forget the tiles, so that the system need not keep them for this thread."""
-    _emit(b, ("tilerelease",))
+    emit(b, ("tilerelease",))
 
 
 @operation(block, _address)
@@ -152,7 +152,7 @@ def tile_operations(tokens: int, line: int) -> TileOperations:
     def multiply(b: Builder, out: Value, lines: Value, q: Value, q_row: Value) -> None:
         """Write the sums of a step."""
         for call in _multiplication(b, tokens, line, out, lines, q, q_row):
-            _emit(b, call)
+            emit(b, call)
 
     @operation(sums, sums, _address, _address, _address, _address)
     def add(
@@ -181,7 +181,7 @@ def tile_operations(tokens: int, line: int) -> TileOperations:
 
         def emit_share(row: int) -> None:
             for call in calls[len(calls) * row // rows : len(calls) * (row + 1) // rows]:
-                _emit(b, call)
+                emit(b, call)
 
         values: list[Value] = cgutils.unpack_tuple(b, totals)
         _add(b, values, step, scales, d, d_row, emit_share)
@@ -192,23 +192,23 @@ def tile_operations(tokens: int, line: int) -> TileOperations:
 
 def _multiplication(
     b: Builder, tokens: int, line: int, out: Value, lines: Value, q: Value, q_row: Value
-) -> list[_Call]:
+) -> list[Call]:
     """Return the instructions that multiply a step."""
     sums, activations = _tiles(tokens)
     line_bytes, row = ir.Constant(I64, line), ir.Constant(I64, _ROW)
-    calls: list[_Call] = []
+    calls: list[Call] = []
     for i in range(STEP):
         own_q = simd_ir.offset(b, q, BLOCK * i)
         own_lines = simd_ir.offset(b, lines, BLOCK_LINES * line * i)
         calls += [
             ("tilezero", sums[i]),
-            ("tileloadd64", activations, _pointer(b, own_q), q_row),
-            ("tileloadd64", _WEIGHTS[i], _pointer(b, own_lines), line_bytes),
+            ("tileloadd64", activations, pointer(b, own_q), q_row),
+            ("tileloadd64", _WEIGHTS[i], pointer(b, own_lines), line_bytes),
             ("tdpbssd", sums[i], activations, _WEIGHTS[i]),
         ]
     for i in range(STEP):
         place = simd_ir.offset(b, out, _ROW * tokens * i)
-        calls.append(("tilestored64", sums[i], _pointer(b, place), row))
+        calls.append(("tilestored64", sums[i], pointer(b, place), row))
     return calls
 
 
@@ -240,11 +240,11 @@ def _of_token(b: Builder, address: Value, stride: Value, token: int, distance: i
     return simd_ir.offset(b, start, distance)
 
 
-def _pointer(b: Builder, address: Value) -> Value:
+def pointer(b: Builder, address: Value) -> Value:
     return b.inttoptr(address, I8.as_pointer())
 
 
-def _emit(b: Builder, call: _Call) -> None:
+def emit(b: Builder, call: Call) -> None:
     """Emit an instruction; its numbers are those of tiles."""
     name, *operands = call
     values = [ir.Constant(I8, x) if isinstance(x, int) else x for x in operands]

@@ -1,7 +1,7 @@
 """The part of the indexer that reads entries, for each form of their rows.
 
 Memory and words are those of `kernels.index_scores`. Rows that are not float32 are read a tile at a
-time; where they are mixed, so are the queries.
+time.
 """
 
 from collections.abc import Callable
@@ -15,23 +15,17 @@ from localv4.kernels.head_tiles import STEP, TILE, TILE_ROWS, TILE_VECTORS
 from localv4.kernels.index_scores import (
     add_weighted,
     choose,
+    member_scratch,
     no_parts,
     prepare_index_query,
+    rank_all,
     scores_of,
     store_totals,
     visible_entries,
 )
 from localv4.kernels.operation import chunk_groups, float_word, take_chunk, word
-from localv4.kernels.row_forms import MOST_CHANNELS, RowForm, mixed_block, mixing_factor
-from localv4.kernels.simd import (
-    add,
-    load_f32,
-    multiply,
-    negative,
-    prefetch_far,
-    splat_f32,
-    store_f32,
-)
+from localv4.kernels.row_forms import MOST_CHANNELS, RowForm
+from localv4.kernels.simd import prefetch_far, store_f32
 from localv4.kernels.simd_ir import LANES
 from localv4.kernels.stack import stack_floats
 
@@ -58,51 +52,27 @@ class IndexKeys:
     choose: Operation
 
 
-@device
-def mix_heads(at: int, row: int, n: int) -> None:
-    """Mix the n channels of sixteen heads in place (`row_forms.mix`)."""
-    block = mixed_block(n)
-    distance = 1
-    while distance < block:
-        for i in range(n):
-            if i & distance == 0:
-                low, high = load_f32(at + i * row), load_f32(at + (i + distance) * row)
-                store_f32(at + i * row, add(low, high))
-                store_f32(at + (i + distance) * row, add(low, negative(high)))
-        distance *= 2
-    factor = splat_f32(mixing_factor(n))
-    for i in range(n):
-        store_f32(at + i * row, multiply(load_f32(at + i * row), factor))
-
-
 def index_keys(form: RowForm) -> IndexKeys:
     """Make the functions for one form of entries."""
-    prepare, score = _preparer(form), _scorer(form)
-    return IndexKeys(_share_query(prepare), _share_scores(score), _share_tokens(prepare, score))
+    score = _scorer(form)
+    return IndexKeys(share_query(_prepare), _share_scores(score), _share_tokens(score))
 
 
-def _preparer(form: RowForm) -> Prepare:
-    is_mixed = form.is_mixed
-
-    @device
-    def prepare(
-        scratch: int,
-        x: int,
-        heads: int,
-        n: int,
-        cos: int,
-        sin: int,
-        pairs: int,
-        weights: int,
-        factor: np.float32,
-        v: int,
-    ) -> None:
-        """Lay out vector v of the heads at x, turned and mixed as the entries are."""
-        prepare_index_query(scratch, x, v, heads, n, cos, sin, pairs, weights, factor)
-        if is_mixed:
-            mix_heads(scratch + 64 * v, lane_row(heads), n)
-
-    return prepare
+@device
+def _prepare(
+    scratch: int,
+    x: int,
+    heads: int,
+    n: int,
+    cos: int,
+    sin: int,
+    pairs: int,
+    weights: int,
+    factor: np.float32,
+    v: int,
+) -> None:
+    """Lay out vector v of the heads at x, turned as the entries are."""
+    prepare_index_query(scratch, x, v, heads, n, cos, sin, pairs, weights, factor)
 
 
 def _scorer(form: RowForm) -> Score:
@@ -146,7 +116,9 @@ def _scorer(form: RowForm) -> Score:
     return score
 
 
-def _share_query(prepare: Prepare) -> Operation:
+def share_query(prepare: Prepare) -> Operation:
+    """Make the function of the operation that prepares a query, vector by vector."""
+
     @device
     def query(operation: int, member: int, members: int) -> None:
         """Lay out the index queries of one token in lanes, turned and mixed as the entries are.
@@ -187,21 +159,21 @@ def _share_scores(score: Score) -> Operation:
     return scores
 
 
-def _share_tokens(prepare: Prepare, score: Score) -> Operation:
+def _share_tokens(score: Score) -> Operation:
     @device
     def choose_all(operation: int, member: int, members: int) -> None:
         """Choose the entries of each token.
 
         Words: context, ratio, top_k, heads, n, entries (cell), x, its row stride in floats, tokens,
         cos, sin, pairs, weights, their row stride in floats, factor as f32 bits, chosen (i32, rows
-        of top_k), counts (i64), scratch, bytes of scratch memory of a member. x (tokens, heads *
-        n); cos, sin (tokens, pairs); weights (tokens, heads), of which sixteen more may be read;
-        they are multiplied by the factor.
+        of top_k), counts (i64), scratch, bytes of scratch memory of a token; a member has that of
+        TOKENS. x (tokens, heads * n); cos, sin (tokens, pairs); weights (tokens, heads), of which
+        sixteen more may be read; they are multiplied by the factor.
         """
         top_k, heads, n = word(operation, 3), word(operation, 4), word(operation, 5)
         entries, tokens = word(word(operation, 6), 0), word(operation, 9)
         pairs, factor = word(operation, 12), float_word(operation, 15)
-        scratch = word(operation, 18) + member * word(operation, 19)
+        scratch = member_scratch(operation, member)
         t = take_chunk(operation)
         while t < tokens:
             visible = visible_entries(operation, t)
@@ -210,13 +182,13 @@ def _share_tokens(prepare: Prepare, score: Score) -> Operation:
                 cos, sin = word(operation, 10) + 4 * pairs * t, word(operation, 11) + 4 * pairs * t
                 weights = word(operation, 13) + 4 * word(operation, 14) * t
                 for v in range(lane_row(heads) // 64):
-                    prepare(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
+                    _prepare(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
                 for tile in range((visible + TILE_ROWS - 1) // TILE_ROWS):
                     score(scratch, entries, visible, heads, n, 2 * pairs, tile)
-            chosen = word(operation, 16) + 4 * top_k * t
-            choose(
-                scores_of(scratch, heads, n), visible, top_k, chosen, word(operation, 17) + 8 * t
-            )
+            chosen, counts = word(operation, 16) + 4 * top_k * t, word(operation, 17) + 8 * t
+            scores = scores_of(scratch, heads, n)
+            rank_all(scores, visible, top_k)
+            choose(scores, visible, top_k, chosen, counts)
             t = take_chunk(operation)
 
     return choose_all

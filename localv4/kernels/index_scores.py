@@ -2,12 +2,13 @@
 
 A score is sum over heads of w[head] * relu(query[head] . key of the entry). Entry i is visible to a
 token at position p when i < (p + 1) // ratio; the top_k best visible entries are chosen, all of
-them without a look when there are no more. For one token there are three operations, which share
+them without a look when there are no more. For one token there are four operations, which share
 the work inside the token; for many there is one, which shares out tokens. Those that read entries
-are made by `kernels.index_keys`, for each form of entries.
+are made by `kernels.index_keys` and, for entries in FP4, `kernels.index_codes`.
 
 Scratch memory of one layout, float32: the query (n, lanes), the weights of the heads (lanes), then
-a score for each entry.
+a score for each entry, and what `kernels.top_entries` needs to find the best. Scores are written by
+blocks of up to BLOCK, the last one beyond the last entry.
 """
 
 import numpy as np
@@ -25,7 +26,7 @@ from localv4.kernels.head_lanes import (
     take_heads,
 )
 from localv4.kernels.head_tiles import TILE_ROWS, TILE_VECTORS
-from localv4.kernels.operation import take_chunk, word
+from localv4.kernels.operation import chunk_groups, take_chunk, word
 from localv4.kernels.simd import (
     load_f32,
     multiply,
@@ -37,8 +38,14 @@ from localv4.kernels.simd import (
     zeros_f32,
 )
 from localv4.kernels.simd_ir import FLOATS, LANES, Builder, Value
-from localv4.kernels.top_entries import write_top
+from localv4.kernels.top_entries import groups_of, rank_group, ranking_bytes, write_top
 from localv4.kernels.vectors import f32x16
+
+BLOCK = 64
+"""Entries that are scored together at most."""
+
+TOKENS = 4
+"""Tokens of a prompt that a member scores together at most."""
 
 _ONE = np.float32(1)
 _sums = types.UniTuple(f32x16, TILE_VECTORS * TILE_ROWS)
@@ -47,7 +54,7 @@ _parts = types.UniTuple(f32x16, TILE_ROWS)
 
 def scratch_bytes(heads: int, n: int, entries: int) -> int:
     """Return the size of the scratch memory for a token that sees up to `entries` entries."""
-    return 4 * ((n + 1) * lanes(heads) + entries + LANES)
+    return 4 * (n + 1) * lanes(heads) + ranking_bytes(entries + BLOCK)
 
 
 @operation(_parts)
@@ -86,6 +93,12 @@ def visible_entries(operation: int, t: int) -> int:
 
 
 @device
+def member_scratch(operation: int, member: int) -> int:
+    """Return where the scratch memory of a member starts, in the operation for many tokens."""
+    return word(operation, 18) + member * TOKENS * word(operation, 19)
+
+
+@device
 def scores_of(scratch: int, heads: int, n: int) -> int:
     """Return where the scores start."""
     return scratch + (n + 1) * lane_row(heads)
@@ -116,7 +129,7 @@ def prepare_index_query(
 
 @device
 def choose(scores: int, visible: int, top_k: int, chosen: int, counts: int) -> None:
-    """Write the chosen entries and their number."""
+    """Write the chosen entries and their number; the scores are ranked, if they are needed."""
     if visible > top_k:
         write_top(chosen, scores, visible, top_k)
     else:
@@ -125,9 +138,34 @@ def choose(scores: int, visible: int, top_k: int, chosen: int, counts: int) -> N
     write_i64(counts, min(visible, top_k))
 
 
+@device
+def rank_all(scores: int, visible: int, top_k: int) -> None:
+    """Rank the scores of a token that has more entries than it chooses."""
+    if visible > top_k:
+        for group in range(groups_of(visible)):
+            rank_group(scores, visible, group)
+
+
+@entry("fast")
+def index_rank(operation: int, member: int, members: int) -> None:
+    """Rank the scores of one token (`kernels.top_entries`), which are lost.
+
+    Words: context, ratio, top_k, heads, n, scratch.
+    """
+    scores = scores_of(word(operation, 6), word(operation, 4), word(operation, 5))
+    visible = visible_entries(operation, 0)
+    groups = groups_of(visible) if visible > word(operation, 3) else 0
+    chunk = chunk_groups(groups, members)
+    first = take_chunk(operation) * chunk
+    while first < groups:
+        for group in range(first, min(first + chunk, groups)):
+            rank_group(scores, visible, group)
+        first = take_chunk(operation) * chunk
+
+
 @entry("fast")
 def index_select(operation: int, member: int, members: int) -> None:
-    """Choose the entries of one token by their scores, which are lost.
+    """Choose the entries of one token by their ranked scores.
 
     Words: context, ratio, top_k, heads, n, scratch, chosen (i32, top_k), counts (i64).
     """

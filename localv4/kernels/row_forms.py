@@ -21,7 +21,9 @@ stored as the biased exponent of a float32: that which codes are multiplied with
 
 Rows of E2M1 are mixed first: multiplied with a Hadamard matrix of the largest power of two that n
 is a multiple of, which spreads outliers over all channels. Products do not change when queries are
-mixed, too (`RowForm.is_mixed`).
+mixed, too. No scale of a row is less than 2^-SPREAD of the largest, so that all codes of a row are
+whole numbers of bytes with one scale (`kernels.code_keys`); mixed channels are of about one size,
+so that hardly ever costs anything.
 """
 
 from collections.abc import Callable
@@ -62,6 +64,9 @@ from localv4.kernels.simd_ir import LANES
 MOST_CHANNELS = 512
 """Of a row: bounds the buffers that kernels have on the stack."""
 
+SPREAD = 3
+"""Between the scales of a row of E2M1 there are at most so many powers of two."""
+
 _E4M3_GROUP, _E2M1_GROUP = 64, 32
 # Bits of the fraction beyond the largest code (1.75 * 2^8, 1.5 * 2^2) lift the exponent by one.
 _E4M3_LIFT, _E2M1_LIFT = (1 << 21) - 1, (1 << 22) - 1
@@ -84,7 +89,6 @@ class RowForm:
     load: Callable[[int, int, int, int], Vector]
     encode: Callable[[int, int, int, int], None]
     is_plain: bool = False
-    is_mixed: bool = False
 
 
 # --- F32 ---
@@ -188,15 +192,21 @@ def _load_e2m1(row: int, channel: int, n: int, rope: int) -> Vector:
 @device
 def _encode_e2m1(row: int, source: int, n: int, rope: int) -> None:
     mix(source, n)
+    least = max(_e2m1_scale(source, 0, n) - SPREAD, E2M1_UNIT)
     for first in range(0, n, _E2M1_GROUP):
-        bits = _largest_bits(source, first, first + _E2M1_GROUP)
-        scale = ((bits + _E2M1_LIFT) >> 23) - 2 + E2M1_UNIT
-        scale = min(max(scale, E2M1_UNIT), _LARGEST)
+        scale = max(_e2m1_scale(source, first, first + _E2M1_GROUP), least)
         inverse = splat_power(2 * 127 + E2M1_UNIT - scale)
         at = source + 4 * first
         low, high = multiply(load_f32(at), inverse), multiply(load_f32(at + 64), inverse)
         store_e2m1(row + first // 2, low, high)
         write_u8(row + n // 2 + first // _E2M1_GROUP, np.uint8(scale))
+
+
+@device
+def _e2m1_scale(source: int, first: int, end: int) -> int:
+    """Return the smallest scale with which the codes of some channels fit, at most 255."""
+    bits = _largest_bits(source, first, end)
+    return min(((bits + _E2M1_LIFT) >> 23) - 2 + E2M1_UNIT, _LARGEST)
 
 
 @device
@@ -231,6 +241,4 @@ def mixing_factor(n: int) -> np.float32:
 F32_ROWS = RowForm("F32", _f32_bytes, device(_f32_bytes), _load_f32, _encode_f32, is_plain=True)
 BF16_ROWS = RowForm("BF16", _bf16_bytes, device(_bf16_bytes), _load_bf16, _encode_bf16)
 E4M3_ROWS = RowForm("E4M3", _e4m3_bytes, device(_e4m3_bytes), _load_e4m3, _encode_e4m3)
-E2M1_ROWS = RowForm(
-    "E2M1", _e2m1_bytes, device(_e2m1_bytes), _load_e2m1, _encode_e2m1, is_mixed=True
-)
+E2M1_ROWS = RowForm("E2M1", _e2m1_bytes, device(_e2m1_bytes), _load_e2m1, _encode_e2m1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from localv4.kernels.attend_keys import attend_keys
 from localv4.kernels.compiler import Entry, entry
+from localv4.kernels.index_codes import index_codes
 from localv4.kernels.index_keys import index_keys
 from localv4.kernels.pooling import pooling
 from localv4.kernels.row_forms import BF16_ROWS, E2M1_ROWS, E4M3_ROWS, F32_ROWS, RowForm
@@ -18,7 +19,8 @@ class RowFormat:
     """How the compressed rows of a decoder state are stored, and what works on them.
 
     The operations are described where they are made: `pool` and `index_pool` in `kernels.pooling`,
-    those of attention in `kernels.attend_keys`, those of the indexer in `kernels.index_keys`.
+    those of attention in `kernels.attend_keys`, those of the indexer in `kernels.index_keys` and
+    `kernels.index_codes`.
     """
 
     name: str
@@ -155,7 +157,7 @@ BF16 = RowFormat(
 
 # --- compact ---
 
-_compact_keys, _compact_index = attend_keys(E4M3_ROWS), index_keys(E2M1_ROWS)
+_compact_keys, _compact_index = attend_keys(E4M3_ROWS), index_codes()
 _compact_attend, _compact_attend_scores = _compact_keys.attend, _compact_keys.scores
 _compact_attend_values, _compact_index_query = _compact_keys.values, _compact_index.query
 _compact_index_scores, _compact_index_choose = _compact_index.scores, _compact_index.choose
@@ -195,19 +197,19 @@ def compact_attend_values(operation: int, member: int, members: int) -> None:
 
 @entry("kv-compact")
 def compact_index_query(operation: int, member: int, members: int) -> None:
-    """`index_keys`: query"""
+    """`index_codes`: query"""
     _compact_index_query(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_index_scores(operation: int, member: int, members: int) -> None:
-    """`index_keys`: scores"""
+    """`index_codes`: scores"""
     _compact_index_scores(operation, member, members)
 
 
 @entry("kv-compact")
 def compact_index_choose(operation: int, member: int, members: int) -> None:
-    """`index_keys`: choose"""
+    """`index_codes`: choose"""
     _compact_index_choose(operation, member, members)
 
 

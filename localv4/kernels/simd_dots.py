@@ -203,17 +203,20 @@ def _lookup(b: Builder, isa: Isa, table: list[int], codes: Value) -> Value:
     if isa.bytes_permute:  # reads six bits of an index: a table repeated four times needs no mask
         repeated = constant(BYTES, [value & 255 for value in table] * 4)
         return call(b, "llvm.x86.avx512.permvar.qi.512", BYTES, repeated, codes)
-    codes = b.and_(codes, filled(BYTES, 15))
+    repeated = constant(BYTES, [value & 255 for value in table] * 4)
+    return look_up(b, isa, repeated, b.and_(codes, filled(BYTES, 15)))
+
+
+def look_up(b: Builder, isa: Isa, tables: Value, codes: Value) -> Value:
+    """Replace each byte below 16 by that entry of its own sixteen bytes of tables."""
     name, width = {
         "avx512-vnni": ("llvm.x86.avx512.pshuf.b.512", 64),
         "avx-vnni": ("llvm.x86.avx2.pshuf.b", 32),
         "avx2": ("llvm.x86.avx2.pshuf.b", 32),
         "neon-dotprod": ("llvm.aarch64.neon.tbl1.v16i8", 16),
     }[isa.level]
-    kind = vector(I8, width)
-    repeated = constant(kind, [value & 255 for value in table] * (width // 16))
-    parts = [part(b, codes, i, width) for i in range(64 // width)]
-    return join(b, [call(b, name, kind, repeated, indices) for indices in parts])
+    pairs = [(part(b, tables, i, width), part(b, codes, i, width)) for i in range(64 // width)]
+    return join(b, [call(b, name, vector(I8, width), *pair) for pair in pairs])
 
 
 def _doubled_e2m1(b: Builder, codes: Value) -> Value:

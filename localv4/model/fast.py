@@ -97,17 +97,22 @@ class FastTransformer:
         looks_ahead: bool = True,
         rows: RowFormat = row_operations.F32,
     ) -> None:
-        self.config, self.weights, self.threads = config, weights, team.members
         self.chunk_tokens = chunk_tokens
-        self._network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store, rows)
         self._look_ahead = LookAhead() if looks_ahead else None
-        self._token = TokenPlan(self._network)
-        self._many = ChunkPlan(self._network, BATCH_TOKENS)
-        self._rows = RowsPlan(self._network)
-        self._vectors = Rows(HEAD_TOKENS, config.hidden_size)
-        self._rounded = Rounded(HEAD_TOKENS, config.hidden_size)
-        self._network.adopt(self._vectors, self._rounded)
+        network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store, rows)
+        self._token = TokenPlan(network)
+        self._take(network, RowsPlan(network))
+
+    def _take(self, network: FastNetwork, rows_plan: RowsPlan) -> None:
+        """Compute with a network."""
+        self._network, self._rows = network, rows_plan
+        self.config, self.weights = network.config, network.weights
+        self.threads = network.team.members
+        self._many = ChunkPlan(network, BATCH_TOKENS)
+        self._vectors = Rows(HEAD_TOKENS, self.config.hidden_size)
+        self._rounded = Rounded(HEAD_TOKENS, self.config.hidden_size)
         self._logits: Rows | None = None
+        network.adopt(self._vectors, self._rounded)
 
     @property
     def rows(self) -> RowFormat:

@@ -191,6 +191,7 @@ class FastAttention:
         inputs = (query.at(), heads, width, *turn, weights.at(), factor, scratch)
         yield (self.entries.index_query, *inputs)
         yield (self.entries.index_scores, *seen, entries, scratch, turn[2])
+        yield (index_scores.index_rank, *seen, scratch)
         yield (index_scores.index_select, *seen, scratch, *found)
 
     def _attending(self, part: "Part") -> Iterator[Step]:

@@ -277,7 +277,7 @@ class FastMoe:
                 *(chunk.x.at(), chunk.x.stride, tokens, len(groups.tokens), chunk.x.cols),
                 *groups.x.addresses,
             )
-            program.add(clear, update.at(), update.stride, rows, update.cols)
+            self.add_clearing(program, chunk, rows)
         for form, records, starts in zip(self.forms, groups.records, groups.starts, strict=False):
             experts = (records.ctypes.data, len(records), starts.ctypes.data)
             slots = (tokens, groups.shares.ctypes.data)
@@ -292,6 +292,11 @@ class FastMoe:
             self.shared.add_gate_up(program, buffers, x, tokens)
         self.shared.add_rounding(program, buffers, tokens)
         self.shared.add_down(program, chunk.shared_update, buffers, tokens)
+
+    def add_clearing(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
+        """Set `update` to zero, to which waves are added."""
+        update = chunk.update
+        program.add(clear, update.at(), update.stride, tokens, update.cols)
 
     def waves(self, chunk: ChunkBuffers, buffers: WaveBuffers, tokens: int) -> Iterator[Wave]:
         """Yield the chosen experts, form by form and in ascending order, some at a time.

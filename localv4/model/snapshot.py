@@ -30,6 +30,7 @@ def take_snapshot(state: State, position: int) -> Snapshot:
     """Copy what `position` needs; raise LocalV4Error when the rings do not hold it any more."""
     if not state.can_roll_back(position):
         raise LocalV4Error(f"the rows before token {position} are gone, cannot keep them")
+    state.read_back()
     rows = (ring.read(ring.first_needed(position), position) for ring in rings_of(state))
     return Snapshot(position, tuple(rows))
 

@@ -7,6 +7,7 @@ read, so dropping the last tokens only means to lower `position`: nothing is mov
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -132,6 +133,16 @@ class LayerState:
         return tuple(found)
 
 
+class DeviceCopy(Protocol):
+    """Copies of a state's arrays in the memory of a device, where programs read and write them."""
+
+    def read_back(self) -> None:
+        """Bring what the device has written into the arrays."""
+
+    def outdate(self) -> None:
+        """Note that the arrays have been written to: the device is to get them again."""
+
+
 CELLS = 7
 """Addresses of a layer: window; keys, gates, entries of the compressor; those of the indexer."""
 
@@ -143,8 +154,10 @@ class State:
     processed in one call, unless the caller puts back with `hold` what a call had overwritten that
     did not end; both follow from the size of the rings. `addresses` (layers, CELLS) i64 says where
     the arrays of the layers are, as of the last `begin`. `rows` is the format of the compressed
-    rows; `exact` takes float32 only.
+    rows; `exact` takes float32 only. `device` has copies of the arrays, if programs run elsewhere.
     """
+
+    device: DeviceCopy | None = None
 
     def __init__(
         self, config: ModelConfig, slack: int, rows: RowFormat = row_operations.F32
@@ -164,10 +177,24 @@ class State:
         """Make room for the next `tokens` positions; note that they are going to be written."""
         end = self.position + tokens
         self._written = max(self._written, end)
-        self.open_rows(self.position, end)
+        self._open_rows(self.position, end)
+
+    def read_back(self) -> None:
+        """Bring what a device has written into the arrays of the layers."""
+        if self.device is not None:
+            self.device.read_back()
+
+    def _outdate(self) -> None:
+        if self.device is not None:
+            self.device.outdate()
 
     def open_rows(self, first: int, end: int) -> None:
-        """Make the entries of positions first ... end - 1 ours to write; those before stay."""
+        """Let the caller write the entries of positions first ... end - 1; those before stay."""
+        self.read_back()
+        self._open_rows(first, end)
+        self._outdate()
+
+    def _open_rows(self, first: int, end: int) -> None:
         if len(self._sharing) > 1 and self._is_held_by_others(first):
             self._leave_others(first)
         self._held = end
@@ -180,6 +207,7 @@ class State:
 
     def _leave_others(self, position: int) -> None:
         """Copy the entries of the positions before `position` into arrays of our own."""
+        self.read_back()
         for layer in self.layers:
             for rows in layer.entries:
                 rows.move(len(rows.values), position // layer.ratio)
@@ -200,6 +228,7 @@ class State:
 
     def hold(self) -> Callable[[], None]:
         """Copy the rings. Returns the function that puts them back as they are now."""
+        self.read_back()
         rings = [ring for layer in self.layers for ring in layer.rings]
         copies = [ring.values.copy() for ring in rings]
         written = self._written
@@ -208,6 +237,7 @@ class State:
             for ring, values in zip(rings, copies, strict=True):
                 ring.values[:] = values
             self._written = written
+            self._outdate()
 
         return put_back
 
@@ -233,13 +263,16 @@ class State:
         `rows` are, for each ring of each layer in order, those of the positions from
         `Ring.first_needed(position)` on.
         """
+        self.read_back()
         rings = [ring for layer in self.layers for ring in layer.rings]
         for ring, values in zip(rings, rows, strict=True):
             ring.write(ring.first_needed(position), values)
         self.position = self._held = self._written = self._oldest = position
+        self._outdate()
 
     def share_entries(self, other: "State") -> None:
         """Have the entries of `other` in its own arrays, until one writes over the other's."""
+        other.read_back()
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for rows, source in zip(mine.entries, theirs.entries, strict=True):
                 rows.values = source.values

@@ -147,7 +147,8 @@ class AttentionBuffers:
         self.counts = np.zeros(tokens, np.int64)
         entries = self.seen.entries
         self.index_scratch_bytes = index_scores.scratch_bytes(heads, width, entries)
-        self.index_scratch = aligned_bytes(workers * self.index_scratch_bytes)
+        together = 1 if tokens == 1 else index_scores.TOKENS
+        self.index_scratch = aligned_bytes(workers * together * self.index_scratch_bytes)
 
 
 def buffer_bytes(owner: object) -> int:

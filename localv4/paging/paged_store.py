@@ -273,9 +273,12 @@ class PagedStore:
 
     def begin_prompt(self, layer: int, chosen: NDArray[np.int64]) -> None:
         """Be told which experts (tokens, k) of a layer some tokens of a prompt use."""
-        used = np.isin(np.arange(self.addresses.shape[1]), chosen)
-        self._claimed[layer, ~used] = False  # what was claimed before they were known
         self.uses.record_tokens(layer, chosen)
+        self._plan_prompt(layer, np.isin(np.arange(self.addresses.shape[1]), chosen))
+
+    def _plan_prompt(self, layer: int, used: NDArray[np.bool_]) -> None:
+        """Decide what stays in memory of a layer of which a prompt uses some experts."""
+        self._claimed[layer, ~used] = False  # what was claimed before they were known
         here = self.resident[layer]
         order = np.argsort(-self.uses.scores_of(layer), kind="stable")
         self._stays[layer] = False

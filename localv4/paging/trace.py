@@ -126,7 +126,7 @@ def read_trace(path: Path) -> Trace:
             raise NotFoundError(f"no trace {path}")
         with path.open("rb") as file:
             start = file.read(_FIXED.size)
-            head = _read_head(path, start, file.read(_head_bytes(path, start)))
+            head = _read_head(path, file.read(_head_bytes(path, start)))
             data = file.read(MAX_TOKENS * head.dtype.itemsize + 1)
     except OSError as error:
         raise LocalV4Error(f"cannot read {path}: {error.strerror or error}") from error
@@ -149,7 +149,7 @@ def _head_bytes(path: Path, start: bytes) -> int:
     return int(length)
 
 
-def _read_head(path: Path, start: bytes, text: bytes) -> TraceHead:
+def _read_head(path: Path, text: bytes) -> TraceHead:
     try:
         fields = json.loads(text.decode())
     except (ValueError, RecursionError) as error:

@@ -1,16 +1,15 @@
-"""The recipes of packed folders: which format each kind of weight gets (`recipes.toml`)."""
+"""The recipes of packed folders: which format each kind of weight gets."""
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 from localv4.kernels.packed import F8, F8_SPAN, FORMATS, PackedFormat, can_pack, packed_bytes
 from localv4.kernels.packed_kquants import KQUANTS
 from localv4.kernels.packing_floats import B16, F32R, float_bytes
 from localv4.planning.network import Role, Weight
+from localv4.storage.recipe_files import names_layer, read_recipe
 
 F32_BYTES = 4
 TABLE_BYTES = 8
@@ -24,24 +23,59 @@ FORMATS_BY_NAME: Mapping[str, PackedFormat] = {
 }
 
 
+PUBLISHED: Mapping[Role, str] = {
+    "experts_gate_up": "MX4",
+    "experts_down": "MX4",
+    "shared_gate_up": "F8",
+    "shared_down": "F8",
+    "attention_q": "F8",
+    "attention_o": "F8",
+    "attention_kv": "F8",
+    "indexer": "F8",
+    "index_weights": "B16",
+    "compressor": "B16",
+    "router": "B16",
+    "head": "B16",
+}
+"""The packed formats of the published weights; other roles are float32."""
+
+FORETOLD, DEFAULT = ("lossless", "q8", "q4", "q3", "q2"), "q4"
+"""Recipes whose sizes do not depend on what tokens choose; the one to take without a reason."""
+
+_CLASSES: Mapping[Role, str] = {
+    "experts_gate_up": "gate_up",
+    "experts_down": "down",
+    "index_weights": "indexer",
+}
+"""What recipes call a role, where they do not use its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A format for some classes of matrices in some layers (`storage.recipe_files`)."""
+
+    classes: frozenset[str]
+    layers: str
+    format: str
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A named choice of formats; `formats` has every role of a matrix that is multiplied.
+    """A named choice of formats; the last rule that names a matrix decides.
 
-    The first and the last `ends` layers have the formats `at_ends` instead where it names a role.
+    What no rule names has the format of the published weights.
     """
 
     name: str
-    about: str
-    formats: Mapping[str, str]
-    ends: int = 0
-    at_ends: Mapping[str, str] = field(default_factory=dict)
+    rules: tuple[Rule, ...]
 
     def format_of(self, role: Role, layer: int | None = None, layers: int = 0) -> str:
         """Return the name of the format of a role's matrices in a layer, of `layers`."""
-        if layer is not None and (layer < self.ends or layer >= layers - self.ends):
-            return self.at_ends.get(role, self.formats.get(role, "F32"))
-        return self.formats.get(role, "F32")
+        kind = _CLASSES.get(role, role)
+        for rule in reversed(self.rules):
+            if kind in rule.classes and names_layer(rule.layers, layer, layers):
+                return rule.format
+        return PUBLISHED.get(role, "F32")
 
     def bytes_of(self, weight: Weight, layers: int) -> int:
         """Return the bytes that all matrices of a weight take in a network of `layers` layers."""
@@ -65,15 +99,20 @@ class Recipes:
 @cache
 def load_recipes() -> Recipes:
     """Read the recipes that come with the package."""
-    text = (Path(__file__).parent / "recipes.toml").read_text("utf-8")
-    table: dict[str, Any] = tomllib.loads(text)
-    base = {role: name for role, name in table["lossless"].items() if role != "about"}
-    found = {}
-    for name in table["order"]:
-        own = dict(table[name])
-        about, ends, at_ends = own.pop("about"), own.pop("ends", 0), own.pop("at_ends", {})
-        found[name] = Recipe(name, about, base | own, ends, at_ends)
-    return Recipes(found, found[table["default"]])
+    found = {name: _recipe(name) for name in FORETOLD}
+    return Recipes(found, found[DEFAULT])
+
+
+def _recipe(name: str) -> Recipe:
+    """Return what a recipe makes of shapes that its first formats allow, as the released ones."""
+    rules = tomllib.loads(read_recipe(name).decode()).get("rules", [])
+    return Recipe(
+        name,
+        tuple(
+            Rule(frozenset(rule["tensors"]), rule.get("layers", "all"), rule["formats"][0])
+            for rule in rules
+        ),
+    )
 
 
 def matrix_bytes(format_name: str, rows: int, cols: int) -> int:

@@ -36,7 +36,14 @@ from quant.quantizers.lanes import (
     where_less,
 )
 from quant.quantizers.lines import best_line, line_error, plane_solution
-from quant.quantizers.tiles import LANES, add_errors, load_tile, store_codes, store_numbers
+from quant.quantizers.tiles import (
+    LANES,
+    add_errors,
+    keep_better,
+    load_tile,
+    store_codes,
+    store_numbers,
+)
 
 SUPERBLOCK = 256
 MOST_BLOCKS = 16
@@ -123,8 +130,9 @@ def _choose(
         unit = at_least(load_f32(base + LINE * (_FREE + block)), unit)
         floor_unit = at_least(load_f32(base + LINE * (_FREE + MOST_BLOCKS + block)), floor_unit)
     best, best_floor = zeros_f32(), zeros_f32()
+    chosen, trial = base + LINE * _CHOSEN, base + LINE * _TRIAL
     least = _try_factors(base, weights, best, best_floor, n, high, most)
-    _keep(base, n, splat_f32(np.float32(0)), splat_f32(np.float32(1)))
+    keep_better(chosen, trial, 2 * MOST_BLOCKS, zeros_f32(), splat_f32(np.float32(1)))
     for k in range(count + polish):
         if k < count:
             factor = multiply(unit, inverse(broadcast_f32(ranges + 8 * k)))
@@ -133,7 +141,7 @@ def _choose(
             factor, floor = _refit(base, weights, best, best_floor, n, high)
         factor, floor = nearest_half(factor), nearest_half(floor)
         error = _try_factors(base, weights, factor, floor, n, high, most)
-        _keep(base, n, error, least)
+        keep_better(chosen, trial, 2 * MOST_BLOCKS, error, least)
         best = where_less(error, least, factor, best)
         best_floor = where_less(error, least, floor, best_floor)
         least = where_less(error, least, error, least)
@@ -170,16 +178,6 @@ def _try_factors(
         store_f32(base + LINE * (_TRIAL + MOST_BLOCKS + block), best_low)
         total = add(total, least)
     return total
-
-
-@device
-def _keep(base: int, n: int, error: Vector, least: Vector) -> None:
-    """Take over scales and minima on trial in the lanes where their error is less."""
-    for part in range(2):
-        for block in range(SUPERBLOCK // n):
-            trial = load_f32(base + LINE * (_TRIAL + MOST_BLOCKS * part + block))
-            chosen = base + LINE * (_CHOSEN + MOST_BLOCKS * part + block)
-            store_f32(chosen, where_less(error, least, trial, load_f32(chosen)))
 
 
 @device

@@ -27,7 +27,14 @@ from localv4.kernels.simd import (
 )
 from quant.quantizers.lanes import LINE, inverse, nearest_half, rounded, where_less
 from quant.quantizers.scales import best_scale, error_of, extreme, nearest_code, write_codes
-from quant.quantizers.tiles import LANES, add_errors, load_tile, store_codes, store_numbers
+from quant.quantizers.tiles import (
+    LANES,
+    add_errors,
+    keep_better,
+    load_tile,
+    store_codes,
+    store_numbers,
+)
 
 SUPERBLOCK = 256
 MOST_BLOCKS = 16
@@ -114,8 +121,9 @@ def _choose(
     """Write the best d, scales and error of a superblock to their lines."""
     unit = extreme(base + LINE * _FREE, SUPERBLOCK // n)
     best = zeros_f32()
+    chosen, trial = base + LINE * _CHOSEN, base + LINE * _TRIAL
     least = _try_factor(base, weights, best, n, bounds, curved)
-    _keep(base, n, splat_f32(np.float32(0)), splat_f32(np.float32(1)))
+    keep_better(chosen, trial, SUPERBLOCK // n, zeros_f32(), splat_f32(np.float32(1)))
     for k in range(count + polish):
         if k < count:
             factor = multiply(unit, inverse(broadcast_f32(ranges + 4 * k)))
@@ -123,7 +131,7 @@ def _choose(
             factor = _refit(base, weights, best, n, bounds, curved)
         factor = nearest_half(factor)
         error = _try_factor(base, weights, factor, n, bounds, curved)
-        _keep(base, n, error, least)
+        keep_better(chosen, trial, SUPERBLOCK // n, error, least)
         best = where_less(error, least, factor, best)
         least = where_less(error, least, error, least)
     store_f32(base + LINE * _FACTOR, best)
@@ -152,15 +160,6 @@ def _try_factor(
         store_f32(base + LINE * (_TRIAL + block), best)
         total = add(total, least)
     return total
-
-
-@device
-def _keep(base: int, n: int, error: Vector, least: Vector) -> None:
-    """Take over the scales on trial in the lanes where their error is less."""
-    for block in range(SUPERBLOCK // n):
-        trial = load_f32(base + LINE * (_TRIAL + block))
-        chosen = base + LINE * (_CHOSEN + block)
-        store_f32(chosen, where_less(error, least, trial, load_f32(chosen)))
 
 
 @device

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from localv4.kernels.arrays import Bytes, Floats
 from localv4.kernels.device import device
+from localv4.kernels.simd import Vector, load_f32, store_f32
+from quant.quantizers.lanes import LINE, where_less
 
 LANES = 16
 
@@ -56,3 +58,11 @@ def add_errors(out: NDArray[np.float64], scratch: Floats, line: int, row: int) -
     """Add one line of errors to those of up to sixteen rows."""
     for lane in range(min(LANES, out.shape[0] - row)):
         out[row + lane] += np.float64(scratch[LANES * line + lane])
+
+
+@device
+def keep_better(chosen: int, trial: int, lines: int, error: Vector, least: Vector) -> None:
+    """Copy lines from the address `trial` to `chosen` in the lanes where error is below least."""
+    for offset in range(0, LINE * lines, LINE):
+        kept = where_less(error, least, load_f32(trial + offset), load_f32(chosen + offset))
+        store_f32(chosen + offset, kept)

@@ -19,7 +19,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __noinline__
@@ -211,6 +211,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 inline int __float2int_rn(float a) { return (int)std::nearbyintf(a); }
 inline float __int2float_rn(int a) { return (float)a; }
@@ -221,7 +222,8 @@ inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; ++i) c += (int)(int8_t)(a >> (8 * i)) * (int)(int8_t)(b >> (8 * i));
     return c;
 }
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
+// prmt.b32: the upper bit of a selector asks for the sign of a byte. __byte_perm has no such bit.
+inline unsigned host_permute_bytes(unsigned a, unsigned b, unsigned s) {
     unsigned long long both = (unsigned long long)b << 32 | a;
     unsigned result = 0;
     for (int i = 0; i < 4; ++i) {
@@ -231,6 +233,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
     }
     return result;
 }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) { return host_permute_bytes(a, b, s & 0x7777); }
 template <typename T> T __ldg(const T *p) { return *p; }
 using std::max;
 using std::min;

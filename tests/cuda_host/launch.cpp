@@ -7,7 +7,8 @@ inline void call() { kernel(*arguments); }
 extern "C" void cuda_host_launch(void (*kernel)(Words), unsigned grid, unsigned block, unsigned shared_bytes,
                                  const Words *words) {
     using namespace cuda_host;
-    std::vector<unsigned char> memory(shared_bytes + 128, 0xcd);
+    constexpr size_t BEHIND = 4096;  // nothing may be written there
+    std::vector<unsigned char> memory(shared_bytes + 128 + BEHIND, 0xcd);
     shared = (unsigned char *)(((uintptr_t)memory.data() + 127) & ~(uintptr_t)127);
     cuda_host::kernel = kernel;
     arguments = words;
@@ -17,5 +18,10 @@ extern "C" void cuda_host_launch(void (*kernel)(Words), unsigned grid, unsigned 
     for (unsigned i = 0; i < grid; ++i) {
         cuda_host::block = {i, 0, 0};
         run_block();
+    }
+    for (size_t i = 0; i < BEHIND; ++i) {
+        if (shared[shared_bytes + i] == 0xcd) continue;
+        std::fprintf(stderr, "a CUDA kernel wrote behind its shared memory\n");
+        std::abort();
     }
 }

@@ -36,6 +36,8 @@ struct Words {
     __device__ i64 at(int index) const { return *(const i64 *)words[index]; }
 };
 
+#define INFINITE __int_as_float(0x7f800000)
+
 #define KERNEL(name) extern "C" __global__ void name(const Words op)
 
 // --- numbers ---
@@ -62,6 +64,18 @@ __device__ inline int dot4(u32 a, u32 b, int acc) {
 #endif
 }
 
+// Bytes of low (0 ... 3) and high (4 ... 7) by four nibbles of a selector, whose upper half is not
+// used. A nibble with bit 3 set gives the sign of the byte instead, 0 or 255: __byte_perm does not.
+__device__ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
+#ifdef LOCALV4_HOST
+    return host_permute_bytes(low, high, selector);
+#else
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+#endif
+}
+
 // --- memory ---
 
 // Read once, past the first cache: weights.
@@ -82,6 +96,23 @@ __device__ inline u32 load_stream_u32(const void *address) {
 #else
     u32 v;
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+#endif
+}
+
+// Ask for a line to be in the second cache soon.
+__device__ inline void prefetch_far(const void *address) {
+#ifndef LOCALV4_HOST
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
+#endif
+}
+
+__device__ inline uint2 load_stream_u64(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint2 *)address;
+#else
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 #endif
 }

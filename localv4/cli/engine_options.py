@@ -1,0 +1,204 @@
+"""Options of how this machine runs a model: processors, arithmetic, memory."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from localv4.cli.option_groups import option
+
+if TYPE_CHECKING:
+    from localv4.cuda.options import GpuOptions
+    from localv4.engine.memory import MemoryOptions
+
+
+class Arithmetic(StrEnum):
+    """How weights are multiplied."""
+
+    EXACT = "exact"
+    FAST = "fast"
+
+
+class IoWay(StrEnum):
+    """How experts come from the disk."""
+
+    AUTO = "auto"
+    MAP = "map"
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+
+
+class Kv(StrEnum):
+    """How compressed rows of the context are stored."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    COMPACT = "compact"
+
+
+class Caching(StrEnum):
+    """Which experts stay in memory."""
+
+    DECAY = "decay"
+    LRU = "lru"
+    LFU = "lfu"
+
+
+Threads = Annotated[
+    int | None,
+    option(
+        "-t",
+        "--threads",
+        panel="Model",
+        metavar="N",
+        help="CPU threads. Default: one for each physical performance core.",
+    ),
+]
+Pin = Annotated[
+    bool,
+    option(
+        "--pin",
+        panel="Model",
+        help="Bind each thread to a core of its own. For machines with nothing else to do.",
+    ),
+]
+
+Numerics = Annotated[
+    Arithmetic,
+    option(
+        "--numerics",
+        panel="Model",
+        help="fast: packed weights, activations rounded to 8 bits; exact: float32 throughout.",
+    ),
+]
+
+Ram = Annotated[
+    str | None,
+    option(
+        "--ram",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory to take, as 48GiB. Default: what is available, less the reserve.",
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    option(
+        "--reserve",
+        panel="Memory",
+        metavar="SIZE",
+        help="Memory to leave to other programs. Default: 8 %, at least 4GiB.",
+    ),
+]
+Io = Annotated[
+    IoWay,
+    option(
+        "--io",
+        panel="Memory",
+        help="How experts are read. auto: mapped if all fit, else directly from the disk.",
+    ),
+]
+CachePolicy = Annotated[
+    Caching,
+    option(
+        "--cache-policy",
+        panel="Memory",
+        help="Which experts stay: those used most of late (decay), last (lru) or ever (lfu).",
+    ),
+]
+ExpertReaders = Annotated[
+    int | None,
+    option(
+        "--readers",
+        panel="Memory",
+        metavar="N",
+        min=1,
+        max=64,
+        help="Threads that read experts. Default: as many as the disk takes.",
+    ),
+]
+Prefetch = Annotated[
+    bool,
+    option(
+        "--prefetch/--no-prefetch",
+        panel="Memory",
+        help="Read what the next layer may need while that makes tokens faster.",
+    ),
+]
+KvRows = Annotated[
+    Kv | None,
+    option(
+        "--kv",
+        panel="Memory",
+        help="How the compressed context is stored; compact: FP8 and FP4. Default: f32.",
+    ),
+]
+Device = Annotated[
+    str,
+    option(
+        "--device",
+        panel="Model",
+        metavar="DEVICE",
+        help="auto: a GPU if there is one and localv4[cuda] is installed; cpu; cuda; cuda:1.",
+    ),
+]
+GpuMem = Annotated[
+    str | None,
+    option(
+        "--gpu-mem",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory to take of the GPU, as 8GiB. Default: what is free, less a reserve.",
+    ),
+]
+TraceRoutes = Annotated[
+    Path | None,
+    option(
+        "--trace-routes",
+        panel="Memory",
+        env=False,
+        metavar="FILE",
+        help="Record which experts tokens choose, for localv4 tune; no text is kept.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The options of all commands that load a model."""
+
+    threads: Threads = None
+    pin: Pin = False
+    numerics: Numerics = Arithmetic.FAST
+    ram: Ram = None
+    reserve: Reserve = None
+    io: Io = IoWay.AUTO
+    cache_policy: CachePolicy = Caching.DECAY
+    readers: ExpertReaders = None
+    prefetch: Prefetch = True
+    kv: KvRows = None
+    device: Device = "auto"
+    gpu_mem: GpuMem = None
+
+    def gpu(self) -> "GpuOptions":
+        """Return what was said about GPUs. Raises UsageError for what is no device or no size."""
+        from localv4.cli.sizes import parse_bytes
+        from localv4.cuda.options import GpuOptions
+
+        memory = parse_bytes(self.gpu_mem, "--gpu-mem") if self.gpu_mem is not None else None
+        return GpuOptions.parse(self.device, memory)
+
+    def memory(self) -> "MemoryOptions":
+        """Return what was said about memory. Raises UsageError for what is no size."""
+        from localv4.cli.sizes import parse_bytes
+        from localv4.engine.memory import MemoryOptions
+
+        return MemoryOptions(
+            ram=parse_bytes(self.ram, "--ram") if self.ram is not None else None,
+            reserve=parse_bytes(self.reserve, "--reserve") if self.reserve is not None else None,
+            io=self.io.value,
+            policy=self.cache_policy.value,
+            readers=self.readers,
+            prefetch=self.prefetch,
+            kv=self.kv.value if self.kv is not None else None,
+        )

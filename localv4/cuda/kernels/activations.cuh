@@ -1,0 +1,88 @@
+// Activations rounded to int8, and SwiGLU: the same bits as localv4/kernels/activations.py, which
+// has the layout of the buffers q, d and b.
+
+#pragma once
+
+#include "common.cuh"
+
+// What the products of the CPU, which may go on with the buffers, add to weights (kernels/isa.py):
+// `cuda.compiler.definitions` has the numbers of the machine.
+#ifndef CODE_BIAS
+#define CODE_BIAS 12
+#define BYTE_BIAS 128
+#endif
+
+__device__ inline i64 q_row(i64 cols) { return cols + 64; }
+__device__ inline i64 d_row(i64 cols) { return cols / 32; }
+__device__ inline i64 b_row(i64 cols) { return cols / 8; }
+
+// Buffers of rounded rows: q, float scales, sums.
+struct Rounded {
+    i8 *q;
+    float *d;
+    int *b;
+
+    // Those of a row of so many columns.
+    __device__ inline Rounded row(i64 number, i64 cols) const {
+        return {q + number * q_row(cols), d + number * d_row(cols), b + number * b_row(cols)};
+    }
+};
+
+// The nearest int, ties to even; beyond +-2^30 that number, and 2^30 for NaN.
+__device__ inline int round_to_int(float x) {
+    float rounded = rintf(x);
+    rounded = rounded < 1073741824.0f ? rounded : 1073741824.0f;
+    rounded = rounded > -1073741824.0f ? rounded : -1073741824.0f;
+    return (int)rounded;
+}
+
+__device__ inline u32 warp_add(u32 value, int distance) {
+    for (; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+    return value;
+}
+
+// Round block `block` of a row; each lane of a warp has one of its 32 values.
+__device__ inline void round_block(const Rounded &row, i64 block, float value) {
+    int lane = threadIdx.x % 32;
+    // the bits of absolute values have the order of the floats, NaN on top
+    int largest = __float_as_int(value) & 0x7fffffff;
+    for (int distance = 16; distance > 0; distance /= 2)
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    float size = __int_as_float(largest);
+    size = size < 1e-30f ? 1e-30f : size;
+    int code = round_to_int(__fmul_rn(value, __fdiv_rn(127.0f, size)));
+    row.q[32 * block + lane] = (i8)code;
+    u32 half = warp_add((u32)code, 8), other = __shfl_xor_sync(0xffffffffu, half, 16);
+    if (lane == 0) {
+        u32 total = half + other;
+        row.d[block] = __fmul_rn(size, 1.0f / 127.0f);
+        *(int4 *)(row.b + 4 * block) = make_int4(
+            (int)(total * (u32)-CODE_BIAS), (int)(total * (u32)-BYTE_BIAS), (int)half, (int)other);
+    }
+}
+
+// e^x within 2 ulp for -87 ... 88, beyond which x is taken as the bound; NaN stays NaN.
+__device__ inline float exp_as_cpu(float x) {
+    x = 88.0f < x ? 88.0f : x;
+    x = -87.0f > x ? -87.0f : x;
+    int n = round_to_int(__fmul_rn(x, 1.44269504f));
+    float whole = -(float)n;
+    float r = __fmaf_rn(whole, 0.693359375f, x);
+    r = __fmaf_rn(whole, -2.12194440e-4f, r);
+    float p = __fmaf_rn(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = __fmaf_rn(p, r, 8.3334519073e-3f);
+    p = __fmaf_rn(p, r, 4.1665795894e-2f);
+    p = __fmaf_rn(p, r, 1.6666665459e-1f);
+    p = __fmaf_rn(p, r, 0.5f);
+    p = __fmaf_rn(p, __fmul_rn(r, r), r);
+    float power = __int_as_float((int)((u32)(n + 127) << 23));
+    return __fmaf_rn(p, power, power);
+}
+
+// silu(min(gate, limit)) * clip(up, -limit, limit)
+__device__ inline float swiglu_as_cpu(float gate, float up, float limit) {
+    gate = limit < gate ? limit : gate;
+    up = limit < up ? limit : up;
+    up = -limit > up ? -limit : up;
+    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(exp_as_cpu(-gate), 1.0f)), up);
+}

@@ -1,0 +1,164 @@
+"""Twins of the products of many tokens with packed weights of integers.
+
+The shapes of tiles are those of the kernels in `kernels/gemm.cu`, by the number of tokens, and in
+`kernels/gemm_experts.cu`. No operation on experts has more slots (pairs of a token and an expert)
+than a wave: so much scratch memory keeps the products of all slots until they are added up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from localv4.cuda.twin import Kernel, Twin, Words, nothing
+from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
+from localv4.model.fast_moe import WAVE_SLOTS
+
+MANY_BLOCKS = 256
+"""Blocks of threads that keep a large GPU busy; with fewer a smaller tile is better."""
+
+FEW_TOKENS = 16
+"""Tokens that one tile takes, so that the weights are read once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block of threads computes: 16 * `groups` rows for each warp times `tokens` tokens."""
+
+    fmt: PackedFormat
+    groups: int
+    tokens: int
+    warps: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def all_groups(self) -> int:
+        """Row groups of a tile."""
+        return self.groups * self.warps
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a superblock of weights, activations and their scales."""
+        activations = self.fmt.columns + self.fmt.columns // BLOCK * 4
+        return self.all_groups * self.fmt.superblock_bytes + self.tokens * activations
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.stages * self.stage
+
+    def blocks(self, groups: int, tokens: int) -> int:
+        """Return the number of tiles of a product."""
+        return -(-groups // self.all_groups) * -(-tokens // self.tokens)
+
+
+def _tiles(fmt: PackedFormat, many_stages: int, few_stages: int) -> tuple[Tile, ...]:
+    return (
+        Tile(fmt, 1, 8, 2, few_stages),
+        Tile(fmt, 1, 16, 2, few_stages),
+        Tile(fmt, 1, 32, 4, many_stages),
+        Tile(fmt, 2, 64, 4, many_stages),
+        Tile(fmt, 2, 128, 4, many_stages),
+    )
+
+
+TILES = {fmt: _tiles(fmt, *stages) for fmt, stages in {MX4: (2, 4), Q4: (3, 6), Q8: (3, 6)}.items()}
+"""Of each format, smaller ones first."""
+
+
+def best_tile(tiles: Sequence[Tile], groups: int, tokens: int) -> Tile:
+    """Return the largest tile that leaves work for all of a GPU, and not much of it empty."""
+    last = next((i for i, tile in enumerate(tiles) if tile.tokens >= tokens), len(tiles) - 1)
+    if tokens <= FEW_TOKENS:
+        return tiles[last]
+    while tiles[last - 1].tokens > FEW_TOKENS and _is_too_large(tiles[last], groups, tokens):
+        last -= 1
+    return tiles[last]
+
+
+def _is_too_large(tile: Tile, groups: int, tokens: int) -> bool:
+    half = tile.tokens // 2
+    computed, of_half = -(-tokens // tile.tokens) * tile.tokens, -(-tokens // half) * half
+    is_rather_empty = 4 * computed > 5 * of_half
+    return is_rather_empty or tile.blocks(groups, tokens) < MANY_BLOCKS
+
+
+def gemm_kernel(source: str, tiles: Sequence[Tile], tile: Tile) -> Kernel:
+    """Return the kernel of a tile, which is launched where the tile is the best one."""
+
+    def blocks(words: Words) -> int:
+        groups, tokens = words[2], words[7]
+        is_best = best_tile(tiles, groups, tokens) == tile
+        return tile.blocks(groups, tokens) if is_best else 0
+
+    def shared(words: Words) -> int:
+        return tile.shared
+
+    name = f"{tile.fmt.name.lower()}_gemm_{tile.tokens}"
+    return Kernel(source, name, tile.threads, blocks, shared)
+
+
+def _gemm(tiles: Sequence[Tile]) -> Twin:
+    return Twin("aiiaaaiaia", tuple(gemm_kernel("gemm.cu", tiles, tile) for tile in tiles))
+
+
+EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}
+"""Stages of the largest tile of experts, which is one of 64 tokens."""
+
+MOST_BLOCKS = 2048
+"""Blocks of threads that go through the tiles of experts: several times as many as run at once."""
+
+SUM_THREADS = 256
+
+
+def _expert_kernel(tile: Tile, kind: str, scratch: Callable[[Words], int] = nothing) -> Kernel:
+    def blocks(words: Words) -> int:
+        return min(MOST_BLOCKS, words[2] * -(-words[4] // tile.all_groups))
+
+    def shared(words: Words) -> int:
+        return tile.shared + 4 * (words[2] + 1)
+
+    name = f"{tile.fmt.name.lower()}_experts_{kind}"
+    return Kernel("gemm_experts.cu", name, tile.threads, blocks, shared, scratch)
+
+
+def _products_bytes(words: Words) -> int:
+    return 4 * WAVE_SLOTS * GROUP_ROWS * words[4]
+
+
+def _slots_blocks(words: Words) -> int:
+    return MOST_BLOCKS if words[2] else 0
+
+
+def _slots_bytes(words: Words) -> int:
+    return 4 * WAVE_SLOTS
+
+
+EXPERT_SUM = Kernel(
+    "gemm_experts.cu", "experts_down_sum", SUM_THREADS, _slots_blocks, _slots_bytes, _products_bytes
+)
+"""Adds the products of the experts of each token."""
+
+
+def _gate_up(tile: Tile) -> Twin:
+    return Twin("tiaiiaaaaaaaf", (_expert_kernel(tile, "gate_up"),))
+
+
+def _down(tile: Tile) -> Twin:
+    return Twin("tiaiiaaaaiaaai", (_expert_kernel(tile, "down", _products_bytes), EXPERT_SUM))
+
+
+def _all_twins() -> dict[str, Twin]:
+    twins = {}
+    for fmt, tiles in TILES.items():
+        name, tile = f"formats.{fmt.name.lower()}", Tile(fmt, 2, 64, 4, EXPERT_STAGES[fmt])
+        twins[f"{name}_gemm"] = _gemm(tiles)
+        twins[f"{name}_experts_gate_up"] = _gate_up(tile)
+        twins[f"{name}_experts_down"] = _down(tile)
+    return twins
+
+
+MANY_PRODUCTS = _all_twins()

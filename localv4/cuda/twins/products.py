@@ -1,0 +1,169 @@
+"""Twins of the products of one token with packed weights (`kernels.formats`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from localv4.cuda.twin import Kernel, Twin, Words
+from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
+
+# as in kernels/single_token.cuh
+THREADS = 256
+TABLE_FLOATS = 4096
+DOWN_ROWS = 8
+
+FEW_GROUPS = 512
+"""Row groups below which two blocks of threads share a group, so that all of a GPU has work."""
+
+QUAD = 4  # rows of a task
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFormat:
+    """How a format is read (`single_token.cuh`): so many tasks of a thread at a time.
+
+    `tables` of sums are in shared memory, and so many `heads` for each superblock; `module` of
+    `localv4.kernels` has the operations of the CPU.
+    """
+
+    fmt: PackedFormat
+    together: int
+    tables: int = 2
+    heads: int = 0
+    module: str = "formats"
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a superblock."""
+        return self.fmt.columns // BLOCK
+
+    def table_bytes(self, slots: int, cols: int, rows: int) -> int:
+        """Return the shared memory for `rows` rows of each slot."""
+        most = TABLE_FLOATS // rows // slots // self.blocks * self.blocks
+        at_once = min(cols // BLOCK, max(most, self.blocks))
+        heads = self.heads * at_once // self.blocks
+        return 4 * slots * rows * (self.tables * (at_once + 1) + heads)
+
+
+KQUANTS = "kquant_operations"
+FORMATS = (
+    TokenFormat(MX4, 2),
+    TokenFormat(Q4, 2),
+    TokenFormat(Q8, 1),
+    TokenFormat(Q4K, 2, 2, 2, KQUANTS),
+    TokenFormat(Q6, 1, 1, 1, KQUANTS),
+    TokenFormat(Q3, 2, 1, 1, KQUANTS),
+    TokenFormat(Q2, 2, 2, 2, KQUANTS),
+    TokenFormat(IQ2, 2, 1, 1, KQUANTS),
+)
+
+
+def _groups_together(form: TokenFormat, groups: int, cols: int) -> int:
+    """Return how many groups a block of threads computes: as many as keep its threads busy."""
+    tasks = GROUP_ROWS // QUAD * cols // BLOCK
+    wanted = THREADS * form.together // tasks
+    return max(1, min(wanted, THREADS // GROUP_ROWS, groups // FEW_GROUPS))
+
+
+def _matvec(form: TokenFormat) -> Twin:
+    def slots(words: Words) -> int:
+        return _groups_together(form, words[2], words[3])
+
+    def many(words: Words) -> int:
+        return 0 if words[2] < FEW_GROUPS else -(-words[2] // slots(words))
+
+    def few(words: Words) -> int:
+        return 2 * words[2] if words[2] < FEW_GROUPS else 0
+
+    def many_bytes(words: Words) -> int:
+        return form.table_bytes(slots(words), words[3], GROUP_ROWS)
+
+    def few_bytes(words: Words) -> int:
+        return form.table_bytes(1, words[3], GROUP_ROWS // 2)
+
+    name = form.fmt.name.lower()
+    return Twin(
+        "aiiaaaa",
+        (
+            Kernel("matvec.cu", f"{name}_matvec", THREADS, many, many_bytes),
+            Kernel("matvec.cu", f"{name}_matvec_few", THREADS, few, few_bytes),
+        ),
+    )
+
+
+def _gate_up(form: TokenFormat) -> Twin:
+    def many(words: Words) -> int:
+        return 0 if words[2] * words[3] < FEW_GROUPS else words[2] * words[3]
+
+    def few(words: Words) -> int:
+        return 2 * words[2] * words[3] if words[2] * words[3] < FEW_GROUPS else 0
+
+    def many_bytes(words: Words) -> int:
+        return form.table_bytes(2, words[4], GROUP_ROWS)
+
+    def few_bytes(words: Words) -> int:
+        return form.table_bytes(2, words[4], GROUP_ROWS // 2)
+
+    name = form.fmt.name.lower()
+    return Twin(
+        "tiiiaaaaf",
+        (
+            Kernel("experts.cu", f"{name}_gate_up", THREADS, many, many_bytes),
+            Kernel("experts.cu", f"{name}_gate_up_few", THREADS, few, few_bytes),
+        ),
+    )
+
+
+DOWN_KINDS = "tiiiaaaaaii"
+
+
+def _down(form: TokenFormat) -> Twin:
+    def blocks(words: Words) -> int:
+        return GROUP_ROWS // DOWN_ROWS * words[3]
+
+    def shared(words: Words) -> int:
+        fitting = min(TABLE_FLOATS // DOWN_ROWS // (words[4] // BLOCK), THREADS // DOWN_ROWS)
+        return form.table_bytes(max(1, min(words[2], fitting)), words[4], DOWN_ROWS)
+
+    name = f"{form.fmt.name.lower()}_down"
+    return Twin(DOWN_KINDS, (Kernel("experts.cu", name, THREADS, blocks, shared),))
+
+
+def _down_parts(form: TokenFormat) -> Twin:
+    def blocks(words: Words) -> int:
+        return words[2] * words[3]
+
+    def shared(words: Words) -> int:
+        return form.table_bytes(1, words[4], GROUP_ROWS)
+
+    name = f"{form.fmt.name.lower()}_down_parts"
+    return Twin(DOWN_KINDS, (Kernel("experts.cu", name, THREADS, blocks, shared),))
+
+
+def _combined(words: Words) -> int:
+    return -(-words[4] // THREADS)
+
+
+def _twins(make: Callable[[TokenFormat], Twin], kind: str) -> dict[str, Twin]:
+    return {f"{form.module}.{form.fmt.name.lower()}_{kind}": make(form) for form in FORMATS}
+
+
+PRODUCTS = {
+    **_twins(_matvec, "matvec"),
+    **_twins(_gate_up, "gate_up"),
+    **_twins(_down, "down"),
+}
+
+DOWN_PARTS = _twins(_down_parts, "down")
+"""By the name of a `down`: the products of its experts by themselves, for `COMBINE`.
+
+The words are those of `down`, but instead of `out` there are parts (count, 16 * row groups) f32,
+of which the rows of experts without a record stay as they are.
+"""
+
+COMBINE = Twin("aiiiaaia", (Kernel("experts.cu", "combine", THREADS, _combined),))
+"""The rest of a `down`: parts from anywhere, in the order and with the bits of the whole.
+
+Words: parts (count, stride) f32, stride in floats, count, rows, weights, out, 1 to add to what
+`out` holds, used (count,) i64: 0 for an expert that is left out.
+"""
