@@ -228,31 +228,29 @@ class FastMoe:
 
     def add_down(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
         """Compute `update` and `shared_update` of one token from the hidden layers."""
-        count = self.config.experts_per_token
-        program.round(hidden.rounded, hidden.values, count)
+        program.round(hidden.rounded, hidden.values, self.config.experts_per_token)
         self.shared.add_rounding(program, hidden.shared, 1)
-        *first, last = zip(self.forms, hidden.records, strict=False)
-        for number, (form, records) in enumerate(first):
-            self._add_down(program, chunk, hidden, form, records, adds=number > 0)
         with program.alongside():
-            self._add_down(program, chunk, hidden, *last, adds=len(first) > 0)
             self.shared.add_down(program, chunk.shared_update, hidden.shared, 1)
+            self._add_down(program, chunk, hidden, 0)
+        for form in range(1, len(self.forms)):
+            self._add_down(program, chunk, hidden, form)
+
+    def add_late_down(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
+        """Compute `update` alone, of hidden layers that are rounded."""
+        for form in range(len(self.forms)):
+            self._add_down(program, chunk, hidden, form)
 
     def _add_down(
-        self,
-        program: Program,
-        chunk: ChunkBuffers,
-        hidden: HiddenLayers,
-        form: ExpertForm,
-        records: NDArray[np.int64],
-        *,
-        adds: bool,
+        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, number: int
     ) -> None:
+        """Add the outputs of the experts of one form; those of the first begin the sum."""
+        form, records = self.forms[number], hidden.records[number]
         program.add(
             OPERATIONS[form.down.name].down,
             *(records.ctypes.data, len(records), form.hidden // GROUP_ROWS, form.inner),
             *(*hidden.rounded.addresses, chunk.update.at(), chunk.shares.ctypes.data),
-            *(form.offset, int(adds)),
+            *(form.offset, int(number > 0)),
         )
 
     def add_groups(

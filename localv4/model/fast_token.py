@@ -23,15 +23,14 @@ class Segment:
     """Operations of the token's program.
 
     `lookups` maps those that look up a layer's experts, where the segment can halt, to the layer,
-    `glances` those that guess them. `resumes` maps a layer to the operation behind its experts,
-    `downs` to the one where their second half begins. After the segment the experts of layer
-    `stored` are multiplied as they are stored, if it is not None.
+    `glances` those that guess them. `resumes` maps a layer to the operation behind its experts.
+    After the segment the experts of layer `stored` are multiplied as they are stored, if it is not
+    None.
     """
 
     program: NDArray[np.int64]
     lookups: dict[int, int]
     glances: dict[int, int]
-    downs: dict[int, int]
     resumes: dict[int, int]
     stored: int | None
 
@@ -127,14 +126,15 @@ class TokenPlan:
                 return False
             assert (network.store.addresses[layer, self._chunk.chosen[0]] > 0).all()
             network.team.run(segment.program[last:done])
-            is_done = len(network.layers[layer].moe.forms) == 1
-            done = segment.resumes[layer] if is_done else segment.downs[layer]
+            if len(network.layers[layer].moe.forms) > 1:
+                self._run_late_down(layer)
+            done = segment.resumes[layer]
 
     def _fetch(self, layer: int) -> None:
         """Bring the token's experts of a layer into memory; compute with those that are there.
 
         Their outputs are added as far as their order allows: up to the first that is not there.
-        Experts of several forms have another order, so of those only the first half is computed.
+        Experts of several forms have another order: nothing is added of those.
         """
         network, store = self._network, self._network.store
         moe, numbers = network.layers[layer].moe, self._chunk.chosen[0]
@@ -159,6 +159,11 @@ class TokenPlan:
                 moe.add_early_down(program, self._chunk, self._hidden, range(added, end))
                 added = end
             network.run(program)
+
+    def _run_late_down(self, layer: int) -> None:
+        program, moe = self._network.new_program(), self._network.layers[layer].moe
+        moe.add_late_down(program, self._chunk, self._hidden)
+        self._network.run(program)
 
     def _run_shared(self, layer: int) -> None:
         program, moe = self._network.new_program(), self._network.layers[layer].moe
@@ -189,7 +194,7 @@ class TokenPlan:
 
     def _new_segment(self) -> tuple[Program, Segment]:
         nothing = np.zeros((0, WORDS), np.int64)
-        return self._network.new_program(), Segment(nothing, {}, {}, {}, {}, None)
+        return self._network.new_program(), Segment(nothing, {}, {}, {}, None)
 
     def _add_experts(self, program: Program, segment: Segment, index: int) -> None:
         """Add the experts of a layer."""
@@ -198,7 +203,6 @@ class TokenPlan:
         segment.lookups[len(program)] = index
         moe.add_resolve(program, chunk, hidden, halt)
         moe.add_gate_up(program, chunk, hidden)
-        segment.downs[index] = len(program)
         moe.add_down(program, chunk, hidden)
         segment.resumes[index] = len(program)
 
