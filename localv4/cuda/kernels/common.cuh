@@ -117,6 +117,38 @@ __device__ inline uint2 load_stream_u64(const void *address) {
 #endif
 }
 
+// Read by many threads, and not written while the kernel runs: activations. In any order with writes
+// to other memory.
+__device__ inline float load_input(const float *address) {
+#ifdef LOCALV4_HOST
+    return *address;
+#else
+    float v;
+    asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline uint2 load_input_u64(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint2 *)address;
+#else
+    uint2 v;
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline uint4 load_input_u128(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint4 *)address;
+#else
+    uint4 v;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+#endif
+}
+
 // --- tensor cores ---
 
 // d = a (16 x 32) . b (32 x 8) + c, signed bytes; fragments as PTX has them for m16n8k32.
@@ -152,6 +184,25 @@ __device__ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
                    "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    // sm_75 has no such product: lanes ask each other for what they need
+    int lane = threadIdx.x % 32, group = lane / 4, column = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+        for (int member = 0; member < 4; ++member) {
+            u32 x[2], y[2];
+            for (int i = 0; i < 2; ++i) {
+                x[i] = __shfl_sync(0xffffffffu, a[2 * half + i], 4 * group + member);
+                y[i] = __shfl_sync(0xffffffffu, b[half], 4 * (column + i) + member);
+            }
+            for (int i = 0; i < 4; ++i) {
+                d[i] = __fmaf_rn(__uint_as_float(x[i / 2] << 16), __uint_as_float(y[i % 2] << 16), d[i]);
+                d[i] = __fmaf_rn(__uint_as_float(x[i / 2] & 0xffff0000u), __uint_as_float(y[i % 2] & 0xffff0000u), d[i]);
+            }
+        }
+    }
 #endif
 }
 

@@ -11,6 +11,7 @@ struct GateUpSource {
     i64 bytes;  // of a group
     Rounded activations;
 
+    __device__ inline bool exists(int) const { return true; }
     __device__ inline const u8 *weights(int slot) const { return first + slot * bytes; }
     __device__ inline const Rounded &x(int) const { return activations; }
 };
@@ -44,9 +45,8 @@ struct DownSource {
     Rounded activations;
     i64 cols;
 
-    __device__ inline const u8 *weights(int slot) const {
-        return records[slot] == nullptr ? nullptr : records[slot] + offset;
-    }
+    __device__ inline bool exists(int slot) const { return records[slot] != nullptr; }
+    __device__ inline const u8 *weights(int slot) const { return records[slot] + offset; }
     __device__ inline Rounded x(int slot) const { return activations.row(slot, cols); }
 };
 
@@ -64,7 +64,7 @@ __device__ inline void down(const Words &op) {
     float *out = op.address<float>(8) + group * GROUP_ROWS + part * DOWN_ROWS + threadIdx.x;
     bool has_row = threadIdx.x < DOWN_ROWS;
     float sum = has_row && op.number(11) != 0 ? *out : 0.0f;
-    int at_once = max(1, min(TABLE_FLOATS / DOWN_ROWS / blocks, TOKEN_THREADS / DOWN_ROWS));
+    int at_once = max(1, min(TABLE_ROWS / DOWN_ROWS / blocks, TOKEN_THREADS / DOWN_ROWS));
     for (int first = 0; first < count; first += at_once) {
         int slots = min(at_once, count - first);
         DownSource source = {op.address<const u8 *>(1) + first, offset, x.row(first, cols), cols};
@@ -72,7 +72,7 @@ __device__ inline void down(const Words &op) {
             Products::finish(row_products<Products, DOWN_ROWS>(source, slots, blocks, part * (DOWN_ROWS / 4)));
         __syncthreads();
         for (int slot = 0; has_row && slot < slots; ++slot)
-            if (source.weights(slot) != nullptr)
+            if (source.exists(slot))
                 sum = __fmaf_rn(products[slot * DOWN_ROWS + threadIdx.x], op.address<float>(9)[first + slot], sum);
         __syncthreads();
     }
@@ -89,7 +89,7 @@ __device__ inline void down_parts(const Words &op) {
     i64 offset = op.number(10) + group * group_bytes<typename Products::Weights>(cols);
     Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};
     DownSource source = {op.address<const u8 *>(1) + expert, offset, x.row(expert, cols), cols};
-    if (source.weights(0) == nullptr) return;
+    if (!source.exists(0)) return;
     float sum = row_products<Products, GROUP_ROWS>(source, 1, cols / BLOCK, 0);
     if (threadIdx.x < GROUP_ROWS)
         op.address<float>(8)[((i64)expert * groups + group) * GROUP_ROWS + threadIdx.x] = Products::finish(sum);

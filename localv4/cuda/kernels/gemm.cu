@@ -2,14 +2,6 @@
 
 #include "gemm.cuh"
 
-// A kernel for each number of tokens of a tile; its shape is to be known to twins/gemm.py.
-#define GEMM(name, Format, groups, eights, warps, stages, blocks)            \
-    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)         \
-    name(const Words op) {                                                   \
-        DYNAMIC_SHARED(shared);                                              \
-        gemm<Tile<Format, groups, eights, warps, stages>>(op, shared);       \
-    }
-
 #define GEMMS(prefix, Format, many_stages, few_stages)             \
     GEMM(prefix##_gemm_8, Format, 1, 1, 2, few_stages, 8)         \
     GEMM(prefix##_gemm_16, Format, 1, 2, 2, few_stages, 8)        \

@@ -58,8 +58,10 @@ struct Columns {
 
 // --- formats (localv4/kernels/packed.py) ---
 //
-// A format says how a superblock looks, reads a block of a group (`Rows`: fragments and scales of
-// two rows), and adds the products with eight tokens to sums; `FACTOR` is for the result.
+// A format says how a superblock looks, in memory and in shared memory (`place`), reads a block of a
+// group (`Rows`: fragments and scales of two rows), adds the products with eight tokens to sums, and
+// puts these right at the end of a superblock (`finish`); `FACTOR` is for the result. `prepare` is
+// called once by all threads.
 
 // What the sums of sixteen rows with eight tokens are made of: rows 2 * i, 2 * i + 1 are the lower
 // and the upper two.
@@ -108,6 +110,7 @@ struct Mx4 {
         float scale[2], base[2];
     };
 
+    __device__ static void prepare() {}
     __device__ static int place(int offset) { return offset; }
 
     __device__ static Rows load(const u8 *w, int block, Place own) {
@@ -152,6 +155,7 @@ struct Q4 {
     typedef PlainSums Sums;
     typedef ScaledRows Rows;
 
+    __device__ static void prepare() {}
     __device__ static int place(int offset) { return offset; }
 
     __device__ static Rows load(const u8 *w, int block, Place own) {
@@ -179,6 +183,8 @@ struct Q8 {
     static constexpr float FACTOR = 1.0f;
     typedef PlainSums Sums;
     typedef ScaledRows Rows;
+
+    __device__ static void prepare() {}
 
     // In shared memory the even lines of a block come first: what the threads of a warp read
     // together is then in different banks.
@@ -255,12 +261,11 @@ struct Copies {
     typedef typename Shape::Format Format;
     static constexpr int CHUNKS = Format::BYTES / 16, Q_CHUNKS = Shape::COLUMNS / 16;
     static constexpr int Q_STEP = Shape::THREADS / Q_CHUNKS, D_STEP = Shape::THREADS / Shape::BLOCKS;
-    static_assert(Shape::EIGHTS == 1 || Q_STEP % 8 == 0, "the tokens of a thread are turned alike");
     const u8 *w, *q, *d, *b;
     i64 group_bytes, q_bytes, d_bytes;
     int groups, q_token, d_token, count;
     SharedPlace ring, to_w, to_q;
-    int to_d;
+    int to_d, q_chunk;
 
     __device__ Copies(const Factors &x, u8 *shared) {
         int lane = threadIdx.x % 32, first = threadIdx.x / 32 * Shape::GROUPS_OF_WARP;
@@ -275,8 +280,8 @@ struct Copies {
         d = x.d + 4 * entry, b = x.b + SUMS_BYTES * entry;
         ring = place_of(shared);
         to_w = ring + first * Format::BYTES + Format::place(16 * lane);
-        int turned = chunk / 2 ^ Shape::turn(q_token);
-        to_q = ring + Shape::Q + q_token * Shape::COLUMNS + 32 * turned + 16 * (chunk % 2);
+        q_chunk = chunk;
+        to_q = ring + Shape::Q + q_token * Shape::COLUMNS + 16 * (chunk % 2);
         to_d = block * Shape::TOKENS + d_token;
     }
 
@@ -290,9 +295,11 @@ struct Copies {
                 if (m < groups && (32 * k + 32 <= CHUNKS || lane < CHUNKS % 32))
                     copy_line(to_w + to + m * Format::BYTES + 512 * k, w + m * group_bytes + 512 * k);
 #pragma unroll
-        for (int k = 0; k * Q_STEP < Shape::TOKENS; ++k)
-            if (q_token + k * Q_STEP < Shape::TOKENS && q_token + k * Q_STEP < count)
-                copy_line(to_q + to + k * Q_STEP * Shape::COLUMNS, q + k * q_bytes);
+        for (int k = 0; k * Q_STEP < Shape::TOKENS; ++k) {
+            int token = q_token + k * Q_STEP, turned = q_chunk / 2 ^ Shape::turn(token);
+            if (token < Shape::TOKENS && token < count)
+                copy_line(to_q + to + k * Q_STEP * Shape::COLUMNS + 32 * turned, q + k * q_bytes);
+        }
 #pragma unroll
         for (int k = 0; k * D_STEP < Shape::TOKENS; ++k) {
             if (d_token + k * D_STEP >= Shape::TOKENS || d_token + k * D_STEP >= count) continue;
@@ -419,7 +426,16 @@ __device__ inline void gemm(const Words &op, u8 *shared) {
     Factors x = Factors::of<typename Shape::Format>(
         op.address<const u8>(1), group, groups, op.number(3), op.address<const u8>(4),
         op.address<const u8>(5), op.address<const u8>(6), token, tokens);
+    Shape::Format::prepare();
     typename Shape::Sums sums;
     multiply_tile<Shape>(sums, x, shared);
     store_tile<Shape>(sums, x, op.address<u8>(8) + token * stride + 4 * GROUP_ROWS * group, stride);
 }
+
+// A kernel for each number of tokens of a tile; its shape is to be known to twins/gemm.py.
+#define GEMM(name, Format, groups, eights, warps, stages, blocks)            \
+    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)         \
+    name(const Words op) {                                                   \
+        DYNAMIC_SHARED(shared);                                              \
+        gemm<Tile<Format, groups, eights, warps, stages>>(op, shared);       \
+    }

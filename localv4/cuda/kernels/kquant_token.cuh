@@ -6,8 +6,8 @@
 #include "packed_kquants.cuh"
 #include "single_token.cuh"
 
-// Tables: 0 the whole numbers of a block (sum of scale * products), 1 those of least values; behind
-// them what they are to be multiplied with, for each superblock.
+// The table has the whole numbers of each row and block: the sum of scale * product, and that of least
+// values. Behind it is what they are to be multiplied with, for each superblock and row.
 template <class Format>
 struct SuperblockProducts {
     struct Weights {
@@ -16,22 +16,23 @@ struct SuperblockProducts {
     static constexpr int BLOCKS = SUPERBLOCK_BLOCKS, LINES = Format::LINES, NUMBERS = Format::NUMBERS;
     static constexpr int PARTS = Format::PARTS;
     static constexpr int TOGETHER = LINES > 4 ? 1 : 2;
-    static constexpr int TABLES = NUMBERS;
+    static constexpr int FLOATS = NUMBERS;
 
-    __device__ static inline void prepare() { Format::prepare(); }
+    typedef typename Format::Lookup Lookup;
+    __device__ static inline Lookup lookup() { return Format::lookup(); }
 
     template <int ROWS>
-    __device__ static inline float *heads(const Tables<ROWS> &tables, int slot, int superblock, int number) {
-        int superblocks = tables.blocks / BLOCKS;
-        return tables.at(TABLES, 0, 0) + ((slot * superblocks + superblock) * NUMBERS + number) * ROWS;
+    __device__ static inline float *heads(const Table<ROWS, FLOATS> &table, int slot, int superblock) {
+        int number = slot * (table.blocks / BLOCKS) + superblock;
+        return table.at(table.slots, 0) + number * (ROWS * FLOATS);
     }
 
     struct Task {
         uint4 lines[LINES], head;
         typename Format::Stored stored;
 
-        __device__ inline void load(const u8 *group, int block, int quad, const Rounded &) {
-            const u8 *superblock = group + (i64)(block / BLOCKS) * Format::SUPERBLOCK_BYTES;
+        __device__ inline void load(const u8 *group, int block, int quad) {
+            const u8 *superblock = group + (u32)block / BLOCKS * Format::SUPERBLOCK_BYTES;
             const u8 *codes = superblock + Format::CODES_AT + block % BLOCKS * (LINE * LINES) + 16 * quad;
 #pragma unroll
             for (int j = 0; j < LINES; ++j) lines[j] = load_stream(codes + LINE * j);
@@ -47,63 +48,68 @@ struct SuperblockProducts {
 
         template <int ROWS>
         __device__ inline void store(
-            const Tables<ROWS> &tables, int slot, int block, int quad, const Rounded &x, int column_block
+            const Table<ROWS, FLOATS> &table, int slot, int block, int quad, const Rounded &x, int first,
+            const Lookup &lookup
         ) const {
-            const uint4 *q = (const uint4 *)(x.q + BLOCK * column_block);
-            uint4 low = q[0], high = q[1];
+            int column_block = first + block;
+            const i8 *q = x.q + BLOCK * column_block;
+            uint4 low = load_input_u128(q), high = load_input_u128(q + 16);
             u32 columns[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             int totals[PARTS] = {};
             if (Format::MIDDLE != 0 || NUMBERS == 2) {
-                int2 halves = *(const int2 *)(x.b + 4 * column_block + 2);
+                uint2 stored = load_input_u64(x.b + 4 * column_block + 2);
+                int2 halves = make_int2((int)stored.x, (int)stored.y);
                 totals[0] = PARTS == 2 ? halves.x : halves.x + halves.y;
                 totals[PARTS - 1] = PARTS == 2 ? halves.y : totals[0];
             }
-            float whole[4], least[4];
+            float *place = table.at(slot, block) + 4 * FLOATS * quad;
 #pragma unroll
-            for (int row = 0; row < 4; ++row) multiply(row, column_block, columns, totals, whole[row], least[row]);
-            *(float4 *)(tables.at(0, slot, block) + 4 * quad) = make_float4(whole[0], whole[1], whole[2], whole[3]);
-            if (NUMBERS == 2)
-                *(float4 *)(tables.at(1, slot, block) + 4 * quad) = make_float4(least[0], least[1], least[2], least[3]);
-            if (column_block % BLOCKS == 0) store_head(tables, slot, block / BLOCKS, quad);
+            for (int row = 0; row < 4; ++row) {
+                int numbers[2] = {0, 0};
+                multiply(row, column_block, columns, totals, lookup, numbers);
+                for (int i = 0; i < NUMBERS; ++i) place[row * NUMBERS + i] = (float)numbers[i];
+            }
+            if (column_block % BLOCKS == 0) store_head(heads(table, slot, block / BLOCKS) + 4 * FLOATS * quad);
         }
 
         // The whole numbers of a row: they fit float32.
         __device__ inline void multiply(int row, int block, const u32 (&columns)[8], const int (&totals)[PARTS],
-                                        float &whole, float &least) const {
+                                        const Lookup &lookup, int (&numbers)[2]) const {
             u32 words[LINES], codes[8];
 #pragma unroll
             for (int j = 0; j < LINES; ++j)
                 words[j] = row == 0 ? lines[j].x : row == 1 ? lines[j].y : row == 2 ? lines[j].z : lines[j].w;
-            Format::decode(words, codes);
-            int scales[PARTS], leasts[PARTS], sum = 0, least_sum = 0;
+            Format::decode(lookup, words, codes);
+            int scales[PARTS], leasts[PARTS];
             Format::factors(stored, words, block, row, scales, leasts);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part) {
                 int dot = -Format::MIDDLE * totals[part];
 #pragma unroll
                 for (int j = part * 8 / PARTS; j < (part + 1) * 8 / PARTS; ++j) dot = dot4(codes[j], columns[j], dot);
-                sum += dot * scales[part];
-                if (NUMBERS == 2) least_sum += leasts[part] * totals[part];
+                numbers[0] += dot * scales[part];
+                if (NUMBERS == 2) numbers[1] += leasts[part] * totals[part];
             }
-            whole = (float)sum, least = (float)least_sum;
         }
 
-        template <int ROWS>
-        __device__ inline void store_head(const Tables<ROWS> &tables, int slot, int superblock, int quad) const {
+        __device__ inline void store_head(float *place) const {
             u32 words[4] = {head.x, head.y, head.z, head.w};
+#pragma unroll
             for (int row = 0; row < 4; ++row) {
-                for (int number = 0; number < NUMBERS; ++number) {
-                    u32 half = words[2 * number + row / 2] >> (16 * (row % 2)) & 0xffff;
-                    float value = NUMBERS == 1 ? __int_as_float((int)words[row]) : half_bits_to_float(half);
-                    heads(tables, slot, superblock, number)[4 * quad + row] = number == 0 ? value : -value;
+                if (NUMBERS == 1) {
+                    place[row] = __int_as_float((int)words[row]);
+                    continue;
                 }
+                int shift = 16 * (row % 2);
+                place[2 * row] = half_bits_to_float(words[row / 2] >> shift & 0xffff);
+                place[2 * row + 1] = -half_bits_to_float(words[2 + row / 2] >> shift & 0xffff);
             }
         }
     };
 
     template <int ROWS>
     __device__ static inline float chain(
-        float sum, const Tables<ROWS> &tables, int slot, int row, int blocks, const Rounded &x, int first
+        float sum, const Table<ROWS, FLOATS> &table, int slot, int row, int blocks, const Rounded &x, int first
     ) {
         const float *d = x.d + first;
 #pragma unroll 2
@@ -112,11 +118,12 @@ struct SuperblockProducts {
 #pragma unroll
             for (int i = 0; i < BLOCKS; ++i) {
                 int block = superblock * BLOCKS + i;
+                const float *own = table.at(slot, block) + row * NUMBERS;
                 for (int number = 0; number < NUMBERS; ++number)
-                    parts[number] = __fmaf_rn(tables.at(number, slot, block)[row], d[block], parts[number]);
+                    parts[number] = __fmaf_rn(own[number], load_input(d + block), parts[number]);
             }
-            for (int number = 0; number < NUMBERS; ++number)
-                sum = __fmaf_rn(parts[number], heads(tables, slot, superblock, number)[row], sum);
+            const float *head = heads(table, slot, superblock) + row * NUMBERS;
+            for (int number = 0; number < NUMBERS; ++number) sum = __fmaf_rn(parts[number], head[number], sum);
         }
         return sum;
     }

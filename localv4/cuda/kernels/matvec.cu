@@ -8,6 +8,7 @@ struct MatrixSource {
     i64 bytes;  // of a group
     Rounded activations;
 
+    __device__ inline bool exists(int) const { return true; }
     __device__ inline const u8 *weights(int slot) const { return first + slot * bytes; }
     __device__ inline const Rounded &x(int) const { return activations; }
 };

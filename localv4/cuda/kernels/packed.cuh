@@ -18,6 +18,8 @@ constexpr int GROUP_ROWS = 16;   // rows that are interleaved
 constexpr int BLOCK = 32;        // columns with one scale
 constexpr int LINE = 64;         // bytes; the first line of a superblock has the scales
 
+__device__ const u32 MX4_LOW = 0x03020100u;
+
 struct Mx4 {
     static constexpr int BLOCKS = 4;               // of a superblock
     static constexpr int SUPERBLOCK_BYTES = 1088;
@@ -27,10 +29,17 @@ struct Mx4 {
     static constexpr int BIAS = -64;
     static constexpr float FACTOR = 0.5f;
 
-    // Twice the magnitudes of E2M1: 0, 1, 2, 3, 4, 6, 8, 12. permute_bytes looks up the lower three
+    // Twice the magnitudes of E2M1, 0 1 2 3 (MX4_LOW) and 4 6 8 12. permute_bytes looks up the lower three
     // bits of four nibbles; where the upper bit of a nibble, the sign of a code, is set, it gives
     // the sign of the byte instead: 0 here.
-    static constexpr u32 LOW = 0x03020100u, HIGH = 0x0c080604u;
+    static constexpr u32 HIGH = 0x0c080604u;
+
+    // What `Sum` needs: LOW from memory, lest the compiler keeps it in a register of the whole warp
+    // and copies that for each lookup.
+    struct Lookup {
+        u32 low;
+    };
+    __device__ static inline Lookup lookup() { return {load_stream_u32(&MX4_LOW)}; }
 
     // Columns 0 4 1 5 and 2 6 3 7: the nibbles of a word as they lie.
     __device__ static inline void arrange(u32 *columns) {
@@ -52,12 +61,12 @@ struct Mx4 {
     struct Sum {
         int plus = 0, minus = 0;
 
-        __device__ inline void add(u32 word, const u32 *columns) {
-            u32 other = word ^ 0x88888888u;
-            plus = dot4(permute_bytes(LOW, HIGH, word), columns[0], plus);
-            minus = dot4(permute_bytes(LOW, HIGH, other), columns[0], minus);
-            plus = dot4(permute_bytes(LOW, HIGH, word >> 16), columns[1], plus);
-            minus = dot4(permute_bytes(LOW, HIGH, other >> 16), columns[1], minus);
+        __device__ inline void add(const Lookup &table, u32 word, const u32 *columns) {
+            u32 other = word ^ 0x88888888u, low = table.low;
+            plus = dot4(permute_bytes(low, HIGH, word), columns[0], plus);
+            minus = dot4(permute_bytes(low, HIGH, other), columns[0], minus);
+            plus = dot4(permute_bytes(low, HIGH, word >> 16), columns[1], plus);
+            minus = dot4(permute_bytes(low, HIGH, other >> 16), columns[1], minus);
         }
 
         __device__ inline int value(int) const { return plus - minus; }
@@ -73,8 +82,11 @@ struct Mx4 {
     }
 };
 
-// Scales of Q4 and Q8: f16 numbers.
+// Q4 and Q8: scales are f16 numbers, and codes need no lookup.
 struct HalfScales {
+    struct Lookup {};
+    __device__ static inline Lookup lookup() { return {}; }
+
     typedef uint2 Scales;
     __device__ static inline Scales load_scales(const u8 *superblock, int block, int quad) {
         return load_stream_u64(superblock + 32 * block + 8 * quad);
@@ -104,7 +116,7 @@ struct Q4 : HalfScales {
     struct Sum {
         int sum = 0;
 
-        __device__ inline void add(u32 word, const u32 *columns) {
+        __device__ inline void add(const Lookup &, u32 word, const u32 *columns) {
             u32 codes[2];
             decode(word, codes);
             sum = dot4(codes[1], columns[1], dot4(codes[0], columns[0], sum));
@@ -130,7 +142,7 @@ struct Q8 : HalfScales {
     struct Sum {
         int sum = 0;
 
-        __device__ inline void add(u32 word, const u32 *columns) { sum = dot4(word, columns[0], sum); }
+        __device__ inline void add(const Lookup &, u32 word, const u32 *columns) { sum = dot4(word, columns[0], sum); }
 
         __device__ inline int value(int) const { return sum; }
     };
@@ -145,10 +157,10 @@ __device__ inline i64 group_bytes(i64 cols) {
 // Where the scales of a block of a group are, and its lines.
 template <class Format>
 __device__ inline const u8 *superblock_of(const u8 *group, int block) {
-    return group + (i64)(block / Format::BLOCKS) * Format::SUPERBLOCK_BYTES;
+    return group + (u32)block / Format::BLOCKS * Format::SUPERBLOCK_BYTES;
 }
 
 template <class Format>
 __device__ inline const u8 *lines_of(const u8 *group, int block) {
-    return superblock_of<Format>(group, block) + LINE + block % Format::BLOCKS * Format::BLOCK_BYTES;
+    return superblock_of<Format>(group, block) + LINE + (u32)block % Format::BLOCKS * Format::BLOCK_BYTES;
 }

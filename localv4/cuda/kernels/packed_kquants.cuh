@@ -14,8 +14,14 @@
 
 constexpr int SUPERBLOCK_BLOCKS = 8;
 
+// What formats have whose codes are plain numbers.
+struct NoLookup {
+    struct Lookup {};
+    __device__ static inline Lookup lookup() { return {}; }
+};
+
 // The six-bit numbers of a step of two blocks (Q4K, Q3): four for each row.
-struct SixBitNumbers {
+struct SixBitNumbers : NoLookup {
     struct Stored {
         uint2 low;
         u32 high;
@@ -41,9 +47,7 @@ struct Q4K : SixBitNumbers {
     static constexpr int SUPERBLOCK_BYTES = 36 * 64, CODES_AT = 256, LINES = 4;
     static constexpr int PARTS = 1, MIDDLE = 0, NUMBERS = 2;
 
-    __device__ static inline void prepare() {}
-
-    __device__ static inline void decode(const u32 (&words)[LINES], u32 (&codes)[8]) {
+    __device__ static inline void decode(const Lookup &, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int j = 0; j < LINES; ++j) {
             codes[2 * j] = words[j] & 0x0f0f0f0fu;
@@ -60,7 +64,7 @@ struct Q4K : SixBitNumbers {
     }
 };
 
-struct Q6 {
+struct Q6 : NoLookup {
     static constexpr int SUPERBLOCK_BYTES = 53 * 64, CODES_AT = 320, LINES = 6;
     static constexpr int PARTS = 2, MIDDLE = 32, NUMBERS = 1;
 
@@ -73,9 +77,7 @@ struct Q6 {
         }
     };
 
-    __device__ static inline void prepare() {}
-
-    __device__ static inline void decode(const u32 (&words)[LINES], u32 (&codes)[8]) {
+    __device__ static inline void decode(const Lookup &, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
             const u32 *own = words + 3 * part;
@@ -95,9 +97,7 @@ struct Q3 : SixBitNumbers {
     static constexpr int SUPERBLOCK_BYTES = 28 * 64, CODES_AT = 256, LINES = 3;
     static constexpr int PARTS = 2, MIDDLE = 4, NUMBERS = 1;
 
-    __device__ static inline void prepare() {}
-
-    __device__ static inline void decode(const u32 (&words)[LINES], u32 (&codes)[8]) {
+    __device__ static inline void decode(const Lookup &, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int j = 0; j < LINES; ++j) {
             codes[2 * j] = words[j] & 0x07070707u;
@@ -116,7 +116,7 @@ struct Q3 : SixBitNumbers {
     }
 };
 
-struct Q2 {
+struct Q2 : NoLookup {
     static constexpr int SUPERBLOCK_BYTES = 21 * 64, CODES_AT = 320, LINES = 2;
     static constexpr int PARTS = 2, MIDDLE = 0, NUMBERS = 2;
 
@@ -128,9 +128,7 @@ struct Q2 {
         }
     };
 
-    __device__ static inline void prepare() {}
-
-    __device__ static inline void decode(const u32 (&words)[LINES], u32 (&codes)[8]) {
+    __device__ static inline void decode(const Lookup &, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             codes[j] = words[0] >> (2 * j) & 0x03030303u;
@@ -169,12 +167,6 @@ __device__ const u16 LATTICE_WORDS[256] = {
     0x90a1, 0x9116, 0x9180, 0x9245, 0x9400, 0x9422, 0x9444, 0x9551, 0x9881, 0x9920, 0xa002, 0xa050, 0xa085, 0xa109,
     0xa200, 0xa418, 0xa850, 0xa904};
 
-// The magnitudes of each point, for all threads of a block.
-__device__ inline uint2 *lattice() {
-    __shared__ uint2 points[256];
-    return points;
-}
-
 struct Iq2 {
     static constexpr int SUPERBLOCK_BYTES = 17 * 64, CODES_AT = 64, LINES = 2;
     static constexpr int PARTS = 1, MIDDLE = 0, NUMBERS = 1;
@@ -183,15 +175,20 @@ struct Iq2 {
         __device__ inline void load(const u8 *, int, int) {}
     };
 
-    // Fill `lattice`; all threads of a block call it.
-    __device__ static inline void prepare() {
+    // The magnitudes of each point, for all threads of a block.
+    struct Lookup {
+        const uint2 *points;
+    };
+    __device__ static inline Lookup lookup() {
+        __shared__ uint2 points[256];
         for (int point = threadIdx.x; point < 256; point += blockDim.x) {
             u32 word = LATTICE_WORDS[point], halves[2] = {0, 0};
             for (int i = 0; i < 8; ++i)
                 halves[i / 4] |= (0x2b2b1908u >> (8 * (word >> (2 * i) & 3)) & 255) << (8 * (i % 4));
-            lattice()[point] = make_uint2(halves[0], halves[1]);
+            points[point] = make_uint2(halves[0], halves[1]);
         }
         __syncthreads();
+        return {points};
     }
 
     // The magnitudes of four columns with the signs that the uppermost bits of four bytes are.
@@ -202,11 +199,11 @@ struct Iq2 {
 
     // Bits 2, 5, 3, 4 of a byte of signs, and 6, 1, (odd), 0 go to the tops of four bytes: products
     // with sums of powers of two, in which no two bits meet.
-    __device__ static inline void decode(const u32 (&words)[LINES], u32 (&codes)[8]) {
+    __device__ static inline void decode(const Lookup &lookup, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             u32 signs = words[1] >> (8 * i), odd = (u32)__popc(signs & 127) & 1;
-            uint2 magnitudes = lattice()[words[0] >> (8 * i) & 255];
+            uint2 magnitudes = lookup.points[words[0] >> (8 * i) & 255];
             codes[2 * i] = with_signs(magnitudes.x, (signs & 0x3c) * 0x08100420u);
             codes[2 * i + 1] = with_signs(magnitudes.y, ((signs & 0x43) | odd << 2) * 0x80204002u);
         }

@@ -9,7 +9,7 @@ from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 
 # as in kernels/single_token.cuh
 THREADS = 256
-TABLE_FLOATS = 4096
+TABLE_ROWS = 4096
 DOWN_ROWS = 8
 
 FEW_GROUPS = 512
@@ -22,13 +22,13 @@ QUAD = 4  # rows of a task
 class TokenFormat:
     """How a format is read (`single_token.cuh`): so many tasks of a thread at a time.
 
-    `tables` of sums are in shared memory, and so many `heads` for each superblock; `module` of
-    `localv4.kernels` has the operations of the CPU.
+    In shared memory there are `floats` for each row and block, and `heads` for each row and
+    superblock. `module` of `localv4.kernels` has the operations of the CPU.
     """
 
     fmt: PackedFormat
     together: int
-    tables: int = 2
+    floats: int = 2
     heads: int = 0
     module: str = "formats"
 
@@ -39,10 +39,10 @@ class TokenFormat:
 
     def table_bytes(self, slots: int, cols: int, rows: int) -> int:
         """Return the shared memory for `rows` rows of each slot."""
-        most = TABLE_FLOATS // rows // slots // self.blocks * self.blocks
+        most = TABLE_ROWS // rows // slots // self.blocks * self.blocks
         at_once = min(cols // BLOCK, max(most, self.blocks))
         heads = self.heads * at_once // self.blocks
-        return 4 * slots * rows * (self.tables * (at_once + 1) + heads)
+        return 4 * slots * rows * (self.floats * (at_once + 1) + heads)
 
 
 KQUANTS = "kquant_operations"
@@ -122,7 +122,7 @@ def _down(form: TokenFormat) -> Twin:
         return GROUP_ROWS // DOWN_ROWS * words[3]
 
     def shared(words: Words) -> int:
-        fitting = min(TABLE_FLOATS // DOWN_ROWS // (words[4] // BLOCK), THREADS // DOWN_ROWS)
+        fitting = min(TABLE_ROWS // DOWN_ROWS // (words[4] // BLOCK), THREADS // DOWN_ROWS)
         return form.table_bytes(max(1, min(words[2], fitting)), words[4], DOWN_ROWS)
 
     name = f"{form.fmt.name.lower()}_down"
