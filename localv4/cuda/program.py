@@ -76,6 +76,7 @@ class Translator:
         self._gpu, self._mirrors = gpu, mirrors
         self._scratch, self._scratch_bytes = 0, 0
         self._kept: list[int] = []
+        self._owned: dict[tuple[int, int], int] = {}
         self.nbytes = 0
 
     def steps(self, program: GpuProgram) -> list[Step]:
@@ -83,9 +84,11 @@ class Translator:
         return [step for group in program.groups() if (step := self._step(group))]
 
     def _step(self, group: Sequence[Operation]) -> Step:
-        sizes = [max(kernel.scratch(words) for kernel in twin.kernels) for twin, words in group]
+        needed = [
+            (twin.scratch(words), words[twin.owner] if twin.owner else 0) for twin, words in group
+        ]
         branches = []
-        for (twin, words), place in zip(group, self._places(sizes), strict=True):
+        for (twin, words), place in zip(group, self._places(needed), strict=True):
             device = self._translated(twin, words, place)
             launches = [
                 Launch(kernel, blocks, kernel.shared(words), device)
@@ -104,8 +107,23 @@ class Translator:
         device[SCRATCH] = scratch
         return tuple(device)
 
-    def _places(self, sizes: Sequence[int]) -> list[int]:
-        """Return scratch memory for operations that run at the same time."""
+    def _places(self, needed: Sequence[tuple[int, int]]) -> list[int]:
+        """Return scratch memory for operations that run at the same time: bytes, owner or 0."""
+        shared = self._shared_places([0 if owner else size for size, owner in needed])
+        return [
+            self._owned_place(size, owner) if owner else place
+            for (size, owner), place in zip(needed, shared, strict=True)
+        ]
+
+    def _owned_place(self, size: int, owner: int) -> int:
+        """Return the scratch memory of that size that belongs to an array of the host."""
+        if size and (owner, size) not in self._owned:
+            self._owned[owner, size] = self._gpu.allocate(size)
+            self.nbytes += size
+        return self._owned.get((owner, size), 0)
+
+    def _shared_places(self, sizes: Sequence[int]) -> list[int]:
+        """Return scratch memory that anybody may use afterwards."""
         rounded = [-(-size // LINE) * LINE for size in sizes]
         total = sum(rounded)
         if total > self._scratch_bytes:

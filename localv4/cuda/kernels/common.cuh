@@ -184,6 +184,25 @@ __device__ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
                    "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    // sm_75 has no such product: lanes ask each other for what they need
+    int lane = threadIdx.x % 32, group = lane / 4, column = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+        for (int member = 0; member < 4; ++member) {
+            u32 x[2], y[2];
+            for (int i = 0; i < 2; ++i) {
+                x[i] = __shfl_sync(0xffffffffu, a[2 * half + i], 4 * group + member);
+                y[i] = __shfl_sync(0xffffffffu, b[half], 4 * (column + i) + member);
+            }
+            for (int i = 0; i < 4; ++i) {
+                d[i] = __fmaf_rn(__uint_as_float(x[i / 2] << 16), __uint_as_float(y[i % 2] << 16), d[i]);
+                d[i] = __fmaf_rn(__uint_as_float(x[i / 2] & 0xffff0000u), __uint_as_float(y[i % 2] & 0xffff0000u), d[i]);
+            }
+        }
+    }
 #endif
 }
 

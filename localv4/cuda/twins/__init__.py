@@ -1,6 +1,7 @@
 """The twins of all operations, by the function of the CPU: `module.name` below localv4.kernels."""
 
 from localv4.cuda.twin import Twin
+from localv4.cuda.twins.attention import ATTENTION
 from localv4.cuda.twins.float_products import FLOAT_PRODUCTS
 from localv4.cuda.twins.gemm import MANY_PRODUCTS
 from localv4.cuda.twins.gemm_floats import MANY_FLOAT_PRODUCTS
@@ -19,4 +20,5 @@ TWINS: dict[str, Twin] = {
     **STREAMS,
     **POOLING,
     **ROUTER,
+    **ATTENTION,
 }
