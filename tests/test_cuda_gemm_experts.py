@@ -5,21 +5,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_products import FORMATS, random_packed
 from cuda_twins import needs_compiler, run_twin
 from operation_runs import ROW_GAP, Rounded, assert_same_bits, run
-from reference_packed import Floats, address, aligned, floats, random_weights
+from reference_packed import Floats, address, aligned, floats
 
 from localv4.kernels import packed
 from localv4.kernels.formats import OPERATIONS, Operations
 from localv4.kernels.gemm import SCRATCH_BYTES, SPARE_TOKENS
 from localv4.kernels.operation import float_bits
-from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
+from localv4.kernels.packed import Q8, PackedFormat
 from localv4.kernels.single_token import quantize
 
 pytestmark = needs_compiler
 
 LIMIT = 1.5
-all_formats = pytest.mark.parametrize("fmt", (MX4, Q4, Q8), ids=lambda fmt: fmt.name)
+all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 COUNTS = (
     pytest.param((5, 0, 8, 1, 2), id="few"),
     pytest.param((9, 33, 0), id="more"),
@@ -46,7 +47,7 @@ class Experts:
     def __post_init__(self) -> None:
         shapes = ((2 * self.inner, self.hidden), (self.hidden, self.inner))
         self.packed = [
-            aligned(np.concatenate([random_weights(seed, self.fmt, *shape) for shape in shapes]))
+            aligned(np.concatenate([random_packed(seed, self.fmt, *shape) for shape in shapes]))
             for seed in range(len(self.counts))
         ]
         self.records = np.array([address(expert) for expert in self.packed])
@@ -72,10 +73,10 @@ class Experts:
 @all_formats
 @all_counts
 def test_hidden_layers_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) -> None:
-    experts = Experts(fmt, 256, 128, counts)
+    experts = Experts(fmt, 256, 256, counts)
     x = experts.activations(1, 256, 10)
-    mine, theirs = (Rounded(experts.slots + SPARE_TOKENS, 128) for _ in range(2))
-    words = (*experts.words(), 2 * 128 // 16, 256, *x.addresses(0))
+    mine, theirs = (Rounded(experts.slots + SPARE_TOKENS, 256) for _ in range(2))
+    words = (*experts.words(), 2 * 256 // 16, 256, *x.addresses(0))
     entry, memory = experts.operations.experts_gate_up, scratch()
     rest = (address(memory), float_bits(LIMIT))
     run(1, entry, (*words, *theirs.addresses(0), *rest))
@@ -83,7 +84,7 @@ def test_hidden_layers_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) ->
     for buffer, twin in zip(mine.buffers, theirs.buffers, strict=True):
         assert_same_bits(buffer, twin)
     used = slice(experts.first, experts.slots)
-    assert mine.q[used, :128].any(axis=1).all() and not mine.q[: experts.first].any()
+    assert mine.q[used, :256].any(axis=1).all() and not mine.q[: experts.first].any()
 
 
 def results(experts: Experts, rows: Any, shares: Floats) -> tuple[Floats, Floats]:
@@ -107,7 +108,7 @@ def results(experts: Experts, rows: Any, shares: Floats) -> tuple[Floats, Floats
 @all_formats
 @all_counts
 def test_results_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) -> None:
-    experts = Experts(fmt, 384, 128, counts)
+    experts = Experts(fmt, 512, 256, counts)
     rng = np.random.default_rng(1)
     rows = rng.permutation(np.arange(experts.slots) // 3)
     shares = rng.normal(size=experts.slots).astype(np.float32)

@@ -3,9 +3,9 @@
 
 #include "gemm_experts.cuh"
 
-EXPERTS(mx4, Mx4, 4, 2, 3)
-EXPERTS(q4, Q4, 4, 4, 6)
-EXPERTS(q8, Q8, 4, 3, 4)
+EXPERTS(mx4, Mx4, 8, 4, 2, 3, 3)
+EXPERTS(q4, Q4, 8, 4, 4, 6, 3)
+EXPERTS(q8, Q8, 8, 4, 3, 4, 3)
 
 // out[rows[i]] += weights[i] * products[i], the slots i of a row in ascending order.
 //

@@ -10,12 +10,13 @@
 #include "activations.cuh"
 #include "gemm.cuh"
 
-// The shapes of the tiles of experts, for the same rows.
-template <class Format, int warps, int many_stages, int few_stages>
+// The shapes of the tiles of experts, for the same rows and 8 * `eights` tokens or fewer.
+template <class Format_, int eights, int warps, int many_stages, int few_stages>
 struct ExpertTiles {
-    typedef Tile<Format, 2, 8, warps, many_stages> Large;
-    typedef Tile<Format, 2, 4, warps, many_stages> Medium;
-    typedef Tile<Format, 2, 2, warps, few_stages> Small;
+    typedef Format_ Format;
+    typedef Tile<Format, 2, eights, warps, many_stages> Large;
+    typedef Tile<Format, 2, eights / 2, warps, many_stages> Medium;
+    typedef Tile<Format, 2, eights / 4, warps, few_stages> Small;
     typedef Tile<Format, 2, 1, warps, few_stages> Smallest;
     static constexpr int SHARED = Large::SHARED;
     static_assert(Medium::SHARED <= SHARED && Small::SHARED <= SHARED && Smallest::SHARED <= SHARED,
@@ -86,9 +87,9 @@ template <class Tiles, class Use>
 __device__ inline void for_each_tile(const Plan &plan, const Use &use) {
     for (int number = blockIdx.x; number < plan.tiles(); number += gridDim.x) {
         ExpertTile tile = find_tile<Tiles::Large::TOKENS>(plan, number);
-        if (tile.count > 32) use.template tile<typename Tiles::Large>(tile);
-        else if (tile.count > 16) use.template tile<typename Tiles::Medium>(tile);
-        else if (tile.count > 8) use.template tile<typename Tiles::Small>(tile);
+        if (tile.count > Tiles::Medium::TOKENS) use.template tile<typename Tiles::Large>(tile);
+        else if (tile.count > Tiles::Small::TOKENS) use.template tile<typename Tiles::Medium>(tile);
+        else if (tile.count > Tiles::Smallest::TOKENS) use.template tile<typename Tiles::Small>(tile);
         else use.template tile<typename Tiles::Smallest>(tile);
     }
 }
@@ -154,6 +155,7 @@ __device__ inline void experts_gate_up(const Words &op, u8 *shared) {
     int experts = (int)op.number(2), groups = (int)op.number(4);
     int panels = (groups + Large::GROUPS - 1) / Large::GROUPS;
     Plan plan = make_plan<Large::TOKENS>(op.address<const i64>(3), experts, panels, (int *)(shared + Tiles::SHARED));
+    Tiles::Format::prepare();
     GateUp use = {op, shared};
     for_each_tile<Tiles>(plan, use);
 }
@@ -187,19 +189,20 @@ __device__ inline void experts_down(const Words &op, u8 *shared) {
     int experts = (int)op.number(2), groups = (int)op.number(4);
     int panels = (groups + Large::GROUPS - 1) / Large::GROUPS;
     Plan plan = make_plan<Large::TOKENS>(op.address<const i64>(3), experts, panels, (int *)(shared + Tiles::SHARED));
+    Tiles::Format::prepare();
     Down use = {op, shared};
     for_each_tile<Tiles>(plan, use);
 }
 
-// Kernels of a format. Three blocks of threads are to run beside each other.
-#define EXPERTS(prefix, Format, warps, many_stages, few_stages)                                  \
-    extern "C" __global__ void __launch_bounds__(32 * warps, 12 / warps)                         \
-    prefix##_experts_gate_up(const Words op) {                                                   \
-        DYNAMIC_SHARED(shared);                                                                  \
-        experts_gate_up<ExpertTiles<Format, warps, many_stages, few_stages>>(op, shared);        \
-    }                                                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * warps, 12 / warps)                         \
-    prefix##_experts_down(const Words op) {                                                      \
-        DYNAMIC_SHARED(shared);                                                                  \
-        experts_down<ExpertTiles<Format, warps, many_stages, few_stages>>(op, shared);           \
+// Kernels of a format; so many blocks of threads are to run beside each other.
+#define EXPERTS(prefix, Format, eights, warps, many_stages, few_stages, blocks)                   \
+    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                              \
+    prefix##_experts_gate_up(const Words op) {                                                    \
+        DYNAMIC_SHARED(shared);                                                                   \
+        experts_gate_up<ExpertTiles<Format, eights, warps, many_stages, few_stages>>(op, shared); \
+    }                                                                                             \
+    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                              \
+    prefix##_experts_down(const Words op) {                                                       \
+        DYNAMIC_SHARED(shared);                                                                   \
+        experts_down<ExpertTiles<Format, eights, warps, many_stages, few_stages>>(op, shared);    \
     }
