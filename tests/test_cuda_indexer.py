@@ -1,7 +1,8 @@
 """Twins of the indexer, against the CPU's.
 
-Entries in FP4 give the same bits of scores, so the same choice. Others are multiplied as sums of two
-bfloat16: an entry may be chosen in place of another whose score is within 1e-5 of the largest.
+Entries in FP4 give the same bits of scores, so the same choice. Others are multiplied as sums of
+two bfloat16: an entry may be chosen in place of another if their scores differ by less than 1e-5 of
+the largest.
 """
 
 from dataclasses import replace

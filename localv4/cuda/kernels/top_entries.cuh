@@ -25,6 +25,14 @@ __device__ inline int order_key(float score) {
     return bits < 0 ? (int)(0x80000000u - (u32)bits) : bits;
 }
 
+// A value of which the compiler knows nothing: what is made of it is made again, not kept in registers.
+__device__ inline float forgotten(float value) {
+#ifndef LOCALV4_HOST
+    asm volatile("" : "+f"(value));
+#endif
+    return value;
+}
+
 // The scores of this thread: neighbours, so that it can write what is chosen of them in order.
 struct OwnScores {
     float values[OWN];
@@ -48,7 +56,7 @@ struct OwnScores {
         if (is_kept) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
-                if (first + i < end) f(values[i], first + i);
+                if (first + i < end) f(forgotten(values[i]), first + i);
         } else {
             call(f, first, end, 4);
         }
