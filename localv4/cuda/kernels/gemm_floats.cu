@@ -133,29 +133,50 @@ struct FloatFactors {
     int groups, count, cols;
 };
 
-// Start the copies of a stage: a warp copies its own groups, and all together the activations.
-template <class Shape>
-__device__ inline void copy_stage(SharedPlace to, const FloatFactors &f, int start) {
-    typedef typename Shape::Format Format;
-    constexpr int CHUNKS = Format::BYTES / 16, X_CHUNKS = Shape::COLUMNS / 4;
-    int lane = threadIdx.x % 32, first = threadIdx.x / 32 * Shape::GROUPS_OF_WARP;
-#pragma unroll
-    for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
-#pragma unroll
-        for (int k = 0; k < CHUNKS; ++k) {
-            int chunk = lane + 32 * k, column = chunk / CHUNKS, part = chunk % CHUNKS;
-            if (first + m >= f.groups || start + column >= f.cols) continue;
-            int place = column / STEP * STEP + column % 4 * 4 + column % STEP / 4;
-            copy_line(to + (first + m) * Shape::GROUP + place * Format::BYTES + 16 * part,
-                      f.w + ((i64)(first + m) * f.cols + start + column) * Format::BYTES + 16 * part);
-        }
-#pragma unroll
-    for (int i = threadIdx.x; i < Shape::TOKENS * X_CHUNKS; i += Shape::THREADS) {
-        int token = i / X_CHUNKS, column = 4 * (i % X_CHUNKS);
-        if (token < f.count && start + column < f.cols)
-            copy_line(to + Shape::X + token * Shape::ROW + 4 * column, (const u8 *)(f.x + token * f.stride + start + column));
-    }
+// Where a column of a stage is in shared memory.
+__device__ inline int place_of_column(int column) {
+    return column / STEP * STEP + column % 4 * 4 + column % STEP / 4;
 }
+
+// The copies of a thread, from stage to stage: a warp copies its own groups, and all together the
+// activations.
+template <class Shape>
+struct FloatCopies {
+    static constexpr int BYTES = Shape::Format::BYTES, CHUNKS = BYTES / 16, AT_ONCE = 32 / CHUNKS;
+    static constexpr int X_CHUNKS = Shape::COLUMNS / 4, X_STEP = Shape::THREADS / X_CHUNKS;
+    const u8 *w;
+    const float *x;
+    i64 group_bytes, x_step;
+    int groups, tokens, column, x_column, left;
+    SharedPlace to_w, to_x;
+
+    __device__ FloatCopies(const FloatFactors &f, u8 *shared) {
+        int lane = threadIdx.x % 32, first = threadIdx.x / 32 * Shape::GROUPS_OF_WARP, token = threadIdx.x / X_CHUNKS;
+        column = lane / CHUNKS, x_column = threadIdx.x % X_CHUNKS * 4, left = f.cols;
+        groups = f.groups - first, tokens = min(f.count, Shape::TOKENS) - token;
+        group_bytes = (i64)f.cols * BYTES, x_step = X_STEP * f.stride;
+        w = f.w + first * group_bytes + 16 * lane;
+        x = f.x + token * f.stride + x_column;
+        to_w = place_of(shared) + first * Shape::GROUP + place_of_column(column) * BYTES + 16 * (lane % CHUNKS);
+        to_x = place_of(shared) + Shape::X + token * Shape::ROW + 4 * x_column;
+    }
+
+    // Start the copies of the next stage, to a place in the ring. Where columns none are left, none
+    // are computed either.
+    __device__ void start(int to) {
+#pragma unroll
+        for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
+#pragma unroll
+            for (int k = 0; k < CHUNKS; ++k)
+                if (m < groups && column + AT_ONCE * k < left)
+                    copy_line(to_w + to + m * Shape::GROUP + place_of_column(AT_ONCE * k) * BYTES, w + m * group_bytes + 512 * k);
+#pragma unroll
+        for (int k = 0; k * X_STEP < Shape::TOKENS; ++k)
+            if (k * X_STEP < tokens && x_column < left)
+                copy_line(to_x + to + k * X_STEP * Shape::ROW, (const u8 *)(x + k * x_step));
+        w += Shape::COLUMNS * BYTES, x += Shape::COLUMNS, left -= Shape::COLUMNS;
+    }
+};
 
 // Add the products of sixteen columns; w and x are where they start in shared memory.
 template <class Shape>
@@ -205,14 +226,14 @@ template <class Shape>
 __device__ inline void multiply_floats(typename Shape::Sums &sums, const FloatFactors &f, u8 *shared) {
     constexpr int AHEAD = Shape::STAGES - 1, END = Shape::STAGES * Shape::STAGE;
     Place own = own_place();
-    SharedPlace ring = place_of(shared);
+    FloatCopies<Shape> copies(f, shared);
     int warp_w = threadIdx.x / 32 * Shape::GROUPS_OF_WARP * Shape::GROUP;
     typename Shape::Sums part;
     clear<Shape>(sums);
     clear<Shape>(part);
 #pragma unroll
     for (int stage = 0; stage < AHEAD; ++stage) {
-        copy_stage<Shape>(ring + stage * Shape::STAGE, f, stage * Shape::COLUMNS);
+        copies.start(stage * Shape::STAGE);
         commit_copies();
     }
     int from = 0, to = AHEAD * Shape::STAGE;
@@ -220,7 +241,7 @@ __device__ inline void multiply_floats(typename Shape::Sums &sums, const FloatFa
         float scale = Shape::Format::HAS_SCALES ? f.scale[start / SPAN] : 1.0f;
         wait_for_copies<AHEAD - 1>();
         __syncthreads();
-        copy_stage<Shape>(ring + to, f, start + AHEAD * Shape::COLUMNS);
+        copies.start(to);
         commit_copies();
         const u8 *w = shared + from + warp_w, *x = shared + from + Shape::X;
 #pragma unroll 1
