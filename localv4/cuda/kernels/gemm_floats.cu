@@ -114,11 +114,11 @@ struct F32R {
 
 // --- tiles ---
 
-// As `Tile`, with stages of 32 columns.
-template <class Format_, int groups, int eights, int warps, int stages>
+// As `Tile`, with stages of `columns` columns.
+template <class Format_, int groups, int eights, int warps, int stages, int columns>
 struct FloatTile {
     typedef Format_ Format;
-    static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, COLUMNS = 32;
+    static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, COLUMNS = columns;
     static constexpr int THREADS = 32 * warps, GROUPS = groups * warps, TOKENS = 8 * eights;
     static constexpr int GROUP = COLUMNS * Format::BYTES, ROW = 4 * COLUMNS + 64;  // bytes; apart in banks
     static constexpr int X = GROUPS * GROUP, STAGE = X + TOKENS * ROW, SHARED = STAGES * STAGE;
@@ -161,13 +161,12 @@ struct FloatCopies {
         to_x = place_of(shared) + Shape::X + token * Shape::ROW + 4 * x_column;
     }
 
-    // Start the copies of the next stage, to a place in the ring. Where columns none are left, none
-    // are computed either.
+    // Start the copies of the next stage, as far as there are columns, to a place in the ring.
     __device__ void start(int to) {
 #pragma unroll
         for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
 #pragma unroll
-            for (int k = 0; k < CHUNKS; ++k)
+            for (int k = 0; AT_ONCE * k < Shape::COLUMNS; ++k)
                 if (m < groups && column + AT_ONCE * k < left)
                     copy_line(to_w + to + m * Shape::GROUP + place_of_column(AT_ONCE * k) * BYTES, w + m * group_bytes + 512 * k);
 #pragma unroll
@@ -244,9 +243,15 @@ __device__ inline void multiply_floats(typename Shape::Sums &sums, const FloatFa
         copies.start(to);
         commit_copies();
         const u8 *w = shared + from + warp_w, *x = shared + from + Shape::X;
+        if (start + Shape::COLUMNS <= f.cols) {
+#pragma unroll (Shape::EIGHTS > 2 ? 1 : Shape::COLUMNS / STEP)
+            for (int step = 0; step < Shape::COLUMNS; step += STEP)
+                add_step<Shape>(part, w + step * Shape::Format::BYTES, x + 4 * step, own);
+        } else {
 #pragma unroll 1
-        for (int step = 0; step < Shape::COLUMNS && start + step < f.cols; step += STEP)
-            add_step<Shape>(part, w + step * Shape::Format::BYTES, x + 4 * step, own);
+            for (int step = 0; start + step < f.cols; step += STEP)
+                add_step<Shape>(part, w + step * Shape::Format::BYTES, x + 4 * step, own);
+        }
         if ((start + Shape::COLUMNS) % SPAN == 0 || start + Shape::COLUMNS >= f.cols) flush<Shape>(sums, part, scale);
         from = from + Shape::STAGE == END ? 0 : from + Shape::STAGE;
         to = to + Shape::STAGE == END ? 0 : to + Shape::STAGE;
@@ -316,20 +321,20 @@ __device__ inline void float_gemm(const Words &op, u8 *shared) {
 #endif
 }
 
-// As in gemm.cu.
-#define FLOAT_GEMM(name, Format, groups, eights, warps, stages, blocks)             \
-    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                \
-    name(const Words op) {                                                          \
-        DYNAMIC_SHARED(shared);                                                     \
-        float_gemm<FloatTile<Format, groups, eights, warps, stages>>(op, shared);   \
+// As in gemm.cuh.
+#define FLOAT_GEMM(name, Format, groups, eights, warps, stages, columns, blocks)            \
+    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                        \
+    name(const Words op) {                                                                  \
+        DYNAMIC_SHARED(shared);                                                             \
+        float_gemm<FloatTile<Format, groups, eights, warps, stages, columns>>(op, shared);  \
     }
 
-#define FLOAT_GEMMS(prefix, Format)                    \
-    FLOAT_GEMM(prefix##_gemm_8, Format, 1, 1, 2, 6, 8)   \
-    FLOAT_GEMM(prefix##_gemm_16, Format, 1, 2, 2, 6, 8)  \
-    FLOAT_GEMM(prefix##_gemm_32, Format, 1, 4, 4, 3, 4)  \
-    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 2, 2)
+#define FLOAT_GEMMS(prefix, Format, columns)                    \
+    FLOAT_GEMM(prefix##_gemm_8, Format, 1, 1, 2, 3, columns, 4)   \
+    FLOAT_GEMM(prefix##_gemm_16, Format, 1, 2, 2, 3, columns, 4)  \
+    FLOAT_GEMM(prefix##_gemm_32, Format, 1, 4, 4, 3, 32, 4)       \
+    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 2, 32, 2)
 
-FLOAT_GEMMS(b16, B16)
-FLOAT_GEMMS(f8, F8)
-FLOAT_GEMMS(f32r, F32R)
+FLOAT_GEMMS(b16, B16, 128)
+FLOAT_GEMMS(f8, F8, 128)
+FLOAT_GEMMS(f32r, F32R, 64)
