@@ -18,7 +18,7 @@ class FloatTile(Tile):
     """A tile with columns of weights and float32 activations."""
 
     @property
-    def stage(self) -> int:
+    def size(self) -> int:
         """Bytes of some columns of weights and of activations."""
         weights = self.all_groups * self.fmt.superblock_bytes * COLUMNS
         return weights + self.tokens * (4 * COLUMNS + GAP)
@@ -26,10 +26,10 @@ class FloatTile(Tile):
 
 def _twin(fmt: PackedFormat) -> Twin:
     tiles = (
-        FloatTile(fmt, 1, 8, 2, 6, SOURCE),
-        FloatTile(fmt, 1, 16, 2, 6, SOURCE),
-        FloatTile(fmt, 1, 32, 4, 3, SOURCE),
-        FloatTile(fmt, 2, 64, 4, 2, SOURCE),
+        FloatTile(fmt, 1, 8, 2, 6, source=SOURCE),
+        FloatTile(fmt, 1, 16, 2, 6, source=SOURCE),
+        FloatTile(fmt, 1, 32, 4, 3, source=SOURCE),
+        FloatTile(fmt, 2, 64, 4, 2, source=SOURCE),
     )
     return Twin("aiiaaiiaia", tuple(gemm_kernel(tiles, tile) for tile in tiles))
 
