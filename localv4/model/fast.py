@@ -225,9 +225,12 @@ class FastTransformer:
         if look_ahead is None or not isinstance(store, PagedStore):
             return self._token.run(token_ids, state)
         self._token.look_ahead(look_ahead.on)
-        waited_s, start = store.counts.wait_s, time.perf_counter()
+        counts, start = store.counts, time.perf_counter()
+        waited_s, used = counts.wait_s, counts.guesses_used
         vectors = self._token.run(token_ids, state)
-        look_ahead.note(time.perf_counter() - start, store.counts.wait_s > waited_s)
+        # one that need not wait since its guesses were right is what guessing is for
+        lacked = counts.wait_s > waited_s or counts.guesses_used > used
+        look_ahead.note(time.perf_counter() - start, lacked)
         return vectors
 
     def logits(self, vectors: Floats) -> Floats:
