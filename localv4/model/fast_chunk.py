@@ -82,7 +82,8 @@ class ChunkPlan:
                 sequences = [Cells.of(own[index]) for own in cells]
             self._attend(layer, chunk, attention, tokens, passes, sequences)
             self._mix(layer, index, chunk, waves, tokens)
-            state.settle()
+            for state in states:
+                state.settle()
             if network.on_routes is not None:
                 routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:
