@@ -30,6 +30,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+_owned: dict[tuple[int, int], np.ndarray] = {}
+"""Scratch memory that belongs to an array, by its address and the bytes that are needed."""
+
+
 class _Words(ctypes.Structure):
     _fields_ = (("words", ctypes.c_int64 * WORDS),)
 
@@ -78,8 +82,10 @@ def run_twin(entry: Entry, operands: Sequence[int]) -> None:
     twin = TWINS[twin_name(entry)]
     assert len(twin.kinds) == len(operands), f"{twin_name(entry)} has {len(twin.kinds)} operands"
     words = [0, *operands, *[0] * (WORDS - 1 - len(operands))]
-    needed = max(kernel.scratch(words) for kernel in twin.kernels)
+    needed = twin.scratch(words)
     scratch = np.full(needed // 8 + 16, -1, np.int64)
+    if twin.owner:
+        scratch = _owned.setdefault((words[twin.owner], needed), scratch)
     if needed:
         words[SCRATCH] = (scratch.ctypes.data + 127) // 128 * 128
     for kernel in twin.kernels:

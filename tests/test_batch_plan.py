@@ -8,6 +8,7 @@ from terminal import needs_jit
 
 from localv4.cli.batch_report import Report
 from localv4.engine import batch_memory
+from localv4.engine import memory as engine_memory
 from localv4.engine.batch_memory import BatchPlan, plan_batch
 from localv4.engine.batching import BatchStats
 from localv4.engine.engine import Engine
@@ -22,7 +23,8 @@ GIB = 1 << 30
 def plan(monkeypatch: pytest.MonkeyPatch, gib: float = 16, **asked: object) -> BatchPlan:
     """Plan for the built-in model on a machine with that much memory."""
     memory = Memory(int(gib * GIB), int(gib * GIB))
-    monkeypatch.setattr(batch_memory, "read_memory", lambda: memory)
+    for module in (batch_memory, engine_memory):
+        monkeypatch.setattr(module, "read_memory", lambda: memory)
     facts: dict[str, object] = {
         "parallel": None,
         "rows": 1000,

@@ -5,19 +5,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from cuda_products import FORMATS, random_packed, rounded
 from cuda_twins import launch, needs_compiler, run_twin, twin_name
 from operation_runs import F32, Floats, Indices, Rounded, assert_same_bits, run
-from reference_packed import Bytes, address, floats, random_weights
+from reference_packed import Bytes, address, floats
 
 from localv4.cuda.twins.products import COMBINE, DOWN_PARTS
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.operation import WORDS, float_bits
-from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat, down_offset
-from localv4.kernels.single_token import ROW_GAP, quantize
+from localv4.kernels.packed import Q8, PackedFormat, down_offset
+from localv4.kernels.single_token import ROW_GAP
 
 pytestmark = needs_compiler
 
-formats = pytest.mark.parametrize("fmt", [MX4, Q4, Q8], ids=lambda fmt: fmt.name)
+formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 Runner = Callable[..., None]
 
 
@@ -26,15 +27,6 @@ def on_cpu(entry: object, words: Sequence[int]) -> None:
 
 
 RUNNERS: tuple[Runner, Runner] = (run_twin, on_cpu)
-
-
-def rounded(count: int, cols: int) -> Rounded:
-    """Rounded rows of activations."""
-    x = floats(count, cols)
-    x[:] = np.random.default_rng(cols).standard_normal((count, cols)) * 4
-    result = Rounded(count, cols)
-    run(1, quantize, (address(x), cols, 0, count, cols, *result.addresses(0)))
-    return result
 
 
 @dataclass
@@ -58,7 +50,7 @@ class Case:
         size = (2 * inner, hidden)
         parts = [
             np.concatenate(
-                [random_weights(e, fmt, *size), random_weights(e + 100, fmt, hidden, inner)]
+                [random_packed(e, fmt, *size), random_packed(e + 100, fmt, hidden, inner)]
             )
             for e in range(count)
         ]
@@ -81,7 +73,7 @@ class Case:
 @formats
 @pytest.mark.parametrize(
     ("count", "hidden", "inner", "absent"),
-    [(3, 256, 128, [1]), (1, 640, 256, []), (2, 128, 4096, []), (2, 4224, 128, [0])],
+    [(3, 256, 256, [1]), (1, 768, 256, []), (2, 256, 4096, []), (2, 4352, 256, [0])],
 )
 def test_gate_up(fmt: PackedFormat, count: int, hidden: int, inner: int, absent: list[int]) -> None:
     case = Case.make(fmt, count, hidden, inner, absent)
@@ -102,7 +94,7 @@ def test_gate_up(fmt: PackedFormat, count: int, hidden: int, inner: int, absent:
     assert np.isnan(results[0][:, inner:]).all()
 
 
-DOWNS = [(3, 256, 128, [1]), (1, 128, 640, []), (9, 128, 2048, [0, 8]), (2, 128, 16768, [])]
+DOWNS = [(3, 256, 256, [1]), (1, 256, 768, []), (9, 256, 2048, [0, 8]), (2, 256, 16640, [])]
 
 
 @formats
@@ -127,7 +119,7 @@ def test_down(
 @pytest.mark.parametrize("adds", [0, 1])
 def test_parts_from_both_devices_combine_to_the_same_bits(fmt: PackedFormat, adds: int) -> None:
     hidden, absent = 256, [0, 3]
-    entry, case = OPERATIONS[fmt.name].down, Case.make(fmt, 5, hidden, 128, [4])
+    entry, case = OPERATIONS[fmt.name].down, Case.make(fmt, 5, hidden, 256, [4])
     before = np.linspace(-1, 1, hidden, dtype=F32)
     expected = floats(hidden)
     expected[:] = before
@@ -139,7 +131,7 @@ def test_parts_from_both_devices_combine_to_the_same_bits(fmt: PackedFormat, add
         words[0], words[1], words[8] = address(case.table[expert:]), 1, address(one)
         words[4:7] = case.middle.addresses(expert)
         run(1, entry, words)
-    used, here = case.table.copy(), case.table.copy()
+    turns, here = (case.table != 0).astype(np.int64), case.table.copy()
     here[absent] = 0
     case.table = here
     (kernel,) = DOWN_PARTS[twin_name(entry)].kernels
@@ -147,9 +139,27 @@ def test_parts_from_both_devices_combine_to_the_same_bits(fmt: PackedFormat, add
 
     out = before.copy()
     given = (address(parts), hidden, 5, hidden, address(case.shares), address(out), adds)
-    launch(COMBINE.kernels[0], padded_words([*given, address(used)]))
+    launch(COMBINE.kernels[0], padded_words([*given, address(turns)]))
     assert_same_bits(out, expected)
     assert np.isnan(parts[4]).all()
+
+
+def test_each_form_of_records_has_its_turn() -> None:
+    hidden, forms = 256, np.array([1, 2, 0, 1, 2])
+    case = Case.make(Q8, 5, hidden, 256, [])
+    records, entry = case.table, OPERATIONS["Q8"].down
+    parts, expected = floats(5, hidden), floats(hidden)
+    (kernel,) = DOWN_PARTS[twin_name(entry)].kernels
+    launch(kernel, padded_words(case.down_words(parts, 0)))
+    for form in (1, 2):
+        case.table = np.where(forms == form, records, 0)
+        run(1, entry, case.down_words(expected, form - 1))
+    out = floats(hidden)
+    given = (address(parts), hidden, 5, hidden, address(case.shares), address(out), 0)
+    launch(COMBINE.kernels[0], padded_words([*given, address(forms)]))
+    assert_same_bits(out, expected)
+    launch(COMBINE.kernels[0], padded_words([*given, address(forms.clip(0, 1))]))
+    assert not np.array_equal(out, expected)
 
 
 def padded_words(operands: Sequence[int]) -> list[int]:

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from cuda_products import FORMATS, random_packed
 from cuda_twins import needs_compiler, run_twin
 from operation_runs import ROW_GAP, Rounded, assert_same_bits, run
-from reference_packed import Bytes, Floats, address, aligned, floats, random_weights
+from reference_packed import Bytes, Floats, address, aligned, floats
 
 from localv4.cuda.twins.gemm import TILES, best_tile
 from localv4.kernels.formats import OPERATIONS
@@ -15,7 +16,6 @@ from localv4.kernels.single_token import quantize
 pytestmark = needs_compiler
 
 F32 = np.float32
-FORMATS = (MX4, Q4, Q8)
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 
 
@@ -52,21 +52,21 @@ def products(
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
     [
-        pytest.param(48, 384, 3, id="tile of 8"),
-        pytest.param(80, 640, 16, id="tile of 16"),
-        pytest.param(80, 256, 29, id="tile of 32"),
+        pytest.param(48, 256, 3, id="tile of 8"),
+        pytest.param(80, 768, 16, id="tile of 16"),
+        pytest.param(80, 512, 29, id="tile of 32"),
     ],
 )
 def test_products_have_the_bits_of_the_cpu(
     fmt: PackedFormat, rows: int, cols: int, tokens: int
 ) -> None:
-    weights = random_weights(rows, fmt, rows, cols)
+    weights = random_packed(rows, fmt, rows, cols)
     mine, theirs = products(fmt, weights, rows, activations(1, tokens, cols), tokens)
     assert_same_bits(mine, theirs)
     assert np.isfinite(mine).all() and (mine[:, rows:] == 7).all()
 
 
-@all_formats
+@pytest.mark.parametrize("fmt", (MX4, Q4, Q8), ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize(
     ("tile", "tokens"), [(3, 133), (4, 251)], ids=["tile of 64", "tile of 128"]
 )
@@ -77,22 +77,23 @@ def test_large_tiles(
     shape = TILES[fmt][tile]
     rows, cols = 16 * shape.all_groups + 48, 256
     assert best_tile(TILES[fmt], rows // 16, tokens) == shape
-    weights = random_weights(rows, fmt, rows, cols)
+    weights = random_packed(rows, fmt, rows, cols)
     mine, theirs = products(fmt, weights, rows, activations(1, tokens, cols), tokens)
     assert_same_bits(mine, theirs)
 
 
 @pytest.mark.parametrize("fmt", [Q4, Q8], ids=["Q4", "Q8"])
-@pytest.mark.parametrize("cols", [64, 192])
-def test_columns_may_be_a_multiple_of_64(fmt: PackedFormat, cols: int) -> None:
-    weights = random_weights(1, fmt, 32, cols)
-    assert_same_bits(*products(fmt, weights, 32, activations(2, 21, cols), 21))
+@pytest.mark.parametrize("cols", [64, 192, 832])
+@pytest.mark.parametrize("tokens", [5, 21])
+def test_columns_may_be_a_multiple_of_64(fmt: PackedFormat, cols: int, tokens: int) -> None:
+    weights = random_packed(1, fmt, 32, cols)
+    assert_same_bits(*products(fmt, weights, 32, activations(2, tokens, cols), tokens))
 
 
 @all_formats
 @pytest.mark.parametrize("fill", [0x00, 0x77, 0x7F, 0x80, 0x88, 0xFF])
 def test_extreme_weights(fmt: PackedFormat, fill: int) -> None:
-    weights = random_weights(1, fmt, 64, 256)
+    weights = random_packed(1, fmt, 64, 256)
     weights.reshape(-1, fmt.superblock_bytes)[:, 64:] = fill
     x = rounded(np.repeat(np.array([[3], [-3]] * 3, F32), 256, axis=1))
     assert_same_bits(*products(fmt, weights, 64, x, 6))
@@ -102,7 +103,7 @@ def test_extreme_weights(fmt: PackedFormat, fill: int) -> None:
 def test_errors_stay_with_their_token(fmt: PackedFormat) -> None:
     x = floats(9, 256, fill=1)
     x[1, 77], x[4, 3] = np.nan, np.inf
-    mine, _ = products(fmt, random_weights(1, fmt, 32, 256), 32, rounded(x), 9)
+    mine, _ = products(fmt, random_packed(1, fmt, 32, 256), 32, rounded(x), 9)
     assert not np.isfinite(mine[[1, 4], :32]).any()
     assert np.isfinite(np.delete(mine, [1, 4], axis=0)).all()
 

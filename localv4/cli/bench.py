@@ -187,6 +187,7 @@ def bench(
             pin=engine.pin,
             numerics=engine.numerics.value,
             memory=memory,
+            gpu=engine.gpu(),
             quiet=quiet,
             no_color=no_color,
         )
@@ -222,6 +223,7 @@ def _reload(path: Path, engine: EngineOptions) -> "Callable[[], Engine]":
         pin=engine.pin,
         numerics=engine.numerics.value,
         memory=engine.memory(),
+        gpu=engine.gpu(),
     )
 
 

@@ -5,10 +5,10 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from localv4.cli import terminal
+from localv4.cli.bench_figures import compared, figures, with_samples
 from localv4.cli.bench_peer import Rival
 from localv4.cli.generation import format_bytes
 from localv4.engine.benchmark import Benchmark
@@ -89,7 +89,7 @@ class Report:
             "bytes_per_token": self.benchmark.weight_bytes,
             "peer": self._peer_document(),
             "skipped": [case.name for case in self.skipped],
-            "tests": [_document(measurement) for measurement in self.measurements],
+            "tests": [with_samples(measurement) for measurement in self.measurements],
         }
         return json.dumps(document, ensure_ascii=False, indent=2)
 
@@ -118,20 +118,20 @@ class Report:
             "params": self.benchmark.parameters,
             "numerics": self.benchmark.numerics,
             "threads": self.benchmark.threads,
-            **_figures(measurement),
-            **({} if measurement.peer is None else _flat_peer(measurement, measurement.peer)),
+            **figures(measurement),
+            **({} if measurement.peer is None else compared(measurement, measurement.peer)),
         }
 
     def _peer_lines(self, rival: Rival) -> "Iterator[str]":
         """Yield the comparison: a table, what failed, and how it was made."""
-        compared = [(m, m.peer) for m in self.measurements if m.peer is not None]
-        rows = [_peer_cells(measurement, result) for measurement, result in compared]
+        pairs = [(m, m.peer) for m in self.measurements if m.peer is not None]
+        rows = [_peer_cells(measurement, result) for measurement, result in pairs]
         yield from _table(PEER_HEADER, rows, frozenset(range(1, len(PEER_HEADER))))
         yield ""
-        for problem in dict.fromkeys(result.problem for _, result in compared if result.problem):
+        for problem in dict.fromkeys(result.problem for _, result in pairs if result.problem):
             yield f"No figure: {problem}"
         yield f"{rival.name}: {rival.facts.system}"
-        contexts = [result.context for _, result in compared if result.context is not None]
+        contexts = [result.context for _, result in pairs if result.context is not None]
         flash = [context.flash_attention for context in contexts] or [
             rival.settings.flash_attention
         ]
@@ -201,86 +201,6 @@ def write(report: Report, output: str) -> None:
     if text:
         print(terminal.sanitize(text))
     sys.stdout.flush()
-
-
-def _figures(measurement: Measurement) -> dict[str, Any]:
-    """Return the numbers of a test in base units."""
-    case = measurement.case
-    return {
-        "test": case.name,
-        "kind": case.kind,
-        "tokens": case.tokens,
-        "depth": case.depth,
-        **_statistics(measurement.own),
-        "read_bytes_s": measurement.read_bytes_s,
-        "read_roof_share": measurement.read_share,
-        "int8_peak_share": measurement.int8_share,
-        "peak_rss_bytes": measurement.memory.peak,
-    }
-
-
-def _statistics(series: Series) -> dict[str, Any]:
-    return {
-        "mean_tok_s": series.mean,
-        "stdev_tok_s": series.stdev,
-        "median_tok_s": series.median,
-        "clean_median_tok_s": series.clean_median,
-        "repeats": len(series.samples),
-        "clean_repeats": series.clean,
-    }
-
-
-def _flat_peer(measurement: Measurement, result: PeerResult) -> dict[str, Any]:
-    """Return the columns of the comparison; empty where llama.cpp failed."""
-    series = result.series
-    names = ("mean_tok_s", "stdev_tok_s", "median_tok_s", "clean_median_tok_s", "repeats")
-    found = dict.fromkeys((*names, "clean_repeats")) if series is None else _statistics(series)
-    return {
-        **{f"peer_{name}": value for name, value in found.items()},
-        "ratio": measurement.ratio,
-        "clean_ratio": measurement.clean_ratio,
-        "logits_correlation": result.agreement,
-        "peer_peak_rss_bytes": result.peak_bytes,
-        "peer_problem": result.problem,
-    }
-
-
-def _document(measurement: Measurement) -> dict[str, Any]:
-    """Return a test with all its samples."""
-    return {
-        **_figures(measurement),
-        "token_bytes": measurement.token_bytes,
-        "state_bytes": measurement.state_bytes,
-        "token_multiply_adds": measurement.token_macs,
-        "memory_bytes": measurement.memory.parts,
-        "roofs": [
-            {"read_bytes_s": roof.read_bytes_s, "int8_ops_s": roof.int8_ops_s}
-            for roof in measurement.roofs
-        ],
-        "samples": _samples(measurement.own),
-        "peer": None if measurement.peer is None else _peer_test(measurement, measurement.peer),
-    }
-
-
-def _peer_test(measurement: Measurement, result: PeerResult) -> dict[str, Any]:
-    series = result.series
-    return {
-        "problem": result.problem,
-        **({} if series is None else _statistics(series)),
-        "ratio": measurement.ratio,
-        "clean_ratio": measurement.clean_ratio,
-        "logits_correlation": result.agreement,
-        "peak_rss_bytes": result.peak_bytes,
-        "context": None if result.context is None else asdict(result.context),
-        "samples": [] if series is None else _samples(series),
-    }
-
-
-def _samples(series: Series) -> list[dict[str, float]]:
-    return [
-        {"seconds": sample.seconds, "tok_s": rate, "foreign_cores": sample.foreign_cores}
-        for sample, rate in zip(series.samples, series.rates, strict=True)
-    ]
 
 
 def _peer_cells(measurement: Measurement, result: PeerResult) -> tuple[str, ...]:

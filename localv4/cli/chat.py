@@ -56,6 +56,7 @@ def chat(
         pin=engine.pin,
         numerics=engine.numerics.value,
         memory=engine.memory(),
+        gpu=engine.gpu(),
         quiet=quiet,
         no_color=no_color,
     )

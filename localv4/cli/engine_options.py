@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from localv4.cli.option_groups import option
 
 if TYPE_CHECKING:
+    from localv4.cuda.options import GpuOptions
     from localv4.engine.memory import MemoryOptions
 
 
@@ -132,6 +133,42 @@ KvRows = Annotated[
         help="How the compressed context is stored; compact: FP8 and FP4. Default: f32.",
     ),
 ]
+KvDir = Annotated[
+    Path | None,
+    option(
+        "--kv-dir",
+        panel="Memory",
+        metavar="DIR",
+        help="Keep rows of the context that tokens choose from in a file there, gone at exit.",
+    ),
+]
+KvRam = Annotated[
+    str | None,
+    option(
+        "--kv-ram",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory for rows of the context, as 1GiB; needs --kv-dir.",
+    ),
+]
+Device = Annotated[
+    str,
+    option(
+        "--device",
+        panel="Model",
+        metavar="DEVICE",
+        help="auto: a GPU if there is one and localv4[cuda] is installed; cpu; cuda; cuda:1.",
+    ),
+]
+GpuMem = Annotated[
+    str | None,
+    option(
+        "--gpu-mem",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory to take of the GPU, as 8GiB. Default: what is free, less a reserve.",
+    ),
+]
 TraceRoutes = Annotated[
     Path | None,
     option(
@@ -158,6 +195,18 @@ class EngineOptions:
     readers: ExpertReaders = None
     prefetch: Prefetch = True
     kv: KvRows = None
+    kv_dir: KvDir = None
+    kv_ram: KvRam = None
+    device: Device = "auto"
+    gpu_mem: GpuMem = None
+
+    def gpu(self) -> "GpuOptions":
+        """Return what was said about GPUs. Raises UsageError for what is no device or no size."""
+        from localv4.cli.sizes import parse_bytes
+        from localv4.cuda.options import GpuOptions
+
+        memory = parse_bytes(self.gpu_mem, "--gpu-mem") if self.gpu_mem is not None else None
+        return GpuOptions.parse(self.device, memory)
 
     def memory(self) -> "MemoryOptions":
         """Return what was said about memory. Raises UsageError for what is no size."""
@@ -172,4 +221,6 @@ class EngineOptions:
             readers=self.readers,
             prefetch=self.prefetch,
             kv=self.kv.value if self.kv is not None else None,
+            kv_dir=self.kv_dir,
+            kv_ram=parse_bytes(self.kv_ram, "--kv-ram") if self.kv_ram is not None else None,
         )

@@ -16,6 +16,7 @@ from localv4.cli.settings import Settings, recommended
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from localv4.cuda.options import GpuOptions
     from localv4.engine.engine import Engine, NumericsName
     from localv4.engine.memory import MemoryOptions
     from localv4.library.installed import InstalledModel
@@ -64,6 +65,7 @@ def load_engine(
     pin: bool,
     numerics: "NumericsName",
     memory: "MemoryOptions | None" = None,
+    gpu: "GpuOptions | None" = None,
     quiet: bool,
     no_color: bool,
 ) -> Loaded:
@@ -97,6 +99,7 @@ def load_engine(
             pin=pin,
             numerics=numerics,
             memory=memory,
+            gpu=gpu,
             on_progress=report,
         )
         end_with_a_line()

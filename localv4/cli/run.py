@@ -98,6 +98,7 @@ def run(
         pin=engine.pin,
         numerics=engine.numerics.value,
         memory=engine.memory(),
+        gpu=engine.gpu(),
         quiet=quiet,
         no_color=no_color,
     )

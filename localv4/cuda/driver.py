@@ -77,6 +77,8 @@ class CudaGpu:
         self.total_bytes: int = _done(driver.cuMemGetInfo())[1]
         self._streams = [_done(driver.cuStreamCreate(1)) for _ in range(MOST_BRANCHES)]
         self._events = [_done(driver.cuEventCreate(2)) for _ in range(MOST_BRANCHES + 1)]
+        self._asked = _done(driver.cuEventCreate(2))
+        self._pinned, self._pinned_bytes = 0, 0
         self._modules: dict[str, Any] = {}
         self._functions: dict[tuple[str, str], Any] = {}
 
@@ -112,14 +114,6 @@ class CudaGpu:
         """Give memory back that `allocate` returned."""
         _done(self._driver.cuMemFree(address))
 
-    def allocate_pinned(self, nbytes: int) -> int:
-        """Return the address of host memory that the GPU copies from at full speed."""
-        return int(_done(self._driver.cuMemAllocHost(nbytes)))
-
-    def free_pinned(self, address: int) -> None:
-        """Give host memory back that `allocate_pinned` returned."""
-        _done(self._driver.cuMemFreeHost(address))
-
     def upload(self, address: int, host: int, nbytes: int) -> None:
         """Copy from host memory, which may be changed as soon as this returns."""
         _done(self._driver.cuMemcpyHtoDAsync(address, host, nbytes, self._streams[0]))
@@ -129,6 +123,29 @@ class CudaGpu:
         _done(self._driver.cuMemcpyDtoHAsync(host, address, nbytes, self._streams[0]))
         self.synchronize()
 
+    def ask(self, requests: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
+        """Enqueue copies (host, address, bytes) to host memory; return what waits for them."""
+        driver, stream = self._driver, self._streams[0]
+        total = sum(nbytes for _, _, nbytes in requests)
+        if total > self._pinned_bytes:
+            if self._pinned:
+                _done(driver.cuMemFreeHost(self._pinned))
+            self._pinned, self._pinned_bytes = int(_done(driver.cuMemAllocHost(total))), total
+        at = self._pinned
+        for _, address, nbytes in requests:
+            _done(driver.cuMemcpyDtoHAsync(at, address, nbytes, stream))
+            at += nbytes
+        _done(driver.cuEventRecord(self._asked, stream))
+
+        def wait() -> None:
+            _done(driver.cuEventSynchronize(self._asked))
+            source = self._pinned
+            for host, _, nbytes in requests:
+                ctypes.memmove(host, source, nbytes)
+                source += nbytes
+
+        return wait
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy inside the GPU."""
         _done(self._driver.cuMemcpyDtoDAsync(target, source, nbytes, self._streams[0]))
@@ -137,9 +154,9 @@ class CudaGpu:
         """Wait until all that was enqueued is done."""
         _done(self._driver.cuStreamSynchronize(self._streams[0]))
 
-    def new_copy_stream(self) -> "CopyStream":
-        """Return what copies beside everything else, for one thread."""
-        return CopyStream(self)
+    def new_lane(self, nbytes: int) -> "CudaLane":
+        """Return a pinned buffer for the thread that calls: it is copied beside everything else."""
+        return CudaLane(self, nbytes)
 
     def run(self, steps: Sequence[Step]) -> None:
         """Enqueue launches, one step after the other."""
@@ -236,18 +253,19 @@ class CudaGraph:
         self._launch()
 
 
-class CopyStream:
-    """Copies to the GPU beside what it computes; for the one thread that made it."""
+class CudaLane:
+    """A pinned buffer with a stream of its own, for the one thread that made it."""
 
-    def __init__(self, gpu: CudaGpu) -> None:
-        self._driver = gpu._driver
+    def __init__(self, gpu: CudaGpu, nbytes: int) -> None:
+        self._driver = driver = gpu._driver
         gpu.make_current()
-        self._stream = _done(self._driver.cuStreamCreate(1))
+        self._stream = _done(driver.cuStreamCreate(1))
+        self.buffer = int(_done(driver.cuMemAllocHost(nbytes)))
 
-    def upload(self, address: int, host: int, nbytes: int) -> None:
-        """Copy from pinned memory; return at once."""
-        _done(self._driver.cuMemcpyHtoDAsync(address, host, nbytes, self._stream))
+    def send(self, address: int, nbytes: int) -> None:
+        """Start to copy what is in the buffer."""
+        _done(self._driver.cuMemcpyHtoDAsync(address, self.buffer, nbytes, self._stream))
 
-    def synchronize(self) -> None:
-        """Wait for all copies."""
+    def wait(self) -> None:
+        """Wait until the buffer has been sent."""
         _done(self._driver.cuStreamSynchronize(self._stream))

@@ -1,6 +1,6 @@
 """What the rest needs to know of a GPU: memory, copies, launches in order, recorded launches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,18 @@ class Launch:
 
 Step = Sequence[Sequence[Launch]]
 """Launches that may run at the same time: sequences, each in its own order."""
+
+
+class Lane(Protocol):
+    """A buffer of host memory that the GPU copies from beside everything else; for one thread."""
+
+    buffer: int
+
+    def send(self, address: int, nbytes: int) -> None:
+        """Start to copy what is in the buffer."""
+
+    def wait(self) -> None:
+        """Wait until the buffer has been sent."""
 
 
 class Recording(Protocol):
@@ -61,8 +73,14 @@ class Gpu(Protocol):
     def download(self, host: int, address: int, nbytes: int) -> None:
         """Copy to host memory; return when it is there."""
 
+    def ask(self, requests: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
+        """Enqueue copies (host, address, bytes) to host memory; return what waits for them."""
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy inside the GPU."""
+
+    def new_lane(self, nbytes: int) -> Lane:
+        """Return a buffer for the thread that calls."""
 
     def run(self, steps: Sequence[Step]) -> None:
         """Enqueue launches, one step after the other."""

@@ -1,7 +1,7 @@
 """Memory that host and GPU both have: which device address stands for which host address."""
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +10,8 @@ from localv4.cuda.gpu import Gpu
 
 Array = NDArray[np.generic]
 
-LARGEST_TAKEN = 1 << 27
-"""Arrays that are allocated together with others: one allocation has so many bytes at most."""
+MARGIN_BYTES = 256
+"""Memory behind an array that kernels may write to: the padding of its last row."""
 
 
 def span(array: Array) -> tuple[int, int]:
@@ -35,17 +35,34 @@ class Mirrors:
         self._starts: list[int] = []  # ascending
         self._ranges: dict[int, tuple[int, int]] = {}  # of a start: its end, the device address
         self._held: dict[int, object] = {}  # arrays live as long as their twins
+        self._holders: dict[int, int] = {}  # how many hold an array, by its start
 
     def add(self, array: Array) -> None:
         """Give an array a twin with the same content, unless it has one."""
         start, nbytes = span(array)
         if nbytes == 0 or self.knows(start):
             return
-        device = self.gpu.allocate(nbytes)
+        device = self.gpu.allocate(nbytes + MARGIN_BYTES)
         self.nbytes += nbytes
         self.name(start, nbytes, device)
         self._held[start] = array
         self.gpu.upload(device, start, nbytes)
+
+    def hold(self, array: Array) -> None:
+        """Add an array, or count one more holder of its twin."""
+        start, nbytes = span(array)
+        if nbytes:
+            self._holders[start] = self._holders.get(start, 0) + 1
+            self.add(array)
+
+    def let_go(self, array: Array) -> None:
+        """Drop an array when its last holder lets go of it."""
+        start, nbytes = span(array)
+        if nbytes:
+            self._holders[start] -= 1
+            if not self._holders[start]:
+                del self._holders[start]
+                self.drop(array)
 
     def name(self, start: int, nbytes: int, device: int) -> None:
         """Let a range of host addresses stand for a range of the device, which others own."""
@@ -103,6 +120,17 @@ class Mirrors:
             start, nbytes = span(array)
             if nbytes:
                 self.gpu.download(start, self.address(start), nbytes)
+
+    def ask(self, pairs: Sequence[tuple[Array, Array]]) -> Callable[[], None]:
+        """Have parts of mirrored arrays copied into arrays of the host, without waiting.
+
+        Pairs are (array of the host, mirrored array). The function that is returned waits.
+        """
+        requests = []
+        for own, mirrored in pairs:
+            (host, nbytes), (start, _) = span(own), span(mirrored)
+            requests.append((host, self.address(start), nbytes))
+        return self.gpu.ask(requests)
 
     def push_table(self, table: NDArray[np.int64]) -> None:
         """Copy a table of addresses, those of mirrored arrays as the device's."""

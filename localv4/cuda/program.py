@@ -13,14 +13,22 @@ from localv4.kernels.compiler import Entry
 from localv4.kernels.operation import WORDS
 from localv4.model.program import Program, Scratch
 
+Operation = tuple[Twin, Sequence[int]]
+"""A twin and all words of its operation, those for the CPU."""
+
 LINE = 256
 """Scratch memory of kernels starts on such a line."""
 
 
+def name_of(entry: Entry) -> str:
+    """Return the name of an operation in the tables of twins."""
+    module, function = entry.function.__module__, entry.function.__name__
+    return f"{module.removeprefix('localv4.kernels.')}.{function}"
+
+
 def twin_of(entry: Entry) -> Twin:
     """Return the twin of an operation; raises GpuError if there is none."""
-    module, function = entry.function.__module__, entry.function.__name__
-    name = f"{module.removeprefix('localv4.kernels.')}.{function}"
+    name = name_of(entry)
     if name not in TWINS:
         raise GpuError(f"the GPU has no kernel for {name}")
     return TWINS[name]
@@ -31,23 +39,27 @@ class GpuProgram(Program):
 
     def __init__(self, scratch: Scratch) -> None:
         super().__init__(scratch)
-        self._entries: list[Entry] = []
+        self._twins: list[Twin] = []
 
     def add(self, entry: Entry, *words: int) -> None:
         """Append an operation."""
-        self._entries.append(entry)
-        self._operations.append([0, *words])
+        self.add_twin(twin_of(entry), *words)
+
+    def add_twin(self, twin: Twin, *words: int) -> None:
+        """Append what only a GPU does."""
+        self._twins.append(twin)
+        self._operations.append([0, *words, *[0] * (WORDS - 1 - len(words))])
 
     def finish(self) -> NDArray[np.int64]:
         """Raise: the CPU has no use for it."""
         raise TypeError("a program for the GPU has no form for the CPU")
 
-    def groups(self) -> list[list[tuple[Entry, Sequence[int]]]]:
-        """Return the operations (entry, words) in groups that may run at the same time."""
-        groups: list[list[tuple[Entry, Sequence[int]]]] = [[]]
-        pairs = zip(self._entries, self._operations, strict=True)
-        for number, (entry, words) in enumerate(pairs):
-            groups[-1].append((entry, words))
+    def groups(self) -> list[list[Operation]]:
+        """Return the operations (twin, words) in groups that may run at the same time."""
+        groups: list[list[Operation]] = [[]]
+        pairs = zip(self._twins, self._operations, strict=True)
+        for number, (twin, words) in enumerate(pairs):
+            groups[-1].append((twin, words))
             if number not in self._alongside:
                 groups.append([])
         return [group for group in groups if group]
@@ -64,22 +76,19 @@ class Translator:
         self._gpu, self._mirrors = gpu, mirrors
         self._scratch, self._scratch_bytes = 0, 0
         self._kept: list[int] = []
+        self._owned: dict[tuple[int, int], int] = {}
         self.nbytes = 0
 
     def steps(self, program: GpuProgram) -> list[Step]:
         """Return the launches of a program."""
         return [step for group in program.groups() if (step := self._step(group))]
 
-    def _step(self, group: Sequence[tuple[Entry, Sequence[int]]]) -> Step:
-        operations = [(twin_of(entry), words) for entry, words in group]
-        filled = [[*words, *[0] * (WORDS - len(words))] for _, words in operations]
-        sizes = [
-            max(kernel.scratch(words) for kernel in twin.kernels)
-            for (twin, _), words in zip(operations, filled, strict=True)
+    def _step(self, group: Sequence[Operation]) -> Step:
+        needed = [
+            (twin.scratch(words), words[twin.owner] if twin.owner else 0) for twin, words in group
         ]
-        places = self._places(sizes)
         branches = []
-        for (twin, _), words, place in zip(operations, filled, places, strict=True):
+        for (twin, words), place in zip(group, self._places(needed), strict=True):
             device = self._translated(twin, words, place)
             launches = [
                 Launch(kernel, blocks, kernel.shared(words), device)
@@ -98,8 +107,23 @@ class Translator:
         device[SCRATCH] = scratch
         return tuple(device)
 
-    def _places(self, sizes: Sequence[int]) -> list[int]:
-        """Return scratch memory for operations that run at the same time."""
+    def _places(self, needed: Sequence[tuple[int, int]]) -> list[int]:
+        """Return scratch memory for operations that run at the same time: bytes, owner or 0."""
+        shared = self._shared_places([0 if owner else size for size, owner in needed])
+        return [
+            self._owned_place(size, owner) if owner else place
+            for (size, owner), place in zip(needed, shared, strict=True)
+        ]
+
+    def _owned_place(self, size: int, owner: int) -> int:
+        """Return the scratch memory of that size that belongs to an array of the host."""
+        if size and (owner, size) not in self._owned:
+            self._owned[owner, size] = self._gpu.allocate(size)
+            self.nbytes += size
+        return self._owned.get((owner, size), 0)
+
+    def _shared_places(self, sizes: Sequence[int]) -> list[int]:
+        """Return scratch memory that anybody may use afterwards."""
         rounded = [-(-size // LINE) * LINE for size in sizes]
         total = sum(rounded)
         if total > self._scratch_bytes:

@@ -40,9 +40,18 @@ class Kernel:
 class Twin:
     """What stands for an operation: `kinds` of its words from the first on, and its launches.
 
+    There are none where the operation before has done the work. `owner`: the word of an array that
+    scratch memory belongs to; operations that name the same array, and take as much, find there
+    what the one before has left. 0: it is anybody's, and holds nothing at first.
+
     Kinds: `a` the address of an array or 0, `t` that of a table of addresses (i64), `c` a cell (the
     address of one address), `i` an integer, `f` the bits of a float32.
     """
 
     kinds: str
     kernels: tuple[Kernel, ...]
+    owner: int = 0
+
+    def scratch(self, words: Words) -> int:
+        """Return the bytes of scratch memory of an operation."""
+        return max((kernel.scratch(words) for kernel in self.kernels), default=0)

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localv4.engine.batching import EXPECTED_TOKENS
-from localv4.engine.memory import MemoryOptions, row_format
+from localv4.engine.memory import MemoryOptions, plan_memory, row_format
 from localv4.kernels.row_operations import F32
 from localv4.kernels.threads import default_threads
 from localv4.model.fast import SLACK_TOKENS, FastTransformer
-from localv4.model.loading import read_model_config, read_names
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import read_memory
 from localv4.planning.model_facts import held_state_bytes
-from localv4.planning.plan import DEFAULT_CTX, make_plan
 from localv4.storage import open_checkpoint
 
 ROWS_PER_THREAD, LEAST_ROWS = 4, 16
@@ -50,8 +48,9 @@ def plan_batch(
 
     Raises DoesNotFitError when not even one row fits.
     """
-    checkpoint = open_checkpoint(path)
-    config = read_model_config(checkpoint, read_names(checkpoint))
+    with open_checkpoint(path) as checkpoint:
+        facts = facts_of_checkpoint(checkpoint.path.name, "", checkpoint)
+    config = facts.config
     threads = threads or default_threads()
     wanted = parallel or max(LEAST_ROWS, ROWS_PER_THREAD * threads)
     wanted = max(1, min(wanted, rows, FastTransformer.most_rows))
@@ -61,15 +60,7 @@ def plan_batch(
     if exact:
         room = int(STATE_SHARE * read_memory().available)
         return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options)
-    plan = make_plan(
-        facts_of_checkpoint(checkpoint.path.name, "", checkpoint),
-        read_memory(),
-        ram=options.ram,
-        reserve=options.reserve,
-        ctx=min(ctx_size or DEFAULT_CTX, config.max_positions),
-        io=options.io,
-        threads=threads,
-    )
+    plan = plan_memory(replace(facts, rows=stored), options, ctx_size, threads)
     own = plan.fixed["decoder state"]
     beyond = plan.usable - plan.total  # what neither the model nor one row takes
     most = plan.usable - sum(plan.fixed.values()) - plan.floor

@@ -8,9 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from localv4.cuda.options import GpuOptions
+from localv4.engine.devices import make_network
 from localv4.engine.expert_usage import ExpertUsage
 from localv4.engine.growing_answer import ReplyOptions
-from localv4.engine.memory import MemoryOptions, paging_options, plan_memory, row_format
+from localv4.engine.memory import (
+    MemoryOptions,
+    paging_options,
+    plan_memory,
+    row_format,
+    row_limits,
+    row_memory,
+)
 from localv4.engine.reply import Reply
 from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
@@ -18,14 +27,16 @@ from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels
 from localv4.kernels.team import Team
 from localv4.kernels.threads import default_threads, most_threads
 from localv4.model.config import ModelConfig
-from localv4.model.expert_source import open_store
 from localv4.model.fast import FastTransformer, can_run
 from localv4.model.loading import read_model_config, read_names, read_weights
 from localv4.model.matrix import Floats, Numerics
 from localv4.model.packing import families, pack_dense
 from localv4.model.transformer import Transformer
 from localv4.model.weights import Weights
+from localv4.paging.options import PagingOptions
 from localv4.paging.paged_store import PagedStore
+from localv4.paging.row_memory import RowMemory
+from localv4.planning.gpu_plan import GpuPlan
 from localv4.planning.header_facts import facts_of_tensors
 from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import Plan
@@ -52,11 +63,21 @@ class Engine:
 
     facts: ModelFacts | None = None
     plan: Plan | None = None
+    gpu_plan: GpuPlan | None = None
+    _gpu_note: str | None = None
 
-    def __init__(self, checkpoint: Checkpoint, network: Network, ctx_size: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        network: Network,
+        ctx_size: int,
+        memory: RowMemory | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
         self.network = network
+        if memory is not None:
+            network.row_memory = memory
         self.config: ModelConfig = network.config
         self.ctx_size = ctx_size
         self._usage: ExpertUsage | None = None
@@ -71,6 +92,7 @@ class Engine:
         pin: bool = False,
         numerics: NumericsName = "fast",
         memory: MemoryOptions | None = None,
+        gpu: GpuOptions | None = None,
         on_progress: OnLoad | None = None,
     ) -> "Engine":
         """Open the model at `path` (a checkpoint folder or a GGUF file).
@@ -79,7 +101,7 @@ class Engine:
         performance cores; `pin` binds each thread to a core.
         `numerics` "fast" multiplies packed weights with rounded activations; packing needs memory
         for the dense weights and for the experts in use. Networks of dimensions that its kernels
-        do not know are computed in "exact" (`network.name` tells).
+        do not know are computed in "exact" (`network.name` tells). `gpu` says if a GPU helps.
         Raises NotFoundError, BadFileError, UsageError or DoesNotFitError.
         """
         checkpoint = open_checkpoint(path)
@@ -91,12 +113,18 @@ class Engine:
         if numerics == "fast" and can_run(config):
             options = memory or MemoryOptions()
             facts = facts_of_tensors(checkpoint, table, config, name=checkpoint.path.name)
-            facts = replace(facts, rows=row_format(options))
+            facts = replace(facts, rows=row_format(options), limits=row_limits(options))
             plan = plan_memory(facts, options, ctx_size, count)
             _make_kernels(families(weights) | {row_format(options).family}, on_progress)
-            fast = _fast(checkpoint, config, weights, Team(count, pin), options, plan, on_progress)
-            engine = cls(checkpoint, fast, size)
+            paging = paging_options(checkpoint, options, plan)
+            weights = _packed(checkpoint, weights, count, paging, on_progress)
+            computing = make_network(
+                *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
+                *(facts, plan.ctx_size, gpu or GpuOptions("cpu")),
+            )
+            engine = cls(checkpoint, computing.network, size, row_memory(options))
             engine.facts, engine.plan = facts, plan
+            engine.gpu_plan, engine._gpu_note = computing.gpu, computing.note
             engine._begin_usage()
             return engine
         if isinstance(checkpoint, PackedFolder):
@@ -111,7 +139,12 @@ class Engine:
             )
         _make_kernels({EXACT}, on_progress)
         exact = Numerics(Team(count, pin), weights.widest)
-        return cls(checkpoint, Transformer(config, weights, exact), size)
+        return cls(
+            checkpoint,
+            Transformer(config, weights, exact),
+            size,
+            row_memory(memory or MemoryOptions()),
+        )
 
     def _begin_usage(self) -> None:
         store = self.network.store if isinstance(self.network, FastTransformer) else None
@@ -126,7 +159,7 @@ class Engine:
         store = self.network.store if isinstance(self.network, FastTransformer) else None
         refusal = store.refusal if isinstance(store, PagedStore) else None
         warning = self._usage.warning if self._usage is not None else None
-        return [line for line in (refusal, warning) if line is not None]
+        return [line for line in (self._gpu_note, refusal, warning) if line is not None]
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for sessions and mapped files."""
@@ -198,33 +231,23 @@ class Engine:
                 on_progress(start + len(part), len(token_ids))
 
 
-def _fast(
+def _packed(
     checkpoint: Checkpoint,
-    config: ModelConfig,
     weights: Weights,
-    team: Team,
-    options: MemoryOptions,
-    plan: Plan,
+    threads: int,
+    paging: PagingOptions,
     on_progress: OnLoad | None,
-) -> FastTransformer:
-    """Bring the weights into memory as planned, and make the network of them."""
-    paging = paging_options(checkpoint, options, plan)
+) -> Weights:
+    """Bring the dense weights into memory as planned."""
 
     def packed(done: int, total: int) -> None:
         checkpoint.drop_pages()  # what was copied out of the files need not be there twice
         if on_progress is not None:
             on_progress("packing weights", done, total)
 
-    weights = pack_dense(weights, team.members, packed, copies=paging.io != "map")
+    weights = pack_dense(weights, threads, packed, copies=paging.io != "map")
     checkpoint.drop_pages()
-    return FastTransformer(
-        config,
-        weights,
-        team,
-        lambda experts: open_store(experts, paging, checkpoint),
-        looks_ahead=paging.prefetch,
-        rows=row_format(options),
-    )
+    return weights
 
 
 def _make_kernels(families: Set[str], on_progress: OnLoad | None) -> None:

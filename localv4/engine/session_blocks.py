@@ -113,6 +113,7 @@ def block_arrays(state: State, index: int, token_ids: Sequence[int]) -> list[Arr
 
     A state without room for the entries yields shorter views.
     """
+    state.read_back()
     first, end = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
     ids = np.asarray(token_ids[first:end], np.int32)
     return [ids, *(rows.values[first // rate : end // rate] for rate, rows in _rows_of(state))]

@@ -24,6 +24,28 @@ FEW_TOKENS = 8
 
 
 @device
+def _sums(
+    few_sums: Any,
+    many_sums: Any,
+    scratch: int,
+    w: int,
+    panel: int,
+    groups: int,
+    cols: int,
+    q: int,
+    d: int,
+    b: int,
+    first: int,
+    count: int,
+) -> None:
+    """Multiply a panel with `count` tokens in the better way for so many."""
+    if count <= FEW_TOKENS:
+        few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+    else:
+        many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+
+
+@device
 def share_gemm(operation: int, member: int, few_sums: Any, many_sums: Any) -> None:
     """out[t] = matrix . x[t] for each token.
 
@@ -38,10 +60,7 @@ def share_gemm(operation: int, member: int, few_sums: Any, many_sums: Any) -> No
     while taken < batches * panels_of(groups):
         panel, first = taken // batches, taken % batches * BATCH_TOKENS
         count = min(BATCH_TOKENS, tokens - first)
-        if count <= FEW_TOKENS:
-            few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
-        else:
-            many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+        _sums(few_sums, many_sums, scratch, w, panel, groups, cols, q, d, b, first, count)
         store_sums(out, stride, scratch, panel, groups, first, count)
         taken = take_chunk(operation)
 
@@ -71,10 +90,7 @@ def share_experts_gate_up(operation: int, member: int, few_sums: Any, many_sums:
         w, first, end = word(records, expert), word(starts, expert), word(starts, expert + 1)
         while first < end:
             count = min(BATCH_TOKENS, end - first)
-            if count <= FEW_TOKENS:
-                few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
-            else:
-                many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+            _sums(few_sums, many_sums, scratch, w, panel, groups, cols, q, d, b, first, count)
             round_gated_sums(inner_q, inner_d, inner_b, scratch, panel, groups, first, count, limit)
             first += count
         taken = take_chunk(operation)
@@ -101,10 +117,7 @@ def share_experts_down(operation: int, member: int, few_sums: Any, many_sums: An
             first, end = word(starts, expert), word(starts, expert + 1)
             while first < end:
                 count = min(BATCH_TOKENS, end - first)
-                if count <= FEW_TOKENS:
-                    few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
-                else:
-                    many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+                _sums(few_sums, many_sums, scratch, w, panel, groups, cols, q, d, b, first, count)
                 add_weighted_sums(out, stride, scratch, panel, groups, first, count, rows, weights)
                 first += count
         panel = take_chunk(operation)

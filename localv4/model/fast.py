@@ -35,6 +35,7 @@ from localv4.model.weights import Weights
 from localv4.paging.look_ahead import LookAhead
 from localv4.paging.options import KEEP_ALL
 from localv4.paging.paged_store import PagedStore
+from localv4.paging.row_memory import RowMemory
 from localv4.paging.store import ExpertStore
 
 CHUNK_TOKENS = 16 * BATCH_TOKENS
@@ -83,6 +84,7 @@ class FastTransformer:
     """
 
     name = "fast"
+    row_memory = RowMemory()
     slack = SLACK_TOKENS
     most_rows = MOST_ROWS
 
@@ -97,17 +99,22 @@ class FastTransformer:
         looks_ahead: bool = True,
         rows: RowFormat = row_operations.F32,
     ) -> None:
-        self.config, self.weights, self.threads = config, weights, team.members
         self.chunk_tokens = chunk_tokens
-        self._network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store, rows)
         self._look_ahead = LookAhead() if looks_ahead else None
-        self._token = TokenPlan(self._network)
-        self._many = ChunkPlan(self._network, BATCH_TOKENS)
-        self._rows = RowsPlan(self._network)
-        self._vectors = Rows(HEAD_TOKENS, config.hidden_size)
-        self._rounded = Rounded(HEAD_TOKENS, config.hidden_size)
-        self._network.adopt(self._vectors, self._rounded)
+        network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store, rows)
+        self._token = TokenPlan(network)
+        self._take(network, RowsPlan(network))
+
+    def _take(self, network: FastNetwork, rows_plan: RowsPlan) -> None:
+        """Compute with a network."""
+        self._network, self._rows = network, rows_plan
+        self.config, self.weights = network.config, network.weights
+        self.threads = network.team.members
+        self._many = ChunkPlan(network, BATCH_TOKENS)
+        self._vectors = Rows(HEAD_TOKENS, self.config.hidden_size)
+        self._rounded = Rounded(HEAD_TOKENS, self.config.hidden_size)
         self._logits: Rows | None = None
+        network.adopt(self._vectors, self._rounded)
 
     @property
     def rows(self) -> RowFormat:
@@ -116,7 +123,7 @@ class FastTransformer:
 
     def new_state(self) -> State:
         """Return the state of an empty sequence."""
-        return State(self.config, SLACK_TOKENS, self.rows)
+        return State(self.config, SLACK_TOKENS, self.rows, self.row_memory)
 
     @property
     def cancelled(self) -> threading.Event | None:

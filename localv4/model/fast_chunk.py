@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.kernels.rows import clear
 from localv4.model.experts import UnpackableError
 from localv4.model.fast_layer import FastLayer
 from localv4.model.fast_moe import SHARED_TOKENS, WaveBuffers
@@ -47,8 +46,10 @@ class ChunkPlan:
         network.begin(chunk, ids, state)
         routes = []
         for index, layer in enumerate(network.layers):
+            network.enter_layer(index, chunk, tokens)
             self._attend(layer, chunk, attention, tokens, state.position)
             self._mix(layer, index, chunk, waves, tokens)
+            state.settle()
             if network.on_routes is not None:
                 routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:
@@ -112,7 +113,7 @@ class ChunkPlan:
         network, moe = self._network, layer.moe
         program = network.new_program()
         layer.add_router(program, chunk, tokens)
-        program.add(clear, chunk.update.at(), chunk.update.stride, tokens, chunk.update.cols)
+        moe.add_clearing(program, chunk, tokens)
         network.run(program)
         for first in range(0, tokens, SHARED_TOKENS):
             count = min(SHARED_TOKENS, tokens - first)

@@ -17,6 +17,7 @@ from localv4.model.program import Program, Scratch
 from localv4.model.state import CELLS, State
 from localv4.model.weights import Weights
 from localv4.model.workspace import ChunkBuffers
+from localv4.paging.store import ExpertStore
 
 OnRoutes = Callable[[NDArray[np.integer], bool], None]
 """Told which experts (tokens, layers, k) some tokens have chosen, and whether they are a prompt."""
@@ -44,10 +45,10 @@ class FastNetwork:
         self.experts = Experts([layer.experts for layer in weights.layers])
         self.store = make_store(self.experts)
         self._exact = Numerics(team, weights.widest)
-        self._scratch = Scratch.of(team.members, weights.widest)
+        self.scratch = Scratch.of(team.members, weights.widest)
         self._cells = np.zeros((config.n_layers, CELLS), np.int64)
         self.layers = [
-            FastLayer(i, layer, config, self.experts, self.store, self._cells[i], slack, rows)
+            FastLayer(i, layer, config, self.experts, self.store_of(i), self._cells[i], slack, rows)
             for i, layer in enumerate(weights.layers)
         ]
         self.head_site = Site(weights.head_hc, weights.norm, config)
@@ -62,11 +63,18 @@ class FastNetwork:
         """Bytes of scratch memory and of the packed matrices of the hyper-connections."""
         sites = [site for layer in self.layers for site in (layer.attn_site, layer.ffn_site)]
         mixing = sum(site.fn.nbytes for site in [*sites, self.head_site])
-        return self._scratch.nbytes + mixing
+        return self.scratch.nbytes + mixing
 
     def new_program(self) -> Program:
         """Return an empty program."""
-        return Program(self._scratch)
+        return Program(self.scratch)
+
+    def store_of(self, layer: int) -> ExpertStore:
+        """Return where the records of a layer are."""
+        return self.store
+
+    def enter_layer(self, layer: int, chunk: ChunkBuffers, tokens: int) -> None:
+        """Be told that programs go on with a layer, for the first `tokens` of a chunk."""
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""

@@ -13,8 +13,10 @@ from localv4.model.experts import UnpackableError
 from localv4.model.fast_attention import Cells, Part
 from localv4.model.fast_moe import ExpertGroups, WaveBuffers
 from localv4.model.fast_network import FastNetwork
-from localv4.model.fast_token import FIRST_POSITIONS, Segment
+from localv4.model.fast_token import FIRST_POSITIONS
+from localv4.model.fast_token import Segment as Segment
 from localv4.model.matrix import Floats
+from localv4.model.program import Program
 from localv4.model.state import CELLS, State
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
 
@@ -48,13 +50,16 @@ class RowsPlan:
         while True:
             program = self._programs.pop(rows, None)
             if program is None:
-                program = RowsProgram(self._network, rows, self._positions)
+                program = self._new_program(rows, self._positions)
             self._programs[rows] = program  # the latest comes last
             while len(self._programs) > KEPT_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
             if program.run(ids, states):
                 return program.vectors()
             self._programs.clear()  # a layer has lost its packed form
+
+    def _new_program(self, rows: int, positions: int) -> "RowsProgram":
+        return RowsProgram(self._network, rows, positions)
 
 
 class RowsProgram:
@@ -67,6 +72,7 @@ class RowsProgram:
         self._groups = ExpertGroups(config, rows, network.most_forms)
         self._attention = AttentionBuffers(config, rows, Seen.before(positions, config), rows)
         self._attention.context = np.zeros(rows, np.int64)
+        self._parts = [self._attention.row(index) for index in range(rows)]
         self._waves: WaveBuffers | None = None
         self._cells = np.zeros((rows, config.n_layers, CELLS), np.int64)
         self._segments = self._build()
@@ -136,31 +142,41 @@ class RowsProgram:
             network.run(program)
 
     def _build(self) -> list[Segment]:
-        network, chunk, rows = self._network, self._chunk, self._rows
-        parts = [self._attention.row(index) for index in range(rows)]
+        network, chunk = self._network, self._chunk
         segments: list[Segment] = []
         program, lookups, resumes = network.new_program(), dict[int, int](), dict[int, int]()
-        with program.alongside():
-            for part in parts:
-                part.add_angles(program, 1)
+        self._add_angles(program)
         for index, layer in enumerate(network.layers):
-            sequences = [
-                Part(part, Cells.of(cells[index]), 1)
-                for part, cells in zip(parts, self._cells, strict=True)
-            ]
-            layer.add_mixing(program, chunk, rows)
-            layer.add_attention(program, chunk, self._attention, rows, sequences)
-            layer.add_router(program, chunk, rows)
-            layer.moe.add_shared(program, chunk, self._groups.shared, rows)
+            self._add_layer(program, index)
             if not layer.moe.forms:
-                segments.append(Segment(program.finish(), lookups, {}, {}, resumes, index))
+                segments.append(Segment(program.finish(), lookups, {}, resumes, index))
                 program, lookups, resumes = network.new_program(), {}, {}
                 continue
             lookups[len(program)] = index
             layer.moe.add_groups(program, chunk, self._groups, network.team.halt_address)
             resumes[index] = len(program)
-        site = network.head_site
-        site.add_mixing(program, chunk, rows, updates=2, leaves=True)
-        site.add_head_entry(program, chunk, rows)
-        segments.append(Segment(program.finish(), lookups, {}, {}, resumes, None))
+        self._add_head(program)
+        segments.append(Segment(program.finish(), lookups, {}, resumes, None))
         return segments
+
+    def _add_angles(self, program: Program) -> None:
+        with program.alongside():
+            for part in self._parts:
+                part.add_angles(program, 1)
+
+    def _add_layer(self, program: Program, index: int) -> None:
+        """Add a layer up to its routed experts."""
+        layer, chunk, rows = self._network.layers[index], self._chunk, self._rows
+        sequences = [
+            Part(part, Cells.of(cells[index]), 1)
+            for part, cells in zip(self._parts, self._cells, strict=True)
+        ]
+        layer.add_mixing(program, chunk, rows)
+        layer.add_attention(program, chunk, self._attention, rows, sequences)
+        layer.add_router(program, chunk, rows)
+        layer.moe.add_shared(program, chunk, self._groups.shared, rows)
+
+    def _add_head(self, program: Program) -> None:
+        site = self._network.head_site
+        site.add_mixing(program, self._chunk, self._rows, updates=2, leaves=True)
+        site.add_head_entry(program, self._chunk, self._rows)

@@ -6,7 +6,6 @@ from localv4.kernels import rows
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.operation import float_bits
 from localv4.kernels.packed import GROUP_ROWS
-from localv4.model.matrix import F32
 from localv4.model.packing import PackedExpert
 from localv4.model.program import Input, Program, Rounded, Rows
 from localv4.model.weights import Expert
@@ -28,9 +27,14 @@ class FastShared:
     def __init__(self, expert: Expert, limit: float) -> None:
         self.expert = expert
         self.limit = float_bits(limit)
-        self._record, self._one = np.zeros(1, np.int64), np.ones(1, F32)
+        self.records = np.zeros(1, np.int64)
         if isinstance(expert, PackedExpert):
-            self._record[0] = expert.record.ctypes.data
+            self.records[0] = expert.record.ctypes.data
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the expert is one record, which `records` (1,) i64 has the address of."""
+        return isinstance(self.expert, PackedExpert)
 
     def add_gate_up(self, program: Program, buffers: SharedBuffers, x: Input, tokens: int) -> None:
         """Multiply with gate and up; to be followed by `add_rounding`."""
@@ -40,7 +44,7 @@ class FastShared:
             program.multiply(buffers.up, expert.w3, x, tokens)
             return
         assert x.rounded is not None
-        form, record = expert.form, self._record.ctypes.data
+        form, record = expert.form, self.records.ctypes.data
         operations, source = OPERATIONS[form.gate_up.name], x.rounded.addresses
         groups = form.inner // GROUP_ROWS
         if tokens == 1:
@@ -77,7 +81,7 @@ class FastShared:
             return
         form = expert.form
         operations, source = OPERATIONS[form.down.name], buffers.rounded.addresses
-        matrix = (self._record[0] + form.offset, form.hidden // GROUP_ROWS, form.inner, *source)
+        matrix = (self.records[0] + form.offset, form.hidden // GROUP_ROWS, form.inner, *source)
         if tokens == 1:
             program.add(operations.matvec, *matrix, out.at())
         else:

@@ -30,6 +30,7 @@ def take_snapshot(state: State, position: int) -> Snapshot:
     """Copy what `position` needs; raise LocalV4Error when the rings do not hold it any more."""
     if not state.can_roll_back(position):
         raise LocalV4Error(f"the rows before token {position} are gone, cannot keep them")
+    state.read_back()
     rows = (ring.read(ring.first_needed(position), position) for ring in rings_of(state))
     return Snapshot(position, tuple(rows))
 
@@ -46,7 +47,7 @@ def fork(state: State) -> State:
     copies them. Of the rings only the rows that are needed are copied, so the fork cannot be rolled
     back without another snapshot.
     """
-    twin = State(state.config, state.slack, state.rows)
+    twin = State(state.config, state.slack, state.rows, state.memory)
     twin.share_entries(state)
     restore(twin, take_snapshot(state, state.position))
     return twin

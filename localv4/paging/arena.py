@@ -14,6 +14,7 @@ records never have to be moved.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,23 @@ def footprint(nbytes: int) -> int:
     return -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
 
 
+class Space(Protocol):
+    """Addresses from `base` on, behind which there is memory as far as it is asked for."""
+
+    @property
+    def base(self) -> int:
+        """The first address."""
+
+    def commit(self, end: int) -> None:
+        """See to it that there is memory up to an offset; raises MemoryError if there is none."""
+
+    def release(self, start: int, end: int) -> None:
+        """Give memory back between two offsets; the addresses stay."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
 class Arena:
     """Anonymous memory for records: huge pages where the system gives them.
 
@@ -42,17 +60,18 @@ class Arena:
     granules. `used` is what records take. Kernels may read SLACK_BYTES behind any record.
     Raises MemoryError if the system does not have the addresses.
 
-    Its owner sees to it that two threads do not call it at a time.
+    Its owner sees to it that two threads do not call it at a time. `space` is other memory than the
+    host's: its `base` is an address of at least `capacity` bytes.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, space: "Space | None" = None) -> None:
         self.limit = capacity // GRANULE_BYTES * GRANULE_BYTES
         self.capacity = self.limit
         self.used = 0
         self._touched = 0  # no byte from here on has ever been used, or it was given back
         huge = self.limit >= _LEAST_WITH_HUGE_PAGES
         self._page = HUGE_BYTES if huge else GRANULE_BYTES
-        self._space = reserve(self.limit + SLACK_BYTES, huge=huge)
+        self._space = space or reserve(self.limit + SLACK_BYTES, huge=huge)
         self._sizes: dict[int, int] = {}  # by the offset where a record starts
         self._starts: list[int] = []
         self._holes = _Holes()

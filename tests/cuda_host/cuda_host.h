@@ -19,7 +19,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __noinline__
@@ -91,6 +91,8 @@ inline std::vector<Barrier> warps;
 inline std::vector<int> warp_live;
 inline std::vector<std::array<unsigned long long, 64>> slots;  // of each warp: what lanes exchange
 
+inline std::vector<std::array<unsigned, 192>> fragments;       // of each warp: operands of a product
+
 inline void yield() { cuda_host_switch(&fibers[current].stack_pointer, scheduler); }
 
 inline void wait(Barrier &barrier, const int &members) {
@@ -130,6 +132,7 @@ inline void run_block() {
     warp_live.assign(warp_count, WARP);
     warp_live.back() = count - (warp_count - 1) * WARP;
     slots.resize(warp_count);
+    fragments.resize(warp_count);
     whole_block = Barrier();
     live = count;
     for (int i = 0; i < count; ++i) {
@@ -211,6 +214,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 inline int __float2int_rn(float a) { return (int)std::nearbyintf(a); }
 inline float __int2float_rn(int a) { return (float)a; }
@@ -250,20 +254,28 @@ inline float host_half_to_float(uint16_t bits) {
 }
 
 // Fragments as the PTX manual has them: lane = 4 * group + member.
+struct HostFragments { unsigned a[4][32], b[2][32]; };
+
+inline void host_exchange(HostFragments &all, const unsigned (&a)[4], const unsigned (&b)[2]) {
+    auto &shared = cuda_host::fragments[cuda_host::warp()];
+    int lane = cuda_host::lane();
+    for (int i = 0; i < 4; ++i) shared[32 * i + lane] = a[i];
+    for (int i = 0; i < 2; ++i) shared[128 + 32 * i + lane] = b[i];
+    cuda_host::sync_warp();
+    std::memcpy(&all, shared.data(), sizeof all);
+    cuda_host::sync_warp();
+}
+
 inline void host_mma_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const int (&c)[4]) {
-    unsigned fa[4][32], fb[2][32];
-    for (int i = 0; i < 4; ++i) for (int l = 0; l < 32; ++l) fa[i][l] = 0;
-    for (int i = 0; i < 4; ++i) { cuda_host::slots[cuda_host::warp()][cuda_host::lane()] = a[i]; cuda_host::sync_warp();
-        for (int l = 0; l < 32; ++l) fa[i][l] = (unsigned)cuda_host::slots[cuda_host::warp()][l]; cuda_host::sync_warp(); }
-    for (int i = 0; i < 2; ++i) { cuda_host::slots[cuda_host::warp()][cuda_host::lane()] = b[i]; cuda_host::sync_warp();
-        for (int l = 0; l < 32; ++l) fb[i][l] = (unsigned)cuda_host::slots[cuda_host::warp()][l]; cuda_host::sync_warp(); }
+    HostFragments all;
+    host_exchange(all, a, b);
     int group = cuda_host::lane() / 4, member = cuda_host::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         int row = group + 8 * (i / 2), col = 2 * member + i % 2, sum = c[i];
         for (int k = 0; k < 32; ++k) {
             int owner = k % 16 / 4, byte = k % 4;
-            int x = (int8_t)(fa[row / 8 + 2 * (k / 16)][4 * (row % 8) + owner] >> (8 * byte));
-            int y = (int8_t)(fb[k / 16][4 * col + owner] >> (8 * byte));
+            int x = (int8_t)(all.a[row / 8 + 2 * (k / 16)][4 * (row % 8) + owner] >> (8 * byte));
+            int y = (int8_t)(all.b[k / 16][4 * col + owner] >> (8 * byte));
             sum += x * y;
         }
         d[i] = sum;
@@ -271,19 +283,16 @@ inline void host_mma_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)
 }
 
 inline void host_mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4]) {
-    unsigned fa[4][32], fb[2][32];
-    for (int i = 0; i < 4; ++i) { cuda_host::slots[cuda_host::warp()][cuda_host::lane()] = a[i]; cuda_host::sync_warp();
-        for (int l = 0; l < 32; ++l) fa[i][l] = (unsigned)cuda_host::slots[cuda_host::warp()][l]; cuda_host::sync_warp(); }
-    for (int i = 0; i < 2; ++i) { cuda_host::slots[cuda_host::warp()][cuda_host::lane()] = b[i]; cuda_host::sync_warp();
-        for (int l = 0; l < 32; ++l) fb[i][l] = (unsigned)cuda_host::slots[cuda_host::warp()][l]; cuda_host::sync_warp(); }
+    HostFragments all;
+    host_exchange(all, a, b);
     int group = cuda_host::lane() / 4, member = cuda_host::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         int row = group + 8 * (i / 2), col = 2 * member + i % 2;
         double sum = c[i];
         for (int k = 0; k < 16; ++k) {
             int owner = k % 8 / 2, half = k % 2;
-            float x = __uint_as_float((fa[row / 8 + 2 * (k / 8)][4 * (row % 8) + owner] >> (16 * half)) << 16);
-            float y = __uint_as_float((fb[k / 8][4 * col + owner] >> (16 * half)) << 16);
+            float x = __uint_as_float((all.a[row / 8 + 2 * (k / 8)][4 * (row % 8) + owner] >> (16 * half)) << 16);
+            float y = __uint_as_float((all.b[k / 8][4 * col + owner] >> (16 * half)) << 16);
             sum += (double)x * y;
         }
         d[i] = (float)sum;

@@ -36,6 +36,8 @@ struct Words {
     __device__ i64 at(int index) const { return *(const i64 *)words[index]; }
 };
 
+#define INFINITE __int_as_float(0x7f800000)
+
 #define KERNEL(name) extern "C" __global__ void name(const Words op)
 
 // --- numbers ---
@@ -49,6 +51,18 @@ __device__ inline float half_bits_to_float(u32 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
     return value;
+#endif
+}
+
+// Both halves of a word, the lower one first.
+__device__ inline float2 halves_to_floats(u32 word) {
+#ifdef LOCALV4_HOST
+    return make_float2(host_half_to_float((u16)word), host_half_to_float((u16)(word >> 16)));
+#else
+    float2 v;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(v.x), "=f"(v.y) : "r"(word));
+    return v;
 #endif
 }
 
@@ -76,13 +90,13 @@ __device__ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
 
 // --- memory ---
 
-// Read once, past the first cache: weights.
+// Read once, past the first cache: weights. What is beside them will be wanted, too.
 __device__ inline uint4 load_stream(const void *address) {
 #ifdef LOCALV4_HOST
     return *(const uint4 *)address;
 #else
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 #endif
@@ -93,8 +107,15 @@ __device__ inline u32 load_stream_u32(const void *address) {
     return *(const u32 *)address;
 #else
     u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(address));
     return v;
+#endif
+}
+
+// Ask for a line to be in the second cache soon.
+__device__ inline void prefetch_far(const void *address) {
+#ifndef LOCALV4_HOST
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
 #endif
 }
 
@@ -103,7 +124,39 @@ __device__ inline uint2 load_stream_u64(const void *address) {
     return *(const uint2 *)address;
 #else
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#endif
+}
+
+// Read by many threads, and not written while the kernel runs: activations. In any order with writes
+// to other memory.
+__device__ inline float load_input(const float *address) {
+#ifdef LOCALV4_HOST
+    return *address;
+#else
+    float v;
+    asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline uint2 load_input_u64(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint2 *)address;
+#else
+    uint2 v;
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ inline uint4 load_input_u128(const void *address) {
+#ifdef LOCALV4_HOST
+    return *(const uint4 *)address;
+#else
+    uint4 v;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 #endif
 }
@@ -143,6 +196,25 @@ __device__ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
                    "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    // sm_75 has no such product: lanes ask each other for what they need
+    int lane = threadIdx.x % 32, group = lane / 4, column = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+        for (int member = 0; member < 4; ++member) {
+            u32 x[2], y[2];
+            for (int i = 0; i < 2; ++i) {
+                x[i] = __shfl_sync(0xffffffffu, a[2 * half + i], 4 * group + member);
+                y[i] = __shfl_sync(0xffffffffu, b[half], 4 * (column + i) + member);
+            }
+            for (int i = 0; i < 4; ++i) {
+                d[i] = __fmaf_rn(__uint_as_float(x[i / 2] << 16), __uint_as_float(y[i % 2] << 16), d[i]);
+                d[i] = __fmaf_rn(__uint_as_float(x[i / 2] & 0xffff0000u), __uint_as_float(y[i % 2] & 0xffff0000u), d[i]);
+            }
+        }
+    }
 #endif
 }
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from localv4.cuda.twin import Kernel, Twin, Words
 from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
+from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 
 # as in kernels/single_token.cuh
 THREADS = 256
-TABLE_FLOATS = 4096
+TABLE_ROWS = 4096
 DOWN_ROWS = 8
 
 FEW_GROUPS = 512
@@ -16,28 +17,50 @@ FEW_GROUPS = 512
 
 QUAD = 4  # rows of a task
 
+KQUANT_MODULE = "kquant_operations"
+
 
 @dataclass(frozen=True, slots=True)
 class TokenFormat:
-    """How a format is read: so many tasks of a thread at a time, and that many tables of sums."""
+    """How a format is read (`single_token.cuh`): so many tasks of a thread at a time.
+
+    In shared memory there are `floats` for each row and block, and `heads` for each row and
+    superblock. `module` of `localv4.kernels` has the operations of the CPU.
+    """
 
     fmt: PackedFormat
     together: int
-    tables: int = 2
+    floats: int = 2
+    heads: int = 0
+    module: str = "formats"
 
     @property
     def blocks(self) -> int:
         """Blocks of a superblock."""
         return self.fmt.columns // BLOCK
 
+    def source(self, what: str) -> str:
+        """Return the file of kernels for matrices or experts."""
+        return f"kquant_{what}.cu" if self.module == KQUANT_MODULE else f"{what}.cu"
+
     def table_bytes(self, slots: int, cols: int, rows: int) -> int:
-        """Return the shared memory for `rows` rows of each slot (`single_token.cuh`)."""
-        most = TABLE_FLOATS // rows // slots // self.blocks * self.blocks
+        """Return the shared memory for `rows` rows of each slot."""
+        most = TABLE_ROWS // rows // slots // self.blocks * self.blocks
         at_once = min(cols // BLOCK, max(most, self.blocks))
-        return 4 * self.tables * slots * (at_once + 1) * rows
+        heads = self.heads * at_once // self.blocks
+        return 4 * slots * rows * (self.floats * (at_once + 1) + heads)
 
 
-FORMATS = (TokenFormat(MX4, 2), TokenFormat(Q4, 2), TokenFormat(Q8, 1))
+FORMATS = (
+    TokenFormat(MX4, 2),
+    TokenFormat(Q4, 2),
+    TokenFormat(Q8, 1),
+    TokenFormat(Q4K, 2, 2, 2, KQUANT_MODULE),
+    TokenFormat(Q6, 1, 1, 1, KQUANT_MODULE),
+    TokenFormat(Q3, 2, 1, 1, KQUANT_MODULE),
+    TokenFormat(Q2, 2, 2, 2, KQUANT_MODULE),
+    TokenFormat(IQ2, 2, 1, 1, KQUANT_MODULE),
+)
 
 
 def _groups_together(form: TokenFormat, groups: int, cols: int) -> int:
@@ -63,12 +86,12 @@ def _matvec(form: TokenFormat) -> Twin:
     def few_bytes(words: Words) -> int:
         return form.table_bytes(1, words[3], GROUP_ROWS // 2)
 
-    name = form.fmt.name.lower()
+    name, source = form.fmt.name.lower(), form.source("matvec")
     return Twin(
         "aiiaaaa",
         (
-            Kernel("matvec.cu", f"{name}_matvec", THREADS, many, many_bytes),
-            Kernel("matvec.cu", f"{name}_matvec_few", THREADS, few, few_bytes),
+            Kernel(source, f"{name}_matvec", THREADS, many, many_bytes),
+            Kernel(source, f"{name}_matvec_few", THREADS, few, few_bytes),
         ),
     )
 
@@ -86,12 +109,12 @@ def _gate_up(form: TokenFormat) -> Twin:
     def few_bytes(words: Words) -> int:
         return form.table_bytes(2, words[4], GROUP_ROWS // 2)
 
-    name = form.fmt.name.lower()
+    name, source = form.fmt.name.lower(), form.source("experts")
     return Twin(
         "tiiiaaaaf",
         (
-            Kernel("experts.cu", f"{name}_gate_up", THREADS, many, many_bytes),
-            Kernel("experts.cu", f"{name}_gate_up_few", THREADS, few, few_bytes),
+            Kernel(source, f"{name}_gate_up", THREADS, many, many_bytes),
+            Kernel(source, f"{name}_gate_up_few", THREADS, few, few_bytes),
         ),
     )
 
@@ -104,11 +127,11 @@ def _down(form: TokenFormat) -> Twin:
         return GROUP_ROWS // DOWN_ROWS * words[3]
 
     def shared(words: Words) -> int:
-        fitting = min(TABLE_FLOATS // DOWN_ROWS // (words[4] // BLOCK), THREADS // DOWN_ROWS)
+        fitting = min(TABLE_ROWS // DOWN_ROWS // (words[4] // BLOCK), THREADS // DOWN_ROWS)
         return form.table_bytes(max(1, min(words[2], fitting)), words[4], DOWN_ROWS)
 
     name = f"{form.fmt.name.lower()}_down"
-    return Twin(DOWN_KINDS, (Kernel("experts.cu", name, THREADS, blocks, shared),))
+    return Twin(DOWN_KINDS, (Kernel(form.source("experts"), name, THREADS, blocks, shared),))
 
 
 def _down_parts(form: TokenFormat) -> Twin:
@@ -119,7 +142,7 @@ def _down_parts(form: TokenFormat) -> Twin:
         return form.table_bytes(1, words[4], GROUP_ROWS)
 
     name = f"{form.fmt.name.lower()}_down_parts"
-    return Twin(DOWN_KINDS, (Kernel("experts.cu", name, THREADS, blocks, shared),))
+    return Twin(DOWN_KINDS, (Kernel(form.source("experts"), name, THREADS, blocks, shared),))
 
 
 def _combined(words: Words) -> int:
@@ -127,7 +150,7 @@ def _combined(words: Words) -> int:
 
 
 def _twins(make: Callable[[TokenFormat], Twin], kind: str) -> dict[str, Twin]:
-    return {f"formats.{form.fmt.name.lower()}_{kind}": make(form) for form in FORMATS}
+    return {f"{form.module}.{form.fmt.name.lower()}_{kind}": make(form) for form in FORMATS}
 
 
 PRODUCTS = {
@@ -147,5 +170,6 @@ COMBINE = Twin("aiiiaaia", (Kernel("experts.cu", "combine", THREADS, _combined),
 """The rest of a `down`: parts from anywhere, in the order and with the bits of the whole.
 
 Words: parts (count, stride) f32, stride in floats, count, rows, weights, out, 1 to add to what
-`out` holds, used (count,) i64: 0 for an expert that is left out.
+`out` holds, turns (count,) i64: the experts of turn 1 are added first, in their order, then those
+of turn 2 and so on, as one `down` for each form of records does; 0: an expert is left out.
 """

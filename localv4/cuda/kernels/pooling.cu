@@ -1,0 +1,159 @@
+// Keys on their way into the state: twins of localv4/kernels/pooling.py, and of `angles` and `key`
+// of rows.py.
+
+#include "activations.cuh"
+#include "index_forms.cuh"
+#include "row_forms.cuh"
+
+constexpr int POOL_THREADS = 1024;
+
+// --- what keys share ---
+
+__device__ inline void write_angle(float *cos_out, float *sin_out, i64 position, float frequency) {
+    double angle = (double)__fmul_rn((float)position, frequency);
+    *cos_out = (float)cos(angle), *sin_out = (float)sin(angle);
+}
+
+// Return the sum over all threads of a block, in all of them.
+__device__ inline float block_sum(float value, float *parts) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+    __syncthreads();
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
+}
+
+__device__ inline float inverse_size(float squares, i64 count, float eps) {
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)count) + eps));
+}
+
+// Write two neighbouring channels, normed and turned; a pair behind all that turn has cos = 1, sin = 0.
+__device__ inline void write_pair(float *out, float first, float second, const float *weight, float factor, float c,
+                                  float s, bool turns) {
+    float even = __fmul_rn(weight[0], __fmul_rn(first, factor)), odd = __fmul_rn(weight[1], __fmul_rn(second, factor));
+    out[0] = turns ? even * c - odd * s : even;
+    out[1] = turns ? even * s + odd * c : odd;
+}
+
+// Words: frequencies, pairs, cos, sin (tokens, pairs), context, tokens.
+KERNEL(angles) {
+    i64 pairs = op.number(2), i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    if (i >= pairs * op.number(6)) return;
+    write_angle(op.address<float>(3) + i, op.address<float>(4) + i, op.at(5) + i / pairs, op.address<float>(1)[i % pairs]);
+}
+
+// Words: x, its row stride, weight, eps, cos, sin, pairs, cell of the ring, capacity, columns,
+// context, tokens. 256 threads a token.
+KERNEL(key) {
+    __shared__ float parts[32];
+    i64 token = blockIdx.x, pairs = op.number(7), cols = op.number(10);
+    const float *x = op.address<float>(1) + op.number(2) * token, *weight = op.address<float>(3);
+    float *out = op.cell<float>(8) + cols * ((op.at(11) + token) % op.number(9));
+    float squares = 0.0f;
+    for (i64 c = threadIdx.x; c < cols; c += blockDim.x) squares += x[c] * x[c];
+    float factor = inverse_size(block_sum(squares, parts), cols, op.real(4));
+    for (i64 i = threadIdx.x; i < cols / 2; i += blockDim.x) {
+        i64 turn = i - (cols / 2 - pairs), at = token * pairs + max(turn, (i64)0);
+        float c = turn < 0 ? 1.0f : op.address<float>(5)[at], s = turn < 0 ? 0.0f : op.address<float>(6)[at];
+        write_pair(out + 2 * i, x[2 * i], x[2 * i + 1], weight + 2 * i, factor, c, s, turn >= 0);
+    }
+}
+
+// Words: keys, gates, their row stride, ape, ratio, cell of the keys' ring, cell of the gates' ring,
+// capacity, width, context, tokens.
+KERNEL(append) {
+    i64 width = op.number(9), i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    if (i >= width * op.number(11)) return;
+    i64 token = i / width, column = i % width, position = op.at(10) + token;
+    i64 from = op.number(3) * token + column, to = width * (position % op.number(8)) + column;
+    op.cell<float>(6)[to] = op.address<float>(1)[from];
+    op.cell<float>(7)[to] = op.address<float>(2)[from] + op.address<float>(4)[width * (position % op.number(5)) + column];
+}
+
+// --- entries ---
+
+// The window of an entry in the rings.
+struct Window {
+    const float *keys, *gates;
+    i64 first, capacity, width;
+    int n, previous, slots;
+
+    __device__ Window(const Words &op, i64 number) {
+        keys = op.cell<float>(1), gates = op.cell<float>(2);
+        capacity = op.number(3), width = op.number(4);
+        i64 ratio = op.number(5);
+        n = (int)op.number(11);
+        previous = width > n && number > 0 ? (int)ratio : 0;
+        slots = previous + (int)ratio;
+        first = (number * ratio - previous) % capacity;
+    }
+
+    // Where a channel of a slot is.
+    __device__ inline i64 at(int slot, int channel) const {
+        i64 place = first + slot;
+        place -= place >= capacity ? capacity : 0;
+        return width * place + (slot < previous ? channel : width - n + channel);
+    }
+};
+
+// row = sum over the slots of softmax(gate) * key, per channel. Each channel has blockDim / n threads.
+__device__ inline void pool_window(const Window &window, float *row, float *parts, float *weights) {
+    int ways = blockDim.x / window.n, way = threadIdx.x / window.n, channel = threadIdx.x % window.n;
+    bool works = way < ways;
+    float largest = -INFINITE, total = 0.0f, sum = 0.0f;
+#pragma unroll 8
+    for (int i = works ? way : window.slots; i < window.slots; i += ways) {
+        float gate = window.gates[window.at(i, channel)];
+        largest = largest > gate ? largest : gate;
+    }
+    parts[threadIdx.x] = largest;
+    __syncthreads();
+    for (int i = 0; i < ways; ++i) {
+        float other = parts[i * window.n + channel];
+        largest = largest > other ? largest : other;
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int i = works ? way : window.slots; i < window.slots; i += ways) {
+        i64 at = window.at(i, channel);
+        float weight = exp_as_cpu(window.gates[at] - largest);
+        total += weight;
+        sum = __fmaf_rn(weight, window.keys[at], sum);
+    }
+    parts[threadIdx.x] = sum, weights[threadIdx.x] = total;
+    __syncthreads();
+    if (way > 0) return;
+    for (int i = 1; i < ways; ++i) {
+        sum += parts[i * window.n + channel];
+        total += weights[i * window.n + channel];
+    }
+    row[channel] = __fdiv_rn(sum, total);
+}
+
+template <typename Form>
+__device__ inline void pool(const Words &op) {
+    __shared__ float row[MOST_CHANNELS], parts[POOL_THREADS], weights[POOL_THREADS];
+    i64 ratio = op.number(5), pairs = op.number(9), position = op.at(12);
+    i64 number = position / ratio + blockIdx.x;
+    int n = (int)op.number(11), rope = 2 * (int)pairs;
+    if (number >= (position + op.number(13)) / ratio) return;
+    pool_window(Window(op, number), row, parts, weights);
+    __syncthreads();
+    float squares = 0.0f;
+    for (int c = threadIdx.x; c < n; c += blockDim.x) squares += row[c] * row[c];
+    float factor = inverse_size(block_sum(squares, parts), n, op.real(7));
+    for (int i = threadIdx.x; i < n / 2; i += blockDim.x) {
+        int turn = i - (n / 2 - (int)pairs);
+        float c = 1.0f, s = 0.0f;
+        if (turn >= 0) write_angle(&c, &s, number * ratio, op.address<float>(8)[turn]);
+        write_pair(row + 2 * i, row[2 * i], row[2 * i + 1], op.address<float>(6) + 2 * i, factor, c, s, turn >= 0);
+    }
+    __syncthreads();
+    Form::write(op.cell<u8>(10) + Form::stride(n, rope) * number, row, n, rope);
+}
+
+// Words: cell of the keys' ring, cell of the gates' ring, capacity, width, ratio, weight, eps,
+// frequencies, pairs, cell of the entries, n, context, tokens. POOL_THREADS an entry.
+KERNEL(f32_pool) { pool<F32Rows>(op); }
+KERNEL(bf16_pool) { pool<Bf16Rows>(op); }
+KERNEL(compact_pool) { pool<E4m3Rows>(op); }
+KERNEL(compact_index_pool) { pool<E2m1Rows>(op); }

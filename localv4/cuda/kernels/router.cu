@@ -1,0 +1,191 @@
+// The router: twins of localv4/kernels/route.py. How often experts are used is counted by the host.
+
+#include "activations.cuh"
+
+constexpr int MOST_EXPERTS = 1024;
+constexpr int MOST_FORMS = 64;
+constexpr int CHUNK = 8192;  // slots that are sorted while their experts are in shared memory
+
+// --- choosing experts ---
+
+// log(1 + y) for 0 <= y <= 1: 2 artanh(y / (2 + y))
+__device__ inline float log1p_as_cpu(float y) {
+    float s = __fdiv_rn(y, y + 2.0f), z = __fmul_rn(s, s);
+    float p = __fmaf_rn(0.14089167118f, z, 0.13980300725f);
+    p = __fmaf_rn(p, z, 0.20012454689f);
+    p = __fmaf_rn(p, z, 0.33333158493f);
+    p = __fmaf_rn(p, z, 1.0f);
+    return __fmul_rn(s + s, p);
+}
+
+// sqrt(softplus(x))
+__device__ inline float affinity_of(float x) {
+    float size = -x > x ? -x : x, positive = 0.0f > x ? 0.0f : x;
+    return __fsqrt_rn(positive + log1p_as_cpu(exp_as_cpu(-size)));
+}
+
+// An int in the order of the floats, NaN on top.
+__device__ inline int rank_of(float x) {
+    int bits = __float_as_int(x);
+    return x == x ? bits ^ (bits >> 31 & 0x7fffffff) : 0x7fffffff;
+}
+
+// How many of `ranks`, four at a time, come before that of expert e: larger ones, and among equals
+// those of lower numbers.
+__device__ inline int place_among(const int *ranks, int n_experts, int e) {
+    int own = ranks[e], before = 0;
+    for (int i = 0; i < n_experts; i += 4) {
+        int4 four = *(const int4 *)(ranks + i);
+        before += (four.x > own) + (four.y > own) + (four.z > own) + (four.w > own);
+        if (i < e) {
+            before += (four.x == own) + (i + 1 < e && four.y == own) + (i + 2 < e && four.z == own);
+            before += i + 3 < e && four.w == own;
+        }
+    }
+    return before;
+}
+
+// List the k experts of the highest ranks in ascending order.
+__device__ inline void choose(int *chosen, const int *ranks, u32 *masks, int n_experts, i64 k) {
+    for (int e = threadIdx.x; e - threadIdx.x < n_experts; e += blockDim.x) {
+        u32 mask = __ballot_sync(0xffffffffu, e < n_experts && place_among(ranks, n_experts, e) < k);
+        if (threadIdx.x % 32 == 0) masks[e / 32] = mask;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < n_experts; e += blockDim.x) {
+        u32 own = masks[e / 32];
+        if (!(own >> e % 32 & 1)) continue;
+        int place = __popc(own & ((1u << e % 32) - 1));
+        for (int i = 0; i < e / 32; ++i) place += __popc(masks[i]);
+        chosen[place] = e;
+    }
+}
+
+// Put numbers into ascending order; one thread.
+__device__ inline void sort(int *numbers, i64 count) {
+    for (i64 i = 1; i < count; ++i) {
+        int number = numbers[i];
+        i64 at = i;
+        for (; at > 0 && numbers[at - 1] > number; --at) numbers[at] = numbers[at - 1];
+        numbers[at] = number;
+    }
+}
+
+// Words: logits, their row stride, n_experts, bias or 0, table or 0, ids or 0, k, scaling, experts,
+// weights, tokens. 256 threads a token.
+KERNEL(route) {
+    __shared__ float affinities[MOST_EXPERTS];
+    __shared__ __align__(16) int ranks[MOST_EXPERTS];
+    __shared__ int chosen[MOST_EXPERTS];
+    __shared__ u32 masks[MOST_EXPERTS / 32];
+    i64 token = blockIdx.x, k = op.number(7);
+    int n_experts = (int)op.number(3);
+    const float *logits = op.address<float>(1) + op.number(2) * token, *bias = op.address<float>(4);
+    const i64 *table = op.address<i64>(5);
+    for (int e = threadIdx.x; e < n_experts; e += blockDim.x) {
+        affinities[e] = affinity_of(logits[e]);
+        if (table == nullptr) ranks[e] = rank_of(affinities[e] + bias[e]);
+    }
+    for (int e = n_experts + threadIdx.x; e < (n_experts + 3) / 4 * 4; e += blockDim.x) ranks[e] = (int)0x80000000;
+    if (table != nullptr)
+        for (i64 i = threadIdx.x; i < k; i += blockDim.x) chosen[i] = (int)table[k * op.address<i64>(6)[token] + i];
+    __syncthreads();
+    if (table == nullptr)
+        choose(chosen, ranks, masks, n_experts, k);
+    else if (threadIdx.x == 0)
+        sort(chosen, k);
+    __syncthreads();
+    float total = 0.0f, scaling = op.real(8);
+    for (i64 i = 0; i < k; ++i) total += affinities[chosen[i]];
+    for (i64 i = threadIdx.x; i < k; i += blockDim.x) {
+        op.address<i64>(9)[k * token + i] = chosen[i];
+        op.address<float>(10)[k * token + i] = __fmul_rn(__fdiv_rn(affinities[chosen[i]], total + 1e-20f), scaling);
+    }
+}
+
+// --- where experts lie ---
+
+// Words: experts, k, table of records (not in device memory: 0 or less), forms of the experts,
+// number of forms, records (forms, k). Records that are not there become 0; nothing halts. One block.
+KERNEL(resolve) {
+    const i64 *experts = op.address<i64>(1), *table = op.address<i64>(3), *forms = op.address<i64>(4);
+    i64 k = op.number(2), *records = op.address<i64>(6);
+    for (i64 i = threadIdx.x; i < k * op.number(5); i += blockDim.x) {
+        i64 number = experts[i % k], record = table[number];
+        records[i] = record > 0 && forms[number] == i / k ? record : 0;
+    }
+}
+
+// The experts of `group` in shared memory.
+struct Groups {
+    int counts[MOST_EXPERTS], forms[MOST_EXPERTS], listed[MOST_FORMS], slots[MOST_FORMS];
+    __align__(16) u16 chunk[CHUNK];
+};
+
+__device__ inline void count_slots(const Words &op, Groups &groups) {
+    const i64 *experts = op.address<i64>(1), *forms = op.address<i64>(4);
+    int e = threadIdx.x, n_experts = (int)op.number(18);
+    groups.counts[e] = 0;
+    groups.forms[e] = e < n_experts ? (int)forms[e] : MOST_FORMS;
+    if (e < MOST_FORMS) groups.listed[e] = groups.slots[e] = 0;
+    __syncthreads();
+    for (i64 i = e; i < op.number(13) * op.number(2); i += blockDim.x) atomicAdd(&groups.counts[experts[i]], 1);
+    __syncthreads();
+    if (groups.counts[e] > 0) {
+        atomicAdd(&groups.listed[groups.forms[e]], 1);
+        atomicAdd(&groups.slots[groups.forms[e]], groups.counts[e]);
+    }
+    __syncthreads();
+}
+
+// List the expert of this thread; return its first slot.
+__device__ inline i64 list_expert(const Words &op, const Groups &groups, i64 total) {
+    int e = threadIdx.x, form = groups.forms[e], listed = 0;
+    if (groups.counts[e] == 0) return 0;
+    i64 first = 0, record = op.address<i64>(3)[e];
+    for (int i = 0; i < form; ++i) first += groups.slots[i];
+    for (int i = 0; i < e; ++i) {
+        bool comes_before = groups.forms[i] == form && groups.counts[i] > 0;
+        listed += comes_before;
+        first += comes_before ? groups.counts[i] : 0;
+    }
+    op.address<i64>(6)[form * total + listed] = record > 0 ? record : 0;
+    op.address<i64>(14)[form * (total + 1) + listed] = first;
+    return first;
+}
+
+// Words: experts (tokens, k), k, table, forms, number of forms, records (forms, tokens * k), heat,
+// last use, clock, decay, steps, halt, tokens, starts (forms, tokens * k + 1), token of each slot,
+// weights, weight of each slot, n_experts. One block of MOST_EXPERTS threads, one for each expert.
+KERNEL(group) {
+    __shared__ Groups groups;
+    i64 k = op.number(2), total = op.number(13) * k, end = 0;
+    count_slots(op, groups);
+    i64 slot = list_expert(op, groups, total);
+    for (i64 form = 0; form < op.number(5); ++form) {
+        end += groups.slots[form];
+        i64 *starts = op.address<i64>(14) + form * (total + 1);
+        for (i64 i = groups.listed[form] + threadIdx.x; i <= total; i += blockDim.x) starts[i] = end;
+    }
+    const i64 *experts = op.address<i64>(1);
+    const float *weights = op.address<float>(16);
+    for (i64 first = 0; first < total; first += CHUNK) {
+        i64 count = min(total - first, (i64)CHUNK);
+        __syncthreads();
+        for (i64 i = threadIdx.x; i < (count + 7) / 8 * 8; i += blockDim.x)
+            groups.chunk[i] = i < count ? (u16)experts[first + i] : (u16)0xffff;
+        __syncthreads();
+        if (groups.counts[threadIdx.x] == 0) continue;
+        for (i64 i = 0; i < count; i += 8) {
+            uint4 eight = *(const uint4 *)(groups.chunk + i);
+            u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                if ((pairs[j / 2] >> 16 * (j % 2) & 0xffff) != threadIdx.x) continue;
+                op.address<i64>(15)[slot] = (first + i + j) / k;
+                op.address<float>(17)[slot] = weights[first + i + j];
+                ++slot;
+            }
+        }
+    }
+}

@@ -1,0 +1,156 @@
+"""The layers of a network whose programs run on a GPU."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.cuda.gpu import Gpu, GpuError, Recording
+from localv4.cuda.mirrors import Mirrors, arrays_of
+from localv4.cuda.program import GpuProgram, Translator
+from localv4.cuda.state_copy import StateCopy
+from localv4.cuda.vram_store import VramStore
+from localv4.kernels.row_operations import RowFormat
+from localv4.kernels.team import Team
+from localv4.model.config import ModelConfig
+from localv4.model.experts import Experts
+from localv4.model.fast_layer import FastLayer
+from localv4.model.fast_network import FastNetwork
+from localv4.model.program import Program
+from localv4.model.state import State
+from localv4.model.weights import Weights
+from localv4.model.workspace import ChunkBuffers
+from localv4.paging.paged_store import PagedStore
+from localv4.paging.store import ExpertStore, MappedStore
+
+STORES = (MappedStore, PagedStore)
+
+MakeStore = Callable[[Experts, range], VramStore]
+"""Makes the store of the records of some layers on the GPU, whose addresses are the GPU's."""
+
+
+class GpuNetwork(FastNetwork):
+    """A network whose first `on_gpu` layers are in the memory of a GPU with their dense weights.
+
+    `team` are the threads of the host, which compute the layers behind those. Raises GpuError when
+    the experts of a layer have no packed form, or the GPU fails, GpuMemoryError when it has too
+    little memory.
+    """
+
+    store: VramStore
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        team: Team,
+        slack: int,
+        make_store: MakeStore,
+        rows: RowFormat,
+        gpu: Gpu,
+        on_gpu: int,
+    ) -> None:
+        self.gpu, self.on_gpu = gpu, on_gpu
+        self.mirrors = Mirrors(gpu)
+        self.translator = Translator(gpu, self.mirrors)
+        self._on_host = False
+
+        def store_of(experts: Experts) -> VramStore:
+            if not all(experts.forms):
+                raise GpuError("experts that the CPU cannot pack cannot be computed on a GPU")
+            return make_store(experts, range(on_gpu))
+
+        super().__init__(config, weights, team, slack, store_of, rows)
+        self.adopt(*self.layers[:on_gpu], self._cells, self.store.addresses)
+        self.adopt(self.experts.form_numbers)
+        if self.is_whole:
+            self.adopt(self.head_site, weights.head)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are on the GPU."""
+        return self.on_gpu == self.config.n_layers
+
+    def store_of(self, layer: int) -> ExpertStore:
+        """Return where the records of a layer are."""
+        return self.store if layer < self.on_gpu else self.store.host
+
+    def enter_layer(self, layer: int, chunk: ChunkBuffers, tokens: int) -> None:
+        """Go on with the host behind the last layer of the GPU."""
+        if layer == self.on_gpu:
+            self.fetch(chunk.streams[:tokens], chunk.mix[:tokens])
+            self.fetch(chunk.update.values[:tokens], chunk.shared_update.values[:tokens])
+            self._on_host = True
+
+    def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
+        """Take in tokens; the first layers are the GPU's."""
+        self._on_host = False
+        super().begin(chunk, ids, state)
+
+    def begin_rows(
+        self,
+        chunk: ChunkBuffers,
+        ids: NDArray[np.int64],
+        states: Sequence[State],
+        cells: NDArray[np.int64],
+    ) -> None:
+        """Take in one token of each of several sequences; the first layers are the GPU's."""
+        self._on_host = False
+        super().begin_rows(chunk, ids, states, cells)
+
+    def new_program(self) -> Program:
+        """Return an empty program for the device that is to go on."""
+        return Program(self.scratch) if self._on_host else GpuProgram(self.scratch)
+
+    def run(self, program: Program) -> None:
+        """Run or enqueue a program; raise Cancelled instead when asked to stop."""
+        if isinstance(program, GpuProgram):
+            self.check_cancelled()
+            self.gpu.run(self.translator.steps(program))
+        else:
+            super().run(program)
+
+    def record(self, program: Program) -> Recording:
+        """Keep a program for many runs."""
+        assert isinstance(program, GpuProgram)
+        return self.gpu.record(self.translator.steps(program))
+
+    def adopt(self, *owners: object) -> None:
+        """Let programs use the arrays of some objects, from now on."""
+        for owner in owners:
+            for array in arrays_of(owner, (Experts, ModelConfig, *STORES)):
+                self.mirrors.add(array)
+            if isinstance(owner, FastLayer) and owner.moe.shared.is_packed:
+                self.mirrors.push_table(owner.moe.shared.records)
+
+    def disown(self, *owners: object) -> None:
+        """Let go of arrays that no program uses any more."""
+        for owner in owners:
+            for array in arrays_of(owner, (Experts, ModelConfig, *STORES)):
+                self.mirrors.drop(array)
+
+    def publish(self, *arrays: NDArray[np.generic]) -> None:
+        """Copy what was written into some arrays to the GPU."""
+        if not self._on_host:
+            self.mirrors.push(*arrays)
+
+    def publish_addresses(self, *tables: NDArray[np.int64]) -> None:
+        """The same for arrays of addresses."""
+        for table in tables:
+            self.mirrors.push_table(table)
+
+    def fetch(self, *arrays: NDArray[np.generic]) -> None:
+        """Copy what programs have written into some arrays from the GPU."""
+        if not self._on_host:
+            self.pull(*arrays)
+
+    def pull(self, *arrays: NDArray[np.generic]) -> None:
+        """Copy arrays from the GPU, even where the host has gone on."""
+        self.mirrors.pull(*arrays)
+
+    def _begin_state(self, state: State, tokens: int) -> None:
+        if state.device is None:
+            state.device = StateCopy(self.mirrors, state, self.on_gpu)
+        super()._begin_state(state, tokens)
+        assert isinstance(state.device, StateCopy)
+        state.device.follow()

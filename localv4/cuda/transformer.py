@@ -1,0 +1,127 @@
+"""The network in the arithmetic `fast`, computed by a GPU with the help of the host."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.cuda.gpu import Gpu, GpuMemoryError
+from localv4.cuda.network import GpuNetwork, MakeStore
+from localv4.cuda.rows_plan import GpuRowsPlan
+from localv4.cuda.token_plan import GpuTokenPlan
+from localv4.cuda.vram_store import VramStore
+from localv4.errors import DoesNotFitError
+from localv4.kernels.row_operations import RowFormat
+from localv4.kernels.team import Team
+from localv4.model.config import ModelConfig
+from localv4.model.fast import CHUNK_TOKENS, SLACK_TOKENS, FastTransformer
+from localv4.model.matrix import Floats
+from localv4.model.packing import packed_bytes_of
+from localv4.model.state import State
+from localv4.model.weights import Weights
+
+
+class GpuTransformer(FastTransformer):
+    """Packed weights in the memory of a GPU, and the forward pass over them.
+
+    Sequences live in `State` objects of the host, whose arrays have copies on the GPU. Raises
+    GpuError or GpuMemoryError when the GPU cannot be used for this network.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        team: Team,
+        make_store: MakeStore,
+        gpu: Gpu,
+        rows: RowFormat,
+        *,
+        layers: int,
+        falls_back: bool = False,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        self.gpu, self.chunk_tokens = gpu, chunk_tokens
+        self._falls_back = falls_back
+        self._alone: FastTransformer | None = None
+        self.warning: str | None = None
+        self._on_gpu = GpuNetwork(
+            config, weights, team, SLACK_TOKENS, make_store, rows, gpu, layers
+        )
+        self._team = team
+        self._one = GpuTokenPlan(self._on_gpu)
+        self._take(self._on_gpu, GpuRowsPlan(self._on_gpu))
+
+    @property
+    def vram(self) -> VramStore:
+        """The experts on the GPU."""
+        return self._on_gpu.store
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes held by component, but for decoder state and mapped files.
+
+        What begins with `GPU` is in its memory.
+        """
+        network = self._on_gpu
+        return {
+            "packed weights": packed_bytes_of(self.weights),
+            "packed experts": network.store.host.held_bytes,
+            "workspace": self._many.nbytes + self._rows.nbytes + network.nbytes,
+            "GPU weights and workspace": network.mirrors.nbytes + network.translator.nbytes,
+            "GPU experts": network.store.held_bytes,
+        }
+
+    def close(self) -> None:
+        """Stop copying and reading experts."""
+        self.vram.close()
+        self.vram.host.close()
+
+    def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        """Process tokens as the host does; it goes on alone when the GPU has no memory left."""
+        if self._alone is None:
+            try:
+                return super().forward(token_ids, state)
+            except GpuMemoryError as error:
+                self._leave_gpu(error)
+        assert self._alone is not None
+        _take_home(state)
+        return self._alone.forward(token_ids, state)
+
+    def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
+        """Process one token of each of several sequences as the host does."""
+        if self._alone is None:
+            try:
+                return super().decode_rows(token_ids, states)
+            except GpuMemoryError as error:
+                self._leave_gpu(error)
+        assert self._alone is not None
+        for state in states:
+            _take_home(state)
+        return self._alone.decode_rows(token_ids, states)
+
+    def logits(self, vectors: Floats) -> Floats:
+        """Return logits (tokens, vocab) for final vectors (tokens, hidden)."""
+        return super().logits(vectors) if self._alone is None else self._alone.logits(vectors)
+
+    def _leave_gpu(self, error: GpuMemoryError) -> None:
+        """Have the host compute everything from now on, or raise `error`."""
+        if not self._falls_back:
+            raise DoesNotFitError(error.message, hint=error.hint) from error
+        self.warning = f"{error.message}: the CPU goes on alone"
+        host, rows = self.vram.host, self.rows
+        self._alone = FastTransformer(
+            self.config, self.weights, self._team, lambda _: host, rows=rows
+        )
+        self._alone.cancelled = self.cancelled
+
+    def _read(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        return self._many.run(token_ids, state)
+
+    def _decode(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+        return self._one.run(token_ids, state)
+
+
+def _take_home(state: State) -> None:
+    """Bring what a GPU has written into a state's arrays, which the host goes on with."""
+    state.read_back()
+    state.device = None

@@ -1,0 +1,42 @@
+"""Twins of the products of many tokens with packed float weights."""
+
+from localv4.cuda.twin import Twin
+from localv4.cuda.twins.gemm import Tile, gemm_kernel
+from localv4.kernels.packed import F8, PackedFormat
+from localv4.kernels.packing_floats import B16, F32R
+
+SOURCE = "gemm_floats.cu"
+
+COLUMNS = 32
+"""Columns of a stage; several times as many where there are few tokens."""
+
+GAP = 64
+"""Bytes behind the activations of a token."""
+
+
+class FloatTile(Tile):
+    """A tile with 32 columns of weights and float32 activations in the place of a superblock."""
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        columns = COLUMNS * self.superblocks
+        weights = self.all_groups * self.fmt.superblock_bytes * columns
+        return self.stages * (weights + self.tokens * (4 * columns + GAP))
+
+
+def _twin(fmt: PackedFormat, superblocks: int) -> Twin:
+    tiles = (
+        FloatTile(fmt, 1, 8, 2, 3, superblocks, SOURCE),
+        FloatTile(fmt, 1, 16, 2, 3, superblocks, SOURCE),
+        FloatTile(fmt, 1, 32, 4, 3, 1, SOURCE),
+        FloatTile(fmt, 2, 64, 4, 2, 1, SOURCE),
+    )
+    return Twin("aiiaaiiaia", tuple(gemm_kernel(tiles, tile) for tile in tiles))
+
+
+MANY_FLOAT_PRODUCTS = {
+    "float_operations.b16_gemm": _twin(B16, 4),
+    "float_operations.f8_gemm": _twin(F8, 4),
+    "float_operations.f32r_gemm": _twin(F32R, 2),
+}

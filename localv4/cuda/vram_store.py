@@ -1,0 +1,184 @@
+"""Records of experts in the memory of a GPU: all of them, or those in use most.
+
+The third tier above memory and disk. A record comes from the store of the host: where that reads
+it from a disk first, the copy waits. Copies run in threads of their own, through pinned memory, so
+the GPU computes meanwhile. What is given up is chosen as in the host's arena, by the same policy.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localv4.cuda.gpu import Gpu
+from localv4.paging.arena import GRANULE_BYTES, Arena
+from localv4.paging.options import PolicyName
+from localv4.paging.paged_store import PagedStore
+from localv4.paging.policy import make_policy
+from localv4.paging.readers import Finished, Key, Readers
+from localv4.paging.store import ABSENT, ON_ITS_WAY, ExpertStore
+
+COPY_THREADS = 2
+"""Threads that copy: while one fills its pinned memory, the other's is on its way."""
+
+PINNED_BYTES = 4 << 20
+"""Bytes of each of the two pinned buffers of a thread."""
+
+PROMOTIONS = 2
+"""Records that are brought to the GPU after a token, at most."""
+
+WORTH = 1.25
+"""So much hotter must a record be than the coldest one on the GPU to take its place."""
+
+
+class GpuSpace:
+    """Memory of a GPU as an arena takes it."""
+
+    def __init__(self, gpu: Gpu, nbytes: int) -> None:
+        self._gpu = gpu
+        self.base = gpu.allocate(nbytes)
+
+    def commit(self, end: int) -> None:
+        """Do nothing: the memory is there."""
+
+    def release(self, start: int, end: int) -> None:
+        """Do nothing: it is given back as a whole."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._gpu.free(self.base)
+
+
+class VramStore(PagedStore):
+    """Records on a GPU, at most as many as there is room for; `addresses` are the GPU's.
+
+    `host` is where the records come from, and stays so: it is asked for those that are absent here.
+    Layers whose records have 0 bytes are not for the GPU.
+    """
+
+    def __init__(
+        self,
+        host: ExpertStore,
+        nbytes: NDArray[np.int64],
+        capacity: int,
+        gpu: Gpu,
+        policy: PolicyName,
+    ) -> None:
+        self.host = host
+        self._copier = Copier(gpu)
+        self._waiting: list[tuple[Key, int]] = []  # until the host has them
+        self._lengths = nbytes
+        sizes = -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
+        arena = Arena(capacity, GpuSpace(gpu, capacity))
+        readers = Readers(self._load, COPY_THREADS)
+        shared = host.policy if isinstance(host, PagedStore) else make_policy(policy, host.uses)
+        super().__init__(sizes, arena, readers, shared, host.uses)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all records are on the GPU, of the layers that it computes."""
+        return bool((self.resident | (self.nbytes == 0)).all())
+
+    def _load(self, key: Key, address: int) -> int:
+        """Copy a record that the host has."""
+        nbytes = int(self._lengths[key])
+        self._copier.copy(address, int(self.host.addresses[key]), nbytes)
+        return nbytes
+
+    def _submit(self, placed: Sequence[tuple[Key, int]], urgent: bool) -> None:
+        for key, address in placed:
+            layer, number = key
+            self.addresses[key] = ON_ITS_WAY
+            self.host.claim(layer, [number])
+            if self.host.addresses[key] > 0:
+                self.readers.submit(key, address, urgent=urgent)
+            else:
+                self._waiting.append((key, address))
+
+    def wait(self, layer: int, numbers: Iterable[int]) -> None:
+        """Wait for one of some requested records, or more, unless all are there."""
+        wanted = list(numbers)
+        while self._waiting and (self.addresses[layer, wanted] <= 0).all():
+            self._pass_on()
+            if self.readers.pending or not self._waiting:
+                break
+            waiting = self._waiting[0][0]
+            self.host.wait(waiting[0], [waiting[1]])
+        self._pass_on()
+        super().wait(layer, wanted)
+
+    def _pass_on(self) -> None:
+        """Have records copied that the host has got by now."""
+        left = []
+        for key, address in self._waiting:
+            if self.host.addresses[key] > 0:
+                self.readers.submit(key, address)
+            else:
+                left.append((key, address))
+        self._waiting = left
+
+    def _collect(self, finished: Iterable[Finished]) -> None:
+        done = list(finished)
+        for read in done:
+            self.host.release(read.key[0], [read.key[1]])
+        super()._collect(done)
+
+    def begin_prompt(self, layer: int, chosen: NDArray[np.int64]) -> None:
+        """Be told which experts (tokens, k) of a layer some tokens of a prompt use."""
+        if isinstance(self.host, PagedStore):
+            self.host.begin_prompt(layer, chosen)
+        else:
+            self.uses.record_tokens(layer, chosen)
+        self._plan_prompt(layer, np.isin(np.arange(self.addresses.shape[1]), chosen))
+
+    def fill(self) -> None:
+        """Bring as many records as there is room for, and wait for them: the first layers first."""
+        sizes = self.nbytes.ravel().cumsum()
+        count = int(np.searchsorted(sizes, self.arena.capacity, side="right"))
+        keys = [divmod(place, self.nbytes.shape[1]) for place in range(count)]
+        for layer in sorted({key[0] for key in keys}):
+            numbers = [number for at, number in keys if at == layer]
+            self.request(layer, numbers)
+            while (self.addresses[layer, numbers] <= 0).any():
+                self.wait(layer, numbers)
+
+    def promote(self, candidates: Iterable[Key]) -> None:
+        """Bring the hottest of some records that the host has, in the place of colder ones."""
+        self._collect(self.readers.finished())
+        scores = self.uses.scores()
+        absent = [
+            k for k in candidates if self.addresses[k] == ABSENT and self.host.addresses[k] > 0
+        ]
+        absent.sort(key=lambda key: -scores[key])
+        for key in absent[:PROMOTIONS]:
+            coldest = float(scores[self.resident].min()) if self.resident.any() else 0.0
+            has_room = self.arena.used + int(self.nbytes[key]) <= self.arena.capacity
+            if not has_room and scores[key] < WORTH * coldest:
+                return
+            address = self._place(key, {key}, self._claimed)
+            if address is None:
+                return
+            self._submit([(key, address)], urgent=True)
+
+
+class Copier:
+    """Copies to a GPU, in any thread: each fills one of its two buffers while the other is sent."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._own = threading.local()
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy `nbytes` from host memory; return when they are there."""
+        if not hasattr(self._own, "lanes"):
+            self._own.lanes = [self._gpu.new_lane(PINNED_BYTES) for _ in range(2)]
+        for number, done in enumerate(range(0, nbytes, PINNED_BYTES)):
+            lane = self._own.lanes[number % 2]
+            part = min(PINNED_BYTES, nbytes - done)
+            lane.wait()
+            ctypes.memmove(lane.buffer, source + done, part)
+            lane.send(target + done, part)
+        for lane in self._own.lanes:
+            lane.wait()
