@@ -63,8 +63,8 @@ class FastAttention:
     ) -> None:
         """Compute update (tokens, hidden) from the normed input x (tokens, hidden).
 
-        The tokens are those of one sequence, or one of each of several; what only depends on the
-        token itself is computed for all of them together.
+        The tokens are those of one sequence, or of several, one after the other; what only depends
+        on the token itself is computed for all of them together.
         """
         self._project(program, buffers, x, tokens)
         self._store(program, buffers, sequences, tokens)
@@ -183,7 +183,7 @@ class FastAttention:
         # both factors of the score, per head and per channel, are folded into the head's weight
         factor, scratch = float_bits((heads * width) ** -0.5), buffers.index_scratch.ctypes.data
         found = (buffers.chosen.ctypes.data, buffers.counts.ctypes.data)
-        if tokens > 1:
+        if part.by_token:
             yield (
                 self.entries.index_choose,
                 *(*seen, entries, query.at(), query.stride, tokens, *turn),
@@ -215,7 +215,7 @@ class FastAttention:
         entries = cells.compressors[0][2]
         rows_of = (chosen, config.index_top_k, cells.window, self.window_capacity, entries)
         turn, sinks = self._angles(buffers), self.sinks.ctypes.data
-        if tokens > 1:
+        if part.by_token:
             yield (
                 self.entries.attend,
                 *(*seen, *rows_of, query.at(), query.stride, tokens, heads, width),
@@ -267,8 +267,13 @@ class Cells:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens of one sequence: their part of the buffers, and where the state is."""
+    """Tokens of one sequence: their part of the buffers, and where the state is.
+
+    `by_token`: members of the team take whole tokens, each in scratch memory of its own; otherwise
+    they share the keys and heads of the only one.
+    """
 
     buffers: AttentionBuffers
     cells: Cells
     tokens: int
+    by_token: bool
