@@ -105,6 +105,7 @@ def _measure(place: Any, quick: bool, quiet: bool) -> "Machine":
 
 def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
     """Plan and predict a model; damaged files are a finding, not an error."""
+    from localv4.engine.earlier_routing import earlier_routing
     from localv4.planning.assessment import assess
     from localv4.planning.history import correction, past_runs
     from localv4.planning.measuring import known_machine
@@ -119,9 +120,10 @@ def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
     own_disk = known_machine(model.path).disk
     if own_disk is not None and "disk" not in machine.assumed:
         machine = replace(machine, disk=own_disk)
-    one = assess(facts, machine)
+    routing = earlier_routing(model.path, facts.config)
+    one = assess(facts, machine, routing=routing)
     if runs and one.plan is not None:
-        one = assess(facts, machine, correction=correction(runs, one.plan))
+        one = assess(facts, machine, routing=routing, correction=correction(runs, one.plan))
     return Examined(name, one, None, runs)
 
 

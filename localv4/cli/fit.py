@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from localv4.planning.assessment import Assessment, Request
+    from localv4.planning.hit_rate import Routing
     from localv4.planning.machine import Machine
     from localv4.planning.subject import Subject
 
@@ -40,6 +42,14 @@ PlannedContext = Annotated[
 ]
 AllQuants = Annotated[
     bool, typer.Option("--all-quants", metavar="", help="Compare all forms of the model.")
+]
+Routes = Annotated[
+    Path | None,
+    typer.Option(
+        "--routes",
+        metavar="TRACE",
+        help="What --trace-routes has recorded of this network, instead of typical text.",
+    ),
 ]
 DownloadRate = Annotated[
     str, typer.Option("--rate", metavar="RATE", help="Of the download: 100Mbit/s, 20MB/s.")
@@ -71,6 +81,7 @@ class Answer:
     chosen: "Assessment"
     found: "Sequence[Assessment]"
     rate: float
+    routing: "Routing | None"
 
 
 def fit(
@@ -86,6 +97,7 @@ def fit(
     assume_disk: options.AssumeDisk = None,
     assume_cores: options.AssumeCores = None,
     all_quants: AllQuants = False,
+    routes: Routes = None,
     rate: DownloadRate = TYPICAL_RATE,
     output_format: options.Format = options.OutputFormat.AUTO,
     as_json: options.Json = False,
@@ -110,11 +122,12 @@ def fit(
     rows = row_format(MemoryOptions(kv=kv.value if kv is not None else None))
     assumed = assumptions(assume_ram, assume_bandwidth, assume_disk, assume_cores)
     bytes_s = parse_rate(rate, "--rate")
-    answer = worker.call(
-        lambda: _answer(
-            _subject(reference, all_quants, quiet).with_rows(rows), request, assumed, bytes_s, quiet
-        )
-    )
+
+    def answered() -> Answer:
+        subject = _subject(reference, all_quants, quiet).with_rows(rows)
+        return _answer(subject, request, assumed, bytes_s, routes, quiet)
+
+    answer = worker.call(answered)
     if options.wants_json(output_format, as_json):
         from localv4.cli.show import print_json
 
@@ -163,7 +176,12 @@ def describe_machine(assumed: Assumed, place: Any, record_bytes: int, quiet: boo
 
 
 def _answer(
-    subject: "Subject", request: "Request", assumed: Assumed, rate: float, quiet: bool
+    subject: "Subject",
+    request: "Request",
+    assumed: Assumed,
+    rate: float,
+    routes: Path | None,
+    quiet: bool,
 ) -> Answer:
     from localv4 import paths
     from localv4.planning.assessment import assess, choose
@@ -176,15 +194,26 @@ def _answer(
     record = max(facts.largest_expert_bytes for facts in subject.forms)
     machine = describe_machine(assumed, place, record, quiet)
     runs = [] if machine.assumed else past_runs(subject.name)
-    found = []
+    routing, found = _routing(subject, routes), []
     for facts in subject.forms:
-        one = assess(facts, machine, request)
+        one = assess(facts, machine, request, routing=routing)
         if runs and one.plan is not None:
-            one = assess(facts, machine, request, correction=correction(runs, one.plan))
+            known = correction(runs, one.plan)
+            one = assess(facts, machine, request, routing=routing, correction=known)
         found.append(one)
     is_free = subject.chosen is None
     chosen = choose(found, load_recipes().default.name) if is_free else found[subject.chosen or 0]
-    return Answer(subject, machine, request, chosen, found, rate)
+    return Answer(subject, machine, request, chosen, found, rate, routing)
+
+
+def _routing(subject: "Subject", routes: Path | None) -> "Routing | None":
+    """Return what is known of the experts that the model chooses, None if nothing is."""
+    from localv4.engine.earlier_routing import earlier_routing, traced_routing
+
+    config = subject.forms[0].config
+    if routes is not None:
+        return traced_routing(routes, config)
+    return None if subject.path is None else earlier_routing(subject.path, config)
 
 
 def _subject(reference: str | None, all_quants: bool, quiet: bool) -> "Subject":
@@ -233,7 +262,7 @@ def _print_answer(console: "Console", answer: Answer) -> None:
     free = None if "disk" in machine.assumed else machine.disk_free
     print_section(console, "Disk", report.disk_rows(one, answer.rate, free))
     forms = [other.facts for other in answer.found]
-    changes = what_would_change(one, machine, answer.request, forms)
+    changes = what_would_change(one, machine, answer.request, forms, answer.routing)
     if changes:
         print_section(console, "Faster with", report.change_rows(changes, one))
     runs = [] if machine.assumed else past_runs(answer.subject.name)
@@ -273,7 +302,9 @@ def _document(answer: Answer) -> dict[str, Any]:
     from localv4.planning.assessment import what_would_change
 
     forms = [other.facts for other in answer.found]
-    changes = what_would_change(answer.chosen, answer.machine, answer.request, forms)
+    changes = what_would_change(
+        answer.chosen, answer.machine, answer.request, forms, answer.routing
+    )
     return {
         "schema": 1,
         "model": answer.subject.name,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from localv4.engine.earlier_routing import earlier_routing
 from localv4.engine.reply import ReplyStats
 from localv4.planning.forecast import Forecast, make_forecast
 from localv4.planning.history import correction, past_runs, record_run
@@ -32,9 +33,11 @@ class Comparison:
 def expect(name: str, facts: ModelFacts, plan: Plan, place: Path, position: int) -> Forecast | None:
     """Return the forecast for a loaded model; None on a machine that was never measured."""
     machine = known_machine(place)
+    routing = None if plan.fits else earlier_routing(place, facts.config)
+    known = correction(past_runs(name), plan)
     try:
         return make_forecast(
-            facts, plan, machine, position=position, correction=correction(past_runs(name), plan)
+            facts, plan, machine, routing=routing, position=position, correction=known
         )
     except ValueError:
         return None

@@ -222,6 +222,9 @@ struct Tile {
     // Where the parts of a superblock begin, and its bytes.
     static constexpr int Q = GROUPS * Format::BYTES, D = Q + TOKENS * COLUMNS, B = D + BLOCKS * TOKENS * 4;
     static constexpr int SIZE = B + (Format::WANTS_SUMS ? BLOCKS * TOKENS * SUMS_BYTES : 0);
+    // Blocks whose instructions are mixed: as many as the registers allow and are of use.
+    static constexpr bool IS_WIDE = Format::BYTES >= 16 * COLUMNS;  // a byte for each weight
+    static constexpr int UNROLLED = EIGHTS == 8 || (EIGHTS > 8 && IS_WIDE) ? 1 : EIGHTS > 8 || BLOCKS > 4 ? 2 : BLOCKS;
     static constexpr int STAGE = SUPERBLOCKS * SIZE, SHARED = STAGES * STAGE;
     typedef typename Format::Sums Sums[groups][eights];
 
@@ -297,7 +300,8 @@ struct Copies {
                     copy_line(to_w + to + m * Format::BYTES + 512 * k, w + m * group_bytes + 512 * k);
 #pragma unroll
         for (int k = 0; k * Q_STEP < Shape::TOKENS; ++k) {
-            int token = q_token + k * Q_STEP, turned = q_chunk / 2 ^ Shape::turn(token);
+            // with steps of eight all tokens of a thread are turned alike
+            int token = q_token + k * Q_STEP, turned = q_chunk / 2 ^ Shape::turn(Q_STEP % 8 == 0 ? q_token : token);
             if (token < Shape::TOKENS && token < count)
                 copy_line(to_q + to + k * Q_STEP * Shape::COLUMNS + 32 * turned, q + k * q_bytes);
         }
@@ -361,7 +365,7 @@ template <class Shape>
 __device__ inline void add_superblock(typename Shape::Sums &sums, const u8 *at, Place own) {
     typedef typename Shape::Format Format;
     const u8 *w = at + threadIdx.x / 32 * Shape::GROUPS_OF_WARP * Format::BYTES;
-#pragma unroll (Shape::EIGHTS >= 8 ? 1 : Shape::BLOCKS <= 4 ? Shape::BLOCKS : 2)
+#pragma unroll (Shape::UNROLLED)
     for (int block = 0; block < Shape::BLOCKS; ++block) add_block<Shape>(sums, w, at, block, own);
 #pragma unroll
     for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)

@@ -107,8 +107,9 @@ struct FloatIndex {
 
 // --- entries in FP4 ---
 
+template <int SOME_KEYS>
 struct CodeIndex {
-    static constexpr int QUERY_BYTES = 1, KEYS = 32, CHANNELS = 128;
+    static constexpr int QUERY_BYTES = 1, KEYS = SOME_KEYS, CHANNELS = 128;
 
     __device__ static i64 stride(int n, int rope) { return E2m1Rows::stride(n, rope); }
 

@@ -80,8 +80,8 @@ struct HalfScales {
         return load_stream_u64(superblock + 32 * block + 8 * quad);
     }
     __device__ static inline void decode_scales(Scales stored, float (&scales)[4]) {
-        scales[0] = half_bits_to_float(stored.x & 0xffff), scales[1] = half_bits_to_float(stored.x >> 16);
-        scales[2] = half_bits_to_float(stored.y & 0xffff), scales[3] = half_bits_to_float(stored.y >> 16);
+        float2 first = halves_to_floats(stored.x), second = halves_to_floats(stored.y);
+        scales[0] = first.x, scales[1] = first.y, scales[2] = second.x, scales[3] = second.y;
     }
 };
 

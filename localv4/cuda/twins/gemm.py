@@ -134,7 +134,7 @@ EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}
 MOST_BLOCKS = 2048
 """Blocks of threads that go through the tiles of experts: several times as many as run at once."""
 
-SUM_THREADS = 256
+SUM_THREADS, SUM_BLOCKS = 256, 1024
 
 
 def _expert_kernel(tile: Tile, kind: str, scratch: Callable[[Words], int] = nothing) -> Kernel:
@@ -154,7 +154,7 @@ def _products_bytes(words: Words) -> int:
 
 
 def _slots_blocks(words: Words) -> int:
-    return MOST_BLOCKS if words[2] else 0
+    return SUM_BLOCKS if words[2] else 0
 
 
 def _slots_bytes(words: Words) -> int:

@@ -51,7 +51,7 @@ def _choose(name: str) -> Twin:
         *("indexer.cu", f"{name}_index_choose", CHOOSE_THREADS, _choose_blocks, query_bytes),
         lambda words: _choose_blocks(words) * words[19],
     )
-    return Twin("aiiiic" + "aii" + "aai" + "aif" + "aaai", (kernel,))
+    return Twin("aiiiic" + "aii" + "aai" + "aif" + "aaii", (kernel,))
 
 
 _SELECT = Kernel("indexer.cu", "index_select", CHOOSE_THREADS, lambda words: 1)

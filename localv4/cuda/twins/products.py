@@ -170,5 +170,6 @@ COMBINE = Twin("aiiiaaia", (Kernel("experts.cu", "combine", THREADS, _combined),
 """The rest of a `down`: parts from anywhere, in the order and with the bits of the whole.
 
 Words: parts (count, stride) f32, stride in floats, count, rows, weights, out, 1 to add to what
-`out` holds, used (count,) i64: 0 for an expert that is left out.
+`out` holds, turns (count,) i64: the experts of turn 1 are added first, in their order, then those
+of turn 2 and so on, as one `down` for each form of records does; 0: an expert is left out.
 """
