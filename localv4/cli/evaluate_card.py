@@ -60,6 +60,8 @@ def card(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    kv: engine_options.KvRows = None,
+    base_kv: evaluation.BaseKv = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -83,12 +85,14 @@ def card(
         )
     folder = out or quality_card.card_folder(found.path)
     _check_target(folder)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv)
     tokens = evaluation.tokenize(loaded.engine, text, file)
     cuts = [evaluation.cut_text(loaded.engine, tokens, size, windows, bos) for size in sizes]
     base = None
     if base_model is not None:
-        base = evaluation.load(base_model, threads, pin, base_numerics or numerics, quiet, no_color)
+        arithmetic = base_numerics or numerics
+        rows = evaluation.base_rows(kv, base_kv, arithmetic)
+        base = evaluation.load(base_model, threads, pin, arithmetic, quiet, no_color, rows)
         evaluation.check_same_tokens(loaded.engine, base.engine, tokens)
     with Progress(quiet=quiet, no_color=no_color) as progress:
         document = _document(loaded, tokens, cuts, base, floor_windows, progress)

@@ -55,6 +55,8 @@ def kld(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    kv: engine_options.KvRows = None,
+    base_kv: evaluation.BaseKv = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -66,7 +68,7 @@ def kld(
     """
     if (base is None) == (base_model is None):
         raise UsageError("give the base: either --base FILE or --base-model MODEL")
-    if base is not None and (file, context, bos, base_numerics) != (None, None, None, None):
+    if base is not None and {file, context, bos, base_numerics, base_kv} != {None}:
         raise UsageError("--base FILE holds the text and its windows: leave -f, -c and --bos out")
     if base is not None and not base.is_file():
         raise NotFoundError(f"no such file: {base}")
@@ -75,7 +77,7 @@ def kld(
     from localv4.cli.progress import Progress
     from localv4.engine.divergence import LiveBase
 
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv)
     engine = loaded.engine
     with ExitStack() as stack:
         about: dict[str, Any]
@@ -85,7 +87,8 @@ def kld(
             about = {"file": base.name}
         else:
             numerics = base_numerics or numerics
-            other = evaluation.load(base_model, threads, pin, numerics, quiet, no_color)
+            rows = evaluation.base_rows(kv, base_kv, numerics)
+            other = evaluation.load(base_model, threads, pin, numerics, quiet, no_color, rows)
             tokens = evaluation.tokenize(engine, text, file)
             evaluation.check_same_tokens(engine, other.engine, tokens)
             size = context or evaluation.WINDOW

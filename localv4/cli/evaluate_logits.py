@@ -66,6 +66,7 @@ def logits(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    kv: engine_options.KvRows = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -85,7 +86,7 @@ def logits(
 
     from localv4.cli.progress import Progress
 
-    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color).engine
+    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv).engine
     with Progress(quiet=quiet, no_color=no_color) as progress:
 
         def report(done: int, total: int) -> None:

@@ -75,6 +75,15 @@ FloorWindows = Annotated[
     ),
 ]
 
+BaseKv = Annotated[
+    engine_options.Kv | None,
+    _option(
+        "--base-kv",
+        panel="Base",
+        help="How the base stores its context. Default: as the model, f32 with exact.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -180,6 +189,16 @@ def pair(estimate: "Estimate | None") -> dict[str, float | None] | None:
 def finite(value: float) -> float | None:
     """Return a number for JSON: None stands for what is not finite."""
     return value if math.isfinite(value) else None
+
+
+def base_rows(
+    kv: "engine_options.Kv | None",
+    base_kv: "engine_options.Kv | None",
+    numerics: "engine_options.Arithmetic",
+) -> "engine_options.Kv | None":
+    """Return how a base that is computed in `numerics` stores its context."""
+    is_exact = numerics is engine_options.Arithmetic.EXACT
+    return base_kv or (None if is_exact else kv)
 
 
 def load(

@@ -91,6 +91,7 @@ def fit(
     reserve: engine_options.Reserve = None,
     ctx_size: PlannedContext = None,
     io: engine_options.Io = engine_options.IoWay.AUTO,
+    kv: engine_options.KvRows = None,
     assume_ram: options.AssumeRam = None,
     assume_bandwidth: options.AssumeBandwidth = None,
     assume_disk: options.AssumeDisk = None,
@@ -107,6 +108,7 @@ def fit(
 
     Nothing is downloaded. Exit code 4 if it does not fit.
     """
+    from localv4.engine.memory import MemoryOptions, row_format
     from localv4.planning.assessment import Request
     from localv4.planning.plan import DEFAULT_CTX
 
@@ -117,11 +119,12 @@ def fit(
         ctx=DEFAULT_CTX if ctx_size is None else ctx_size,
         io=io.value,
     )
+    rows = row_format(MemoryOptions(kv=kv.value if kv is not None else None))
     assumed = assumptions(assume_ram, assume_bandwidth, assume_disk, assume_cores)
     bytes_s = parse_rate(rate, "--rate")
 
     def answered() -> Answer:
-        subject = _subject(reference, all_quants, quiet)
+        subject = _subject(reference, all_quants, quiet).with_rows(rows)
         return _answer(subject, request, assumed, bytes_s, routes, quiet)
 
     answer = worker.call(answered)
