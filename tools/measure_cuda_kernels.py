@@ -117,9 +117,9 @@ def main() -> None:
     options = parser.parse_args()
     gpu = CudaGpu(0)
     memory, speed = DeviceMemory(gpu), measure(gpu)
-    print(f"{gpu.name}: copies {speed.copy_bytes_s / 1e9:.0f} GB/s, ", end="")
-    print(f"from the host {speed.upload_bytes_s / 1e9:.1f} GB/s\n")
-    print("| case | µs | GB/s | % of copy | TFLOP/s | % of bf16 |\n|---|--:|--:|--:|--:|--:|")
+    sys.stdout.write(f"{gpu.name}: copies {speed.copy_bytes_s / 1e9:.0f} GB/s, ")
+    _say(f"from the host {speed.upload_bytes_s / 1e9:.1f} GB/s\n")
+    _say("| case | µs | GB/s | % of copy | TFLOP/s | % of bf16 |\n|---|--:|--:|--:|--:|--:|")
     modules = {"decode": cuda_cases_decode, "many": cuda_cases_many, "rest": cuda_cases_rest}
     for area in options.areas:
         cases = [
@@ -140,17 +140,21 @@ def main() -> None:
             try:
                 seconds = time_s(gpu, memory, make, nbytes)
             except (GpuError, AssertionError, KeyError) as error:
-                print(f"| {name} | {error} |", flush=True)
+                _say(f"| {name} | {error} |")
                 memory.free()
                 continue
             rate, speed_flops = nbytes / seconds, flops / seconds
-            print(
+            _say(
                 f"| {name} | {1e6 * seconds:.1f} | {rate / 1e9:.0f} | "
                 f"{100 * rate / speed.copy_bytes_s:.0f} | {speed_flops / 1e12:.1f} | "
-                f"{100 * speed_flops / 1e12 / options.peak:.0f} |",
-                flush=True,
+                f"{100 * speed_flops / 1e12 / options.peak:.0f} |"
             )
             memory.free()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
