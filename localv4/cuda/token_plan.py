@@ -108,6 +108,7 @@ class GpuTokenPlan:
         network.adopt(self._attention)
         self._positions, self._has_all = positions, self._store.is_whole
         self._recordings = []
+        network.mirrors.push(self._store.addresses)
         program = GpuProgram(network.scratch)
         self._attention.add_angles(program, 1)
         for index, layer in enumerate(network.layers[: network.on_gpu]):
@@ -161,5 +162,5 @@ class GpuTokenPlan:
         program.add_twin(
             COMBINE,
             *(parts.ctypes.data, parts.shape[1], len(parts), parts.shape[1]),
-            *(chunk.shares.ctypes.data, chunk.update.at(), 0, self._missing.used.ctypes.data),
+            *(chunk.shares.ctypes.data, chunk.update.at(), 0, self._missing.turns.ctypes.data),
         )
