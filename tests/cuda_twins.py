@@ -1,4 +1,4 @@
-"""Running the CUDA twin of an operation, compiled for the host (`tests/cuda_host`)."""
+"""Running the CUDA twin of an operation: compiled for the host (`tests/cuda_host`), or on a GPU."""
 
 import ctypes
 import functools
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real_gpu
 
 from localv4.cuda.compiler import definitions
 from localv4.cuda.twin import SCRATCH, Kernel
@@ -25,7 +26,7 @@ FLAGS = ("-std=c++17", "-O2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-stri
 
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(
-    COMPILER is None or platform.machine() not in ("x86_64", "AMD64"),
+    not real_gpu.IS_WANTED and (COMPILER is None or platform.machine() not in ("x86_64", "AMD64")),
     reason="needs g++ on x86-64 to run CUDA kernels on the host",
 )
 
@@ -68,6 +69,9 @@ def library(source: str) -> ctypes.CDLL:
 
 def launch(kernel: Kernel, words: Sequence[int]) -> None:
     """Run one kernel; `words` are all of an operation."""
+    if real_gpu.IS_WANTED:
+        real_gpu.launch(kernel, words)
+        return
     shared = library(kernel.source)
     given = _Words((ctypes.c_int64 * WORDS)(*words))
     function = ctypes.cast(getattr(shared, kernel.name), ctypes.c_void_p)

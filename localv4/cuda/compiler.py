@@ -1,6 +1,7 @@
 """Machine code of the kernels for one GPU: made by NVRTC at first use, kept in a private folder."""
 
 import hashlib
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,9 @@ from localv4.kernels.isa import ISA
 FLAGS = ("--std=c++17", "--fmad=false", "--extra-device-vectorization")
 """No products are fused with sums behind our back: bits are those of the CPU."""
 
+DIGEST_BYTES = 32
+"""Of SHA-256, before the machine code in its file."""
+
 OLDEST = 75
 """The first architecture with integer tensor cores, which NVRTC still knows."""
 
@@ -27,17 +31,15 @@ def compiled(source: str, arch: str, folder: Path | None = None) -> bytes:
     """
     folder = folder or paths.cache_dir() / "cuda"
     target = folder / f"{Path(source).stem}-{arch}-{_digest(source, arch)}.cubin"
-    try:
-        return target.read_bytes()
-    except OSError:
-        pass
+    with suppress(OSError):
+        kept = target.read_bytes()
+        if hashlib.sha256(kept[DIGEST_BYTES:]).digest() == kept[:DIGEST_BYTES]:
+            return kept[DIGEST_BYTES:]
     code = compile_source(source, arch)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with suppress(LocalV4Error):  # it is made again the next time
+        paths.private_dir(folder)
         with finished_file(target) as file:
-            file.write(code)
-    except (OSError, LocalV4Error):
-        pass  # made again the next time
+            file.write(hashlib.sha256(code).digest() + code)
     return code
 
 
@@ -51,7 +53,8 @@ def compile_source(source: str, arch: str) -> bytes:
         program = core.Program(_text(source), "c++", options)
         return bytes(program.compile("cubin").code)
     except Exception as error:  # NVRTC's own types differ between its versions
-        raise GpuError(f"the CUDA kernels of {source} do not compile for {arch}: {error}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise GpuError(f"kernels of {source} do not compile for {arch}: {reason}") from None
 
 
 def sources() -> list[str]:

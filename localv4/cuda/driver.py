@@ -1,6 +1,7 @@
 """The GPU through the CUDA driver: memory, copies, launches, graphs."""
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -154,6 +155,20 @@ class CudaGpu:
         """Wait until all that was enqueued is done."""
         _done(self._driver.cuStreamSynchronize(self._streams[0]))
 
+    def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
+        """Return what the GPU takes for work that is enqueued, the mean of some repeats."""
+        driver, stream = self._driver, self._streams[0]
+        start, end = _done(driver.cuEventCreate(0)), _done(driver.cuEventCreate(0))
+        _done(driver.cuEventRecord(start, stream))
+        for _ in range(repeats):
+            work()
+        _done(driver.cuEventRecord(end, stream))
+        _done(driver.cuEventSynchronize(end))
+        milliseconds: float = _done(driver.cuEventElapsedTime(start, end))
+        for event in (start, end):
+            _done(driver.cuEventDestroy(event))
+        return milliseconds / 1e3 / repeats
+
     def new_lane(self, nbytes: int) -> "CudaLane":
         """Return a pinned buffer for the thread that calls: it is copied beside everything else."""
         return CudaLane(self, nbytes)
@@ -269,3 +284,16 @@ class CudaLane:
     def wait(self) -> None:
         """Wait until the buffer has been sent."""
         _done(self._driver.cuStreamSynchronize(self._stream))
+
+    def seconds(self, address: int, nbytes: int) -> float:
+        """Return how long it takes to send so much of the buffer."""
+        self.wait()
+        start = time.perf_counter()
+        self.send(address, nbytes)
+        self.wait()
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Give the buffer and the stream back."""
+        _done(self._driver.cuMemFreeHost(self.buffer))
+        _done(self._driver.cuStreamDestroy(self._stream))

@@ -1,0 +1,208 @@
+"""A network whose programs run on a GPU, which the host plays here: the same as the host's own."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import real_gpu
+from cuda_twins import needs_compiler
+from gguf import GGMLQuantizationType as Type
+from gguf_writer import ROLES, GgufOptions, write_gguf
+from golden_files import random_model
+from host_gpu import HostGpu
+from networks import open_network
+from numpy.typing import NDArray
+from test_fast import WHOLE_GROUPS, make_fast
+
+from localv4.cuda.gpu import Gpu
+from localv4.cuda.offload import offload
+from localv4.cuda.transformer import GpuTransformer
+from localv4.kernels import row_operations
+from localv4.kernels.row_operations import RowFormat
+from localv4.kernels.team import Team
+from localv4.model.expert_source import open_store
+from localv4.model.fast import FastTransformer
+from localv4.model.packing import pack_dense
+from localv4.model.snapshot import restore, take_snapshot
+from localv4.model.transformer import Transformer
+from localv4.paging.options import PagingOptions
+
+pytestmark = needs_compiler
+
+SMALL = {
+    **WHOLE_GROUPS.dims,
+    "num_hidden_layers": 3,
+    "compress_ratios": [0, 4, 128],
+    "num_hash_layers": 1,
+}
+PRESET = replace(WHOLE_GROUPS, dims=SMALL)
+RANDOM = np.random.default_rng(0)
+IDS = RANDOM.integers(0, 300, 12)
+PLENTY = 1 << 28
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    """A network of integer weights with an expert format of its own."""
+    types = dict.fromkeys(set(ROLES.values()) - {"hc", "router", "ape"}, Type.Q8_0)
+    types |= {"gate_up": Type.MXFP4, "down": Type.MXFP4, "embedding": Type.BF16}
+    path = tmp_path_factory.mktemp("model") / "m.gguf"
+    return open_network(write_gguf(random_model(PRESET), path, GgufOptions(types))[0])
+
+
+@pytest.fixture(scope="module")
+def fast(exact: Transformer) -> FastTransformer:
+    """The same network on the host."""
+    return make_fast(exact)
+
+
+def new_gpu() -> Gpu:
+    """A GPU: a real one where that is wanted."""
+    return real_gpu.gpu() if real_gpu.IS_WANTED else HostGpu()
+
+
+def on_gpu(
+    network: Transformer,
+    *,
+    layers: int = 3,
+    capacity: int = PLENTY,
+    rows: RowFormat = row_operations.F32,
+    gpu: Gpu | None = None,
+    falls_back: bool = False,
+) -> GpuTransformer:
+    """The same network with its first layers on a GPU that has room for some experts."""
+    return offload(
+        gpu or new_gpu(),
+        network.config,
+        pack_dense(network.weights, 2),
+        Team(2),
+        lambda experts: open_store(experts, PagingOptions(PLENTY, "map", readers=2)),
+        rows,
+        layers=layers,
+        capacity=capacity,
+        falls_back=falls_back,
+    )
+
+
+def assert_close(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    """Same choices, and values within the rounding of float32 sums in another order."""
+    assert (actual.argmax(1) == expected.argmax(1)).all()
+    distance = np.linalg.norm(actual - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert distance.max() < 1e-3, distance
+
+
+Way = Callable[[FastTransformer], NDArray[np.float32]]
+
+
+def read(*chunks: int) -> Way:
+    """Return what processes the tokens in chunks and yields all logits."""
+
+    def logits(network: FastTransformer) -> NDArray[np.float32]:
+        state, rows, start = network.new_state(), [], 0
+        for size in chunks:
+            vectors = network.forward(IDS[start : start + size], state)
+            rows.append(network.logits(vectors))
+            start += size
+        return np.concatenate(rows)
+
+    return logits
+
+
+def rows_together(network: FastTransformer) -> NDArray[np.float32]:
+    """Read two beginnings, then decode a token of each together."""
+    states = [network.new_state(), network.new_state()]
+    network.forward(IDS[:5], states[0])
+    network.forward(IDS[5:8], states[1])
+    vectors = network.decode_rows(IDS[8:10], states)
+    return network.logits(vectors)
+
+
+def back_and_on(network: FastTransformer) -> NDArray[np.float32]:
+    """Go back to a snapshot and on with other tokens."""
+    state = network.new_state()
+    network.forward(IDS[:5], state)
+    snapshot = take_snapshot(state, 4)
+    network.forward(IDS[5:8], state)
+    restore(state, snapshot)
+    network.forward(IDS[8:9], state)
+    return network.logits(network.forward(IDS[9:10], state))
+
+
+WAYS = {"chunk": read(6), "both": read(4, 1, 1), "rows": rows_together, "back": back_and_on}
+
+
+@pytest.fixture(scope="module")
+def expected(fast: FastTransformer) -> dict[str, NDArray[np.float32]]:
+    return {name: way(fast) for name, way in WAYS.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(exact: Transformer) -> GpuTransformer:
+    """All of the network on the GPU."""
+    return on_gpu(exact)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_on_the_gpu(
+    whole: GpuTransformer, expected: dict[str, NDArray[np.float32]], way: str
+) -> None:
+    assert whole.vram.is_whole
+    assert_close(WAYS[way](whole), expected[way])
+
+
+@pytest.fixture(scope="module")
+def some(exact: Transformer) -> GpuTransformer:
+    """Room for few experts on the GPU."""
+    record = int(exact.weights.layers[0].experts[0].w1.data.nbytes) * 3
+    return on_gpu(exact, capacity=4 * max(record, 1 << 16))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_on_both_give_the_same_bits(
+    whole: GpuTransformer, some: GpuTransformer, way: str
+) -> None:
+    assert not some.vram.is_whole and some.vram.resident.any()
+    actual, expected = WAYS[way](some), WAYS[way](whole)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_on_both(
+    exact: Transformer, expected: dict[str, NDArray[np.float32]], layers: int, way: str
+) -> None:
+    assert_close(WAYS[way](on_gpu(exact, layers=layers)), expected[way])
+
+
+def test_hot_experts_come_to_the_gpu(some: GpuTransformer) -> None:
+    state = some.new_state()
+    for token in np.tile(IDS[:1], 4):
+        some.forward(np.array([token]), state)
+    some.vram.wait(2, np.flatnonzero(some.vram.addresses[2] < 0).tolist())
+    last = some.vram.uses.last == some.vram.uses.clock
+    assert some.vram.resident[last].any()
+
+
+def test_without_memory_the_host_goes_on(
+    exact: Transformer, expected: dict[str, NDArray[np.float32]]
+) -> None:
+    if real_gpu.IS_WANTED:
+        pytest.skip("nobody fills the memory of a real GPU")
+    gpu = HostGpu()
+    network = on_gpu(exact, gpu=gpu, falls_back=True)
+    gpu.total_bytes = 0
+    assert_close(read(4, 1, 1)(network), expected["both"])
+    assert network.warning is not None and "CPU goes on alone" in network.warning
+
+
+def test_without_memory_a_wanted_gpu_is_an_error(exact: Transformer) -> None:
+    from localv4.errors import DoesNotFitError
+
+    if real_gpu.IS_WANTED:
+        pytest.skip("nobody fills the memory of a real GPU")
+    gpu = HostGpu()
+    network = on_gpu(exact, gpu=gpu)
+    gpu.total_bytes = 0
+    with pytest.raises(DoesNotFitError, match="not enough free memory"):
+        network.forward(IDS[:2], network.new_state())
