@@ -60,6 +60,8 @@ def card(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -83,12 +85,15 @@ def card(
         )
     folder = out or quality_card.card_folder(found.path)
     _check_target(folder)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
+    gpu = engine_options.gpu_options(device, gpu_mem)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, gpu)
     tokens = evaluation.tokenize(loaded.engine, text, file)
     cuts = [evaluation.cut_text(loaded.engine, tokens, size, windows, bos) for size in sizes]
     base = None
     if base_model is not None:
-        base = evaluation.load(base_model, threads, pin, base_numerics or numerics, quiet, no_color)
+        numerics = base_numerics or numerics
+        base_gpu = gpu if numerics is engine_options.Arithmetic.FAST else None
+        base = evaluation.load(base_model, threads, pin, numerics, quiet, no_color, base_gpu)
         evaluation.check_same_tokens(loaded.engine, base.engine, tokens)
     with Progress(quiet=quiet, no_color=no_color) as progress:
         document = _document(loaded, tokens, cuts, base, floor_windows, progress)

@@ -55,6 +55,8 @@ def kld(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -75,7 +77,8 @@ def kld(
     from localv4.cli.progress import Progress
     from localv4.engine.divergence import LiveBase
 
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color)
+    gpu = engine_options.gpu_options(device, gpu_mem)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, gpu)
     engine = loaded.engine
     with ExitStack() as stack:
         about: dict[str, Any]
@@ -85,7 +88,9 @@ def kld(
             about = {"file": base.name}
         else:
             numerics = base_numerics or numerics
-            other = evaluation.load(base_model, threads, pin, numerics, quiet, no_color)
+            is_fast = numerics is engine_options.Arithmetic.FAST
+            base_gpu = gpu if is_fast else None
+            other = evaluation.load(base_model, threads, pin, numerics, quiet, no_color, base_gpu)
             tokens = evaluation.tokenize(engine, text, file)
             evaluation.check_same_tokens(engine, other.engine, tokens)
             size = context or evaluation.WINDOW

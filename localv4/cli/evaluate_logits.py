@@ -66,6 +66,8 @@ def logits(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -85,7 +87,8 @@ def logits(
 
     from localv4.cli.progress import Progress
 
-    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color).engine
+    gpu = engine_options.gpu_options(device, gpu_mem)
+    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color, gpu).engine
     with Progress(quiet=quiet, no_color=no_color) as progress:
 
         def report(done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """From what the user wants of a GPU to a network that computes there."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from localv4.cuda.gpu import Gpu, GpuError
 from localv4.cuda.options import GpuOptions, has_library
@@ -14,11 +15,14 @@ from localv4.model.weights import Weights
 from localv4.paging.options import PolicyName
 from localv4.paging.store import ExpertStore
 
+if TYPE_CHECKING:
+    from localv4.cuda.driver import CudaGpu
+
 HostStore = Callable[[Experts], ExpertStore]
 """Makes the store of the host, which records come from."""
 
 
-def find_gpu(options: GpuOptions) -> Gpu | None:
+def find_gpu(options: GpuOptions) -> "CudaGpu | None":
     """Return the GPU that is to be used; None if there is none and nobody insists on one.
 
     Raises GpuError when a GPU that was asked for, or was found, cannot be used.

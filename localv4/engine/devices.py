@@ -85,7 +85,12 @@ def _on_gpu(
     gpu = find_gpu(options)
     if gpu is None:
         return None
-    plan = plan_gpu(facts, gpu.name, gpu.free_bytes(), memory=options.memory, ctx=ctx_size)
+    plan = plan_gpu(
+        *(facts, gpu.name, gpu.free_bytes()),
+        memory=options.memory,
+        ctx=ctx_size,
+        states=options.state_bytes,
+    )
     network = offload(
         gpu,
         config,
