@@ -13,7 +13,7 @@ from reference_packed import Bytes, address, floats
 from localv4.cuda.twins.products import COMBINE, DOWN_PARTS
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.operation import WORDS, float_bits
-from localv4.kernels.packed import PackedFormat, down_offset
+from localv4.kernels.packed import Q8, PackedFormat, down_offset
 from localv4.kernels.single_token import ROW_GAP
 
 pytestmark = needs_compiler
@@ -131,7 +131,7 @@ def test_parts_from_both_devices_combine_to_the_same_bits(fmt: PackedFormat, add
         words[0], words[1], words[8] = address(case.table[expert:]), 1, address(one)
         words[4:7] = case.middle.addresses(expert)
         run(1, entry, words)
-    used, here = case.table.copy(), case.table.copy()
+    turns, here = (case.table != 0).astype(np.int64), case.table.copy()
     here[absent] = 0
     case.table = here
     (kernel,) = DOWN_PARTS[twin_name(entry)].kernels
@@ -139,9 +139,27 @@ def test_parts_from_both_devices_combine_to_the_same_bits(fmt: PackedFormat, add
 
     out = before.copy()
     given = (address(parts), hidden, 5, hidden, address(case.shares), address(out), adds)
-    launch(COMBINE.kernels[0], padded_words([*given, address(used)]))
+    launch(COMBINE.kernels[0], padded_words([*given, address(turns)]))
     assert_same_bits(out, expected)
     assert np.isnan(parts[4]).all()
+
+
+def test_each_form_of_records_has_its_turn() -> None:
+    hidden, forms = 256, np.array([1, 2, 0, 1, 2])
+    case = Case.make(Q8, 5, hidden, 256, [])
+    records, entry = case.table, OPERATIONS["Q8"].down
+    parts, expected = floats(5, hidden), floats(hidden)
+    (kernel,) = DOWN_PARTS[twin_name(entry)].kernels
+    launch(kernel, padded_words(case.down_words(parts, 0)))
+    for form in (1, 2):
+        case.table = np.where(forms == form, records, 0)
+        run(1, entry, case.down_words(expected, form - 1))
+    out = floats(hidden)
+    given = (address(parts), hidden, 5, hidden, address(case.shares), address(out), 0)
+    launch(COMBINE.kernels[0], padded_words([*given, address(forms)]))
+    assert_same_bits(out, expected)
+    launch(COMBINE.kernels[0], padded_words([*given, address(forms.clip(0, 1))]))
+    assert not np.array_equal(out, expected)
 
 
 def padded_words(operands: Sequence[int]) -> list[int]:

@@ -83,10 +83,11 @@ def test_large_tiles(
 
 
 @pytest.mark.parametrize("fmt", [Q4, Q8], ids=["Q4", "Q8"])
-@pytest.mark.parametrize("cols", [64, 192])
-def test_columns_may_be_a_multiple_of_64(fmt: PackedFormat, cols: int) -> None:
+@pytest.mark.parametrize("cols", [64, 192, 832])
+@pytest.mark.parametrize("tokens", [5, 21])
+def test_columns_may_be_a_multiple_of_64(fmt: PackedFormat, cols: int, tokens: int) -> None:
     weights = random_packed(1, fmt, 32, cols)
-    assert_same_bits(*products(fmt, weights, 32, activations(2, 21, cols), 21))
+    assert_same_bits(*products(fmt, weights, 32, activations(2, tokens, cols), tokens))
 
 
 @all_formats

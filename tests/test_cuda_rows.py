@@ -25,7 +25,8 @@ def activations(kind: str, tokens: int, cols: int) -> Floats:
         x = np.round(x * 8) / 8
         x[:, ::32] = 127
     if kind == "zeros":
-        x[:, 32:64] = 0
+        x[:, :32] = 0
+        x[:, -1] = 1
     return padded(x)
 
 
@@ -41,12 +42,13 @@ def test_clear() -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "subnormal", "large", "ties", "zeros"])
 @pytest.mark.parametrize("chosen", [False, True])
-def test_quantize(kind: str, chosen: bool) -> None:
-    x = activations(kind, 5, 352)
+@pytest.mark.parametrize("cols", [32, 352, 1024, 2080])
+def test_quantize(kind: str, chosen: bool, cols: int) -> None:
+    x = activations(kind, 5, cols)
     order = np.array([4, 0, 2])
     count = len(order) if chosen else len(x)
-    mine, theirs = Rounded(count, 352), Rounded(count, 352)
-    given = (address(x), stride(x), address(order) if chosen else 0, count, 352)
+    mine, theirs = Rounded(count, cols), Rounded(count, cols)
+    given = (address(x), stride(x), address(order) if chosen else 0, count, cols)
     run(1, quantize, (*given, *theirs.addresses(0)))
     run_twin(quantize, (*given, *mine.addresses(0)))
     for actual, expected in zip(mine.buffers, theirs.buffers, strict=True):
@@ -103,15 +105,15 @@ def test_norm_in_place() -> None:
 
 
 def test_swiglu() -> None:
-    gate, up = (30 * activations("normal", 3, cols)[:, :528] for cols in (528, 544))
+    gate, up = (30 * activations("normal", 3, cols)[:, :1552] for cols in (1552, 1568))
     gate[0, :8] = [np.nan, np.inf, -np.inf, 88.5, -88.5, 0, -0.0, 1e-40]
     up[1, :3] = [np.nan, np.inf, -np.inf]
     gate, up = padded(gate), padded(up)
-    mine, theirs = padded(np.zeros((3, 528), F32)), padded(np.zeros((3, 528), F32))
+    mine, theirs = padded(np.zeros((3, 1552), F32)), padded(np.zeros((3, 1552), F32))
     for out, start in ((mine, run_twin), (theirs, lambda *a: run(1, *a))):
         pair = (address(gate), address(up), stride(gate))
-        start(rows.swiglu, (*pair, address(out), stride(out), float_bits(10.0), 3, 512))
+        start(rows.swiglu, (*pair, address(out), stride(out), float_bits(10.0), 3, 1536))
     np.testing.assert_array_equal(mine, theirs)
     finite = np.isfinite(theirs)
     assert_same_bits(mine[finite], theirs[finite])
-    assert mine[:, :512].any() and not mine[:, 512:].any()
+    assert mine[:, :1536].any() and not mine[:, 1536:].any()

@@ -352,3 +352,14 @@ def test_windows_notification(monkeypatch: pytest.MonkeyPatch, state: int) -> No
 @pytest.mark.skipif(sys.platform == "linux", reason="has a gauge of its own")
 def test_the_alarm_of_this_system_can_be_asked() -> None:
     assert open_gauge().read().is_warned in (True, False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no counters"), OSError(5, "denied")])
+def test_swap_that_cannot_be_asked_for_is_none(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse() -> object:
+        raise error
+
+    monkeypatch.setattr(psutil, "swap_memory", refuse)
+    assert PlainGauge(pressure.NoAlarm()).read().swapped_in_s == 0

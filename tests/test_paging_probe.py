@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from localv4.errors import LocalV4Error
-from localv4.paging import probe
+from localv4.paging import probe, raw_file
 from localv4.paging.file_reads import FileReads
 from localv4.paging.probe import measure_disk, random_records, read_for, write_random
 from localv4.paging.readers import Key
@@ -133,3 +133,19 @@ def test_the_comparison_of_ways(tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == ["| direct"] * 4 + ["| buffered"] * 4 + ["| mmap"] * 2
     assert all(float(row[3]) > 0 for row in rows)
+
+
+def test_on_macos_neither_reads_nor_the_scratch_file_fill_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    nocache, read_ahead, told = 48, 45, list[tuple[int, int]]()
+    monkeypatch.setattr(raw_file.sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_NOCACHE", nocache, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda _, command, value: told.append((command, value)))
+    path = tmp_path / "scratch"
+    write_random(path, 1, 4096, 0.1)
+    assert told == [(nocache, 1), (read_ahead, 0)]
+    file = raw_file.PosixFile(path, "direct")
+    file.close()
+    assert told[2:] == [(nocache, 1), (read_ahead, 0)]

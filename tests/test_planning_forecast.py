@@ -116,14 +116,19 @@ def test_a_machine_that_was_not_measured_has_no_forecast() -> None:
 
 def test_a_layer_waits_only_for_what_it_cannot_hide() -> None:
     layer = _Layer(before=1.0, shared=0.3, experts=0.6)
-    resident = _layer_s(layer, 6, 0.0, 5.0, 0.0)
+    resident = _layer_s(layer, 6, 0.0, 0.0, 5.0, 0.0)
     assert resident == pytest.approx(1.9)
-    # everything missing: nothing but gate and up of the shared expert is hidden
-    down = (0.3 + 0.6) / 3
-    everything = _layer_s(layer, 6, 1.0, 5.0, 0.0)
-    assert everything == pytest.approx(1.0 + 300e-6 + 30.0 + 0.4 / 6 + down, rel=1e-6)
-    fast_disk = _layer_s(layer, 6, 0.2, 1e-6, 0.0)
-    assert resident < fast_disk < resident + 2 * 300e-6
+    # everything missing: the last expert and down of half of the others come after all reads
+    remains = 0.6 / 6 + 0.6 / 3 / 2
+    everything = _layer_s(layer, 6, 1.0, 0.0, 5.0, 0.0)
+    assert everything == pytest.approx(1.0 + 300e-6 + 30.0 + remains, rel=1e-9)
+    # what was foretold is read during attention
+    foretold = _layer_s(layer, 6, 1.0, 1.0, 5.0, 0.0)
+    assert foretold == pytest.approx(everything - 1.0)
+    some = _layer_s(layer, 6, 0.2, 0.5, 5.0, 0.0)
+    assert _layer_s(layer, 6, 0.2, 1.0, 5.0, 0.0) < some < _layer_s(layer, 6, 0.2, 0.0, 5.0, 0.0)
+    fast_disk = _layer_s(layer, 6, 0.2, 0.0, 1e-6, 0.0)
+    assert resident < fast_disk < resident + 2 * 300e-6 + remains
 
 
 def test_reading_a_prompt_is_bound_by_compute_or_by_the_disk() -> None:

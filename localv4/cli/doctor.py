@@ -110,6 +110,7 @@ def _measure(place: Any, quick: bool, gpu: bool, quiet: bool) -> "Machine":
 
 def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
     """Plan and predict a model; damaged files are a finding, not an error."""
+    from localv4.engine.earlier_routing import earlier_routing
     from localv4.planning.assessment import assess
     from localv4.planning.history import correction, past_runs
     from localv4.planning.measuring import known_machine
@@ -124,9 +125,11 @@ def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
     own_disk = known_machine(model.path).disk
     if own_disk is not None and "disk" not in machine.assumed:
         machine = replace(machine, disk=own_disk)
-    one = assess(facts, machine)
+    routing = earlier_routing(model.path, facts.config)
+    one = assess(facts, machine, routing=routing)
     if runs and one.plan is not None:
-        one = assess(facts, machine, correction=correction(runs, one.plan, one.gpu))
+        known = correction(runs, one.plan, one.gpu)
+        one = assess(facts, machine, routing=routing, correction=known)
     return Examined(name, one, None, runs)
 
 

@@ -133,6 +133,24 @@ KvRows = Annotated[
         help="How the compressed context is stored; compact: FP8 and FP4. Default: f32.",
     ),
 ]
+KvDir = Annotated[
+    Path | None,
+    option(
+        "--kv-dir",
+        panel="Memory",
+        metavar="DIR",
+        help="Keep rows of the context that tokens choose from in a file there, gone at exit.",
+    ),
+]
+KvRam = Annotated[
+    str | None,
+    option(
+        "--kv-ram",
+        panel="Memory",
+        metavar="SIZE",
+        help="The most memory for rows of the context, as 1GiB; needs --kv-dir.",
+    ),
+]
 Device = Annotated[
     str,
     option(
@@ -186,6 +204,8 @@ class EngineOptions:
     readers: ExpertReaders = None
     prefetch: Prefetch = True
     kv: KvRows = None
+    kv_dir: KvDir = None
+    kv_ram: KvRam = None
     device: Device = "auto"
     gpu_mem: GpuMem = None
 
@@ -206,4 +226,6 @@ class EngineOptions:
             readers=self.readers,
             prefetch=self.prefetch,
             kv=self.kv.value if self.kv is not None else None,
+            kv_dir=self.kv_dir,
+            kv_ram=parse_bytes(self.kv_ram, "--kv-ram") if self.kv_ram is not None else None,
         )

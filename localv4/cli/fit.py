@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from localv4.cuda.options import GpuOptions
     from localv4.planning.assessment import Assessment, Request
+    from localv4.planning.hit_rate import Routing
     from localv4.planning.machine import Machine
     from localv4.planning.subject import Subject
 
@@ -41,6 +43,14 @@ PlannedContext = Annotated[
 ]
 AllQuants = Annotated[
     bool, typer.Option("--all-quants", metavar="", help="Compare all forms of the model.")
+]
+Routes = Annotated[
+    Path | None,
+    typer.Option(
+        "--routes",
+        metavar="TRACE",
+        help="What --trace-routes has recorded of this network, instead of typical text.",
+    ),
 ]
 DownloadRate = Annotated[
     str, typer.Option("--rate", metavar="RATE", help="Of the download: 100Mbit/s, 20MB/s.")
@@ -85,6 +95,7 @@ class Answer:
     chosen: "Assessment"
     found: "Sequence[Assessment]"
     rate: float
+    routing: "Routing | None"
 
 
 def fit(
@@ -103,6 +114,7 @@ def fit(
     assume_gpu: options.AssumeGpu = None,
     assume_gpu_bandwidth: options.AssumeGpuBandwidth = None,
     all_quants: AllQuants = False,
+    routes: Routes = None,
     rate: DownloadRate = TYPICAL_RATE,
     output_format: options.Format = options.OutputFormat.AUTO,
     as_json: options.Json = False,
@@ -131,11 +143,11 @@ def fit(
     )
     bytes_s = parse_rate(rate, "--rate")
 
-    def work() -> Answer:
+    def answered() -> Answer:
         subject = _subject(reference, all_quants, quiet)
-        return _answer(subject, request, assumed, gpu, bytes_s, quiet)
+        return _answer(subject, request, assumed, gpu, bytes_s, routes, quiet)
 
-    answer = worker.call(work)
+    answer = worker.call(answered)
     if options.wants_json(output_format, as_json):
         from localv4.cli.show import print_json
 
@@ -200,6 +212,7 @@ def _answer(
     assumed: Assumed,
     gpu: "GpuOptions",
     rate: float,
+    routes: Path | None,
     quiet: bool,
 ) -> Answer:
     from localv4 import paths
@@ -213,15 +226,26 @@ def _answer(
     record = max(facts.largest_expert_bytes for facts in subject.forms)
     machine = describe_machine(assumed, place, record, gpu, quiet)
     runs = [] if machine.assumed else past_runs(subject.name)
-    found = []
+    routing, found = _routing(subject, routes), []
     for facts in subject.forms:
-        one = assess(facts, machine, request)
+        one = assess(facts, machine, request, routing=routing)
         if runs and one.plan is not None:
-            one = assess(facts, machine, request, correction=correction(runs, one.plan, one.gpu))
+            known = correction(runs, one.plan, one.gpu)
+            one = assess(facts, machine, request, routing=routing, correction=known)
         found.append(one)
     is_free = subject.chosen is None
     chosen = choose(found, load_recipes().default.name) if is_free else found[subject.chosen or 0]
-    return Answer(subject, machine, request, chosen, found, rate)
+    return Answer(subject, machine, request, chosen, found, rate, routing)
+
+
+def _routing(subject: "Subject", routes: Path | None) -> "Routing | None":
+    """Return what is known of the experts that the model chooses, None if nothing is."""
+    from localv4.engine.earlier_routing import earlier_routing, traced_routing
+
+    config = subject.forms[0].config
+    if routes is not None:
+        return traced_routing(routes, config)
+    return None if subject.path is None else earlier_routing(subject.path, config)
 
 
 def _subject(reference: str | None, all_quants: bool, quiet: bool) -> "Subject":
@@ -273,7 +297,7 @@ def _print_answer(console: "Console", answer: Answer) -> None:
     free = None if "disk" in machine.assumed else machine.disk_free
     print_section(console, "Disk", report.disk_rows(one, answer.rate, free))
     forms = [other.facts for other in answer.found]
-    changes = what_would_change(one, machine, answer.request, forms)
+    changes = what_would_change(one, machine, answer.request, forms, answer.routing)
     if changes:
         print_section(console, "Faster with", report.change_rows(changes, one))
     runs = [] if machine.assumed else past_runs(answer.subject.name)
@@ -313,7 +337,9 @@ def _document(answer: Answer) -> dict[str, Any]:
     from localv4.planning.assessment import what_would_change
 
     forms = [other.facts for other in answer.found]
-    changes = what_would_change(answer.chosen, answer.machine, answer.request, forms)
+    changes = what_would_change(
+        answer.chosen, answer.machine, answer.request, forms, answer.routing
+    )
     return {
         "schema": 1,
         "model": answer.subject.name,

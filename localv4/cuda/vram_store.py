@@ -7,7 +7,7 @@ the GPU computes meanwhile. What is given up is chosen as in the host's arena, b
 
 import ctypes
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -111,14 +111,15 @@ class VramStore(PagedStore):
         if not (isinstance(self.host, PagedStore) and self.host.pages):  # it has done so
             super()._observe()
 
-    def _submit(self, key: Key, address: int, urgent: bool) -> None:
-        layer, number = key
-        self.addresses[key] = ON_ITS_WAY
-        self.host.claim(layer, [number])
-        if self.host.addresses[key] > 0:
-            self.readers.submit(key, address, urgent=urgent)
-        else:
-            self._waiting.append((key, address))
+    def _submit(self, placed: Sequence[tuple[Key, int]], urgent: bool) -> None:
+        for key, address in placed:
+            layer, number = key
+            self.addresses[key] = ON_ITS_WAY
+            self.host.claim(layer, [number])
+            if self.host.addresses[key] > 0:
+                self.readers.submit(key, address, urgent=urgent)
+            else:
+                self._waiting.append((key, address))
 
     def wait(self, layer: int, numbers: Iterable[int]) -> None:
         """Wait for one of some requested records, or more, unless all are there."""
@@ -180,11 +181,11 @@ class VramStore(PagedStore):
             has_room = self.arena.used + int(self.nbytes[key]) <= self.arena.capacity
             if not has_room and scores[key] < WORTH * coldest:
                 return
-            address = self._place(key, [key[1]])
+            address = self._place(key, {key}, self._claimed)
             if address is None:
                 return
             self._warming.add(key)
-            self._submit(key, address, urgent=True)
+            self._submit([(key, address)], urgent=True)
 
 
 class Copier:

@@ -12,7 +12,14 @@ from localv4.cuda.options import GpuOptions
 from localv4.engine.devices import make_network
 from localv4.engine.expert_usage import ExpertUsage
 from localv4.engine.growing_answer import ReplyOptions
-from localv4.engine.memory import MemoryOptions, paging_options, plan_memory, row_format
+from localv4.engine.memory import (
+    MemoryOptions,
+    paging_options,
+    plan_memory,
+    row_format,
+    row_limits,
+    row_memory,
+)
 from localv4.engine.reply import Reply
 from localv4.engine.session import Network, Progress, Session
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
@@ -28,6 +35,7 @@ from localv4.model.transformer import Transformer
 from localv4.model.weights import Weights
 from localv4.paging.options import PagingOptions
 from localv4.paging.paged_store import PagedStore
+from localv4.paging.row_memory import RowMemory
 from localv4.planning.gpu_plan import GpuPlan
 from localv4.planning.header_facts import facts_of_tensors
 from localv4.planning.model_facts import ModelFacts
@@ -58,10 +66,18 @@ class Engine:
     gpu_plan: GpuPlan | None = None
     _gpu_note: str | None = None
 
-    def __init__(self, checkpoint: Checkpoint, network: Network, ctx_size: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        network: Network,
+        ctx_size: int,
+        memory: RowMemory | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
         self.network = network
+        if memory is not None:
+            network.row_memory = memory
         self.config: ModelConfig = network.config
         self.ctx_size = ctx_size
         self._usage: ExpertUsage | None = None
@@ -97,7 +113,7 @@ class Engine:
         if numerics == "fast" and can_run(config):
             options = memory or MemoryOptions()
             facts = facts_of_tensors(checkpoint, table, config, name=checkpoint.path.name)
-            facts = replace(facts, rows=row_format(options))
+            facts = replace(facts, rows=row_format(options), limits=row_limits(options))
             plan = plan_memory(facts, options, ctx_size, count)
             _make_kernels(families(weights) | {row_format(options).family}, on_progress)
             paging = paging_options(checkpoint, options, plan)
@@ -106,7 +122,7 @@ class Engine:
                 *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
                 *(facts, plan.ctx_size, gpu or GpuOptions("cpu")),
             )
-            engine = cls(checkpoint, computing.network, size)
+            engine = cls(checkpoint, computing.network, size, row_memory(options))
             engine.facts, engine.plan = facts, plan
             engine.gpu_plan, engine._gpu_note = computing.gpu, computing.note
             engine._begin_usage()
@@ -128,7 +144,12 @@ class Engine:
             )
         _make_kernels({EXACT}, on_progress)
         exact = Numerics(Team(count, pin), weights.widest)
-        return cls(checkpoint, Transformer(config, weights, exact), size)
+        return cls(
+            checkpoint,
+            Transformer(config, weights, exact),
+            size,
+            row_memory(memory or MemoryOptions()),
+        )
 
     def _begin_usage(self) -> None:
         store = self.network.host_store if isinstance(self.network, FastTransformer) else None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from localv4.engine.earlier_routing import earlier_routing
 from localv4.engine.reply import ReplyStats
 from localv4.planning.forecast import Forecast, make_forecast
 from localv4.planning.gpu_forecast import GpuForecast, make_gpu_forecast
@@ -41,12 +42,20 @@ def expect(
 ) -> Forecast | GpuForecast | None:
     """Return the forecast for a loaded model; None on a machine that was never measured."""
     machine = known_machine(place)
+    has_all = plan.fits and (gpu is None or gpu.fits)
+    routing = None if has_all else earlier_routing(place, facts.config)
     factor = correction(past_runs(name), plan, gpu)
     try:
         if gpu is None:
-            return make_forecast(facts, plan, machine, position=position, correction=factor)
-        machine = replace(machine, gpu=known_gpu(gpu.name))
-        return make_gpu_forecast(facts, plan, gpu, machine, position=position, correction=factor)
+            return make_forecast(
+                facts, plan, machine, routing=routing, position=position, correction=factor
+            )
+        return make_gpu_forecast(
+            *(facts, plan, gpu, replace(machine, gpu=known_gpu(gpu.name))),
+            routing=routing,
+            position=position,
+            correction=factor,
+        )
     except ValueError:
         return None
 

@@ -1,14 +1,17 @@
 """How a model is brought into the memory of this machine: from wishes and a plan to a store."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from localv4.errors import UsageError
 from localv4.kernels.row_operations import FORMATS, RowFormat
 from localv4.kernels.threads import default_threads
 from localv4.paging.faults import Faults
 from localv4.paging.options import IoChoice, PagingOptions, PolicyName
+from localv4.paging.row_memory import KEYS_BYTES, RowMemory
 from localv4.planning.memory import read_memory
-from localv4.planning.model_facts import ModelFacts
+from localv4.planning.model_facts import ModelFacts, RowLimits
 from localv4.planning.plan import DEFAULT_CTX, Plan, make_plan
 from localv4.storage import Checkpoint, PackedFolder
 
@@ -23,7 +26,8 @@ class MemoryOptions:
 
     `ram` bounds what the process takes, `reserve` is left to other programs (bytes); `io` says how
     experts get into memory. `policy`, `readers`, `prefetch` choose how to page; `kv` is the format
-    of compressed rows in decoder states; `faults` lets a test make reading go wrong.
+    of compressed rows in decoder states, `kv_dir` a folder for those that need not be in memory,
+    `kv_ram` the most memory for rows (bytes); `faults` lets a test make reading go wrong.
     """
 
     ram: int | None = None
@@ -33,6 +37,8 @@ class MemoryOptions:
     readers: int | None = None
     prefetch: bool = True
     kv: KvName | None = None
+    kv_dir: Path | None = None
+    kv_ram: int | None = None
     faults: Faults | None = None
 
 
@@ -54,6 +60,19 @@ def plan_memory(
 def row_format(options: MemoryOptions) -> RowFormat:
     """Return how compressed rows are stored in the arithmetic `fast`."""
     return FORMATS[options.kv or DEFAULT_KV]
+
+
+def row_memory(options: MemoryOptions) -> RowMemory:
+    """Return where compressed rows are kept. Raises UsageError for a bound without a folder."""
+    if options.kv_ram is not None and options.kv_dir is None:
+        raise UsageError("--kv-ram needs a folder for the rest", hint="name one with --kv-dir")
+    return RowMemory(options.kv_dir, options.kv_ram)
+
+
+def row_limits(options: MemoryOptions) -> RowLimits:
+    """Return the bounds of compressed rows in memory."""
+    keys = KEYS_BYTES if options.kv_dir is not None and options.kv_ram is None else None
+    return RowLimits(options.kv_ram, keys)
 
 
 def paging_options(checkpoint: Checkpoint, options: MemoryOptions, plan: Plan) -> PagingOptions:

@@ -35,6 +35,7 @@ from localv4.model.weights import Weights
 from localv4.paging.look_ahead import LookAhead
 from localv4.paging.options import KEEP_ALL
 from localv4.paging.paged_store import PagedStore
+from localv4.paging.row_memory import RowMemory
 from localv4.paging.store import ExpertStore
 
 CHUNK_TOKENS = 16 * BATCH_TOKENS
@@ -83,6 +84,7 @@ class FastTransformer:
     """
 
     name = "fast"
+    row_memory = RowMemory()
     slack = SLACK_TOKENS
     most_rows = MOST_ROWS
 
@@ -121,7 +123,7 @@ class FastTransformer:
 
     def new_state(self) -> State:
         """Return the state of an empty sequence."""
-        return State(self.config, SLACK_TOKENS, self.rows)
+        return State(self.config, SLACK_TOKENS, self.rows, self.row_memory)
 
     @property
     def cancelled(self) -> threading.Event | None:

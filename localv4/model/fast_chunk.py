@@ -49,6 +49,7 @@ class ChunkPlan:
             network.enter_layer(index, chunk, tokens)
             self._attend(layer, chunk, attention, tokens, state.position)
             self._mix(layer, index, chunk, waves, tokens)
+            state.settle()
             if network.on_routes is not None:
                 routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:

@@ -106,9 +106,11 @@ class FastLayer:
         x, own = Input(chunk.x, chunk.x_rounded), Part(buffers, self.cells, tokens)
         self.attention.add(program, buffers, x, chunk.update, parts or [own], tokens)
 
-    def add_router(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
-        """Leave the attention, enter the experts, and choose them."""
-        self.ffn_site.add_mixing(program, chunk, tokens, leaves=True)
+    def add_router(
+        self, program: Program, chunk: ChunkBuffers, tokens: int, *, leaves: bool = True
+    ) -> None:
+        """Leave the attention unless it was not run, enter the experts, and choose them."""
+        self.ffn_site.add_mixing(program, chunk, tokens, leaves=leaves)
         self.ffn_site.add_entry(program, chunk, tokens)
         self.moe.add_router(program, chunk, tokens)
 

@@ -28,10 +28,6 @@ WAVE_SLOTS = 4096
 """Pairs of token and expert that are multiplied together: bounds the memory of activations."""
 
 
-GUESSES = 4
-"""Experts of the next layer that are guessed: the likeliest ones."""
-
-
 SURE_USES = 4
 """Uses for each expert of a layer from which on nearly every one is used."""
 
@@ -83,15 +79,6 @@ class ExpertGroups:
         self.shares = np.zeros(slots, np.float32)
         self.x, self.hidden = Rounded(slots, config.hidden_size), Rounded(slots, inner)
         self.shared = SharedBuffers(rows, inner * config.shared_experts)
-
-
-class Guess:
-    """What the router of the next layer would choose for one token."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.logits = Rows(1, config.n_experts)
-        self.chosen = np.zeros(min(GUESSES, config.n_experts), np.int64)
-        self.shares = np.zeros(len(self.chosen), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +167,10 @@ class FastMoe:
             *(uses.decay.ctypes.data, len(uses.decay), halt),
         )
 
-    def add_glance(self, program: Program, chunk: ChunkBuffers, guess: Guess, halt: int) -> None:
-        """Choose what this layer would for the input of the one before; halt if one is absent."""
-        router, config = self.router, self.config
-        assert router.bias is not None
-        program.multiply(guess.logits, router.weight, Input(chunk.x, chunk.x_rounded), 1)
-        program.add(
-            route.route,
-            *(guess.logits.at(), guess.logits.stride, config.n_experts),
-            *(router.bias.ctypes.data, 0, 0, len(guess.chosen), float_bits(1.0)),
-            *(guess.chosen.ctypes.data, guess.shares.ctypes.data, 1),
-        )
-        table = self.store.addresses[self.index].ctypes.data
-        program.add(route.glance, guess.chosen.ctypes.data, len(guess.chosen), table, halt)
+    def add_glance(self, program: Program, guess: ChunkBuffers, halt: int) -> None:
+        """Halt if one of the experts that one token is guessed to choose is absent."""
+        chosen, table = guess.chosen.ctypes.data, self.store.addresses[self.index].ctypes.data
+        program.add(route.glance, chosen, guess.chosen.shape[1], table, halt)
 
     def add_gate_up(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
         """Compute the hidden layers of one token's experts, which are looked up."""
@@ -200,14 +178,6 @@ class FastMoe:
         with program.alongside():
             for form, records in zip(self.forms, hidden.records, strict=False):
                 self._add_gate_up(program, chunk, form, records.ctypes.data, count, hidden, 0)
-            self.shared.add_gate_up(program, hidden.shared, x, 1)
-
-    def add_shared_gate_up(
-        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers
-    ) -> None:
-        """Compute the hidden layer of the shared expert alone."""
-        x = Input(chunk.x, chunk.x_rounded)
-        with program.alongside():
             self.shared.add_gate_up(program, hidden.shared, x, 1)
 
     def add_early_gate_up(
@@ -219,6 +189,25 @@ class FastMoe:
                 form = self.experts.form(self.index, int(chunk.chosen[0, place]))
                 record = hidden.early[place : place + 1].ctypes.data
                 self._add_gate_up(program, chunk, form, record, 1, hidden, place)
+        with program.alongside():
+            for place in places:
+                program.round(hidden.rounded.part(place), hidden.values.part(place), 1)
+
+    def add_early_down(
+        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, places: range
+    ) -> None:
+        """Add the outputs of neighbours among the token's experts to `update`, in their order.
+
+        Those at place 0 begin the sum. All experts of the layer have one form.
+        """
+        first = places.start
+        program.add(
+            OPERATIONS[self.forms[0].down.name].down,
+            *(hidden.early[first:].ctypes.data, len(places)),
+            *(self.forms[0].hidden // GROUP_ROWS, self.forms[0].inner),
+            *(*hidden.rounded.part(first).addresses, chunk.update.at()),
+            *(chunk.shares[0, first:].ctypes.data, self.forms[0].offset, int(first > 0)),
+        )
 
     def _add_gate_up(
         self,
@@ -239,31 +228,29 @@ class FastMoe:
 
     def add_down(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
         """Compute `update` and `shared_update` of one token from the hidden layers."""
-        count = self.config.experts_per_token
-        program.round(hidden.rounded, hidden.values, count)
+        program.round(hidden.rounded, hidden.values, self.config.experts_per_token)
         self.shared.add_rounding(program, hidden.shared, 1)
-        *first, last = zip(self.forms, hidden.records, strict=False)
-        for number, (form, records) in enumerate(first):
-            self._add_down(program, chunk, hidden, form, records, adds=number > 0)
         with program.alongside():
-            self._add_down(program, chunk, hidden, *last, adds=len(first) > 0)
             self.shared.add_down(program, chunk.shared_update, hidden.shared, 1)
+            self._add_down(program, chunk, hidden, 0)
+        for form in range(1, len(self.forms)):
+            self._add_down(program, chunk, hidden, form)
+
+    def add_late_down(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
+        """Compute `update` alone, of hidden layers that are rounded."""
+        for form in range(len(self.forms)):
+            self._add_down(program, chunk, hidden, form)
 
     def _add_down(
-        self,
-        program: Program,
-        chunk: ChunkBuffers,
-        hidden: HiddenLayers,
-        form: ExpertForm,
-        records: NDArray[np.int64],
-        *,
-        adds: bool,
+        self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, number: int
     ) -> None:
+        """Add the outputs of the experts of one form; those of the first begin the sum."""
+        form, records = self.forms[number], hidden.records[number]
         program.add(
             OPERATIONS[form.down.name].down,
             *(records.ctypes.data, len(records), form.hidden // GROUP_ROWS, form.inner),
             *(*hidden.rounded.addresses, chunk.update.at(), chunk.shares.ctypes.data),
-            *(form.offset, int(adds)),
+            *(form.offset, int(number > 0)),
         )
 
     def add_groups(

@@ -149,14 +149,14 @@ class RowsProgram:
         for index, layer in enumerate(network.layers):
             self._add_layer(program, index)
             if not layer.moe.forms:
-                segments.append(Segment(program.finish(), lookups, {}, {}, resumes, index))
+                segments.append(Segment(program.finish(), lookups, {}, resumes, index))
                 program, lookups, resumes = network.new_program(), {}, {}
                 continue
             lookups[len(program)] = index
             layer.moe.add_groups(program, chunk, self._groups, network.team.halt_address)
             resumes[index] = len(program)
         self._add_head(program)
-        segments.append(Segment(program.finish(), lookups, {}, {}, resumes, None))
+        segments.append(Segment(program.finish(), lookups, {}, resumes, None))
         return segments
 
     def _add_angles(self, program: Program) -> None:

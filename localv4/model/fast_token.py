@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from localv4.kernels.operation import WORDS
 from localv4.model.experts import UnpackableError
-from localv4.model.fast_moe import Guess, HiddenLayers
+from localv4.model.fast_moe import HiddenLayers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.matrix import Floats
 from localv4.model.program import Program
@@ -23,15 +23,14 @@ class Segment:
     """Operations of the token's program.
 
     `lookups` maps those that look up a layer's experts, where the segment can halt, to the layer,
-    `glances` those that end a guess for the next layer. `guesses` maps a layer to the operations of
-    that guess, `resumes` to the operation behind the first half of its experts. After the segment
-    the experts of layer `stored` are multiplied as they are stored, if it is not None.
+    `glances` those that guess them. `resumes` maps a layer to the operation behind its experts.
+    After the segment the experts of layer `stored` are multiplied as they are stored, if it is not
+    None.
     """
 
     program: NDArray[np.int64]
     lookups: dict[int, int]
     glances: dict[int, int]
-    guesses: dict[int, slice]
     resumes: dict[int, int]
     stored: int | None
 
@@ -39,14 +38,16 @@ class Segment:
 class TokenPlan:
     """The program for one token; built again when the context outgrows its buffers.
 
-    `looks_ahead`: records that the next layer may need are read while this one is computed.
+    `looks_ahead`: what the experts of a layer may be is guessed before its attention, and read
+    meanwhile: its router is asked for what the streams hold then.
     """
 
     def __init__(self, network: FastNetwork) -> None:
         self._network = network
         self._chunk = ChunkBuffers(network.config, 1)
         self._hidden = HiddenLayers(network.config, network.most_forms)
-        self._guess = Guess(network.config)
+        self._guess = ChunkBuffers(network.config, 1)
+        self._guess.streams = self._chunk.streams
         self._positions = 0
         self._attention: AttentionBuffers
         self._segments: list[Segment] = []
@@ -55,7 +56,8 @@ class TokenPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        owners = [self._chunk, self._hidden, *([self._attention] if self._segments else [])]
+        owners = [self._chunk, self._hidden, self._guess]
+        owners += [self._attention] if self._segments else []
         return sum(map(buffer_bytes, owners))
 
     def run(self, ids: NDArray[np.int64], state: State) -> Floats:
@@ -114,46 +116,58 @@ class TokenPlan:
                 return True
             last = done - 1
             if last in segment.glances:
-                network.store.guess(segment.glances[last], self._guess.chosen.tolist())
+                network.store.guess(segment.glances[last], self._guess.chosen[0].tolist())
                 continue
             layer = segment.lookups[last]
             try:
-                self._fetch(layer, segment)
+                self._fetch(layer)
             except UnpackableError:
                 network.experts.drop_forms(layer)
                 return False
             assert (network.store.addresses[layer, self._chunk.chosen[0]] > 0).all()
             network.team.run(segment.program[last:done])
+            if len(network.layers[layer].moe.forms) > 1:
+                self._run_late_down(layer)
             done = segment.resumes[layer]
 
-    def _fetch(self, layer: int, segment: Segment) -> None:
-        """Bring the token's experts of a layer into memory; compute with those that are there."""
+    def _fetch(self, layer: int) -> None:
+        """Bring the token's experts of a layer into memory; compute with those that are there.
+
+        Their outputs are added as far as their order allows: up to the first that is not there.
+        Experts of several forms have another order: nothing is added of those.
+        """
         network, store = self._network, self._network.store
-        numbers = self._chunk.chosen[0]
+        moe, numbers = network.layers[layer].moe, self._chunk.chosen[0]
+        store.request(layer, numbers.tolist())  # before anything else: the disk shall not rest
         store.count_misses(layer, numbers.tolist())
-        store.request(layer, numbers.tolist())
-        if layer in segment.guesses:
-            network.team.run(segment.program[segment.guesses[layer]])
-            store.guess(layer + 1, self._guess.chosen.tolist(), numbers.tolist())
         self._run_shared(layer)
-        open_places = list(range(len(numbers)))
-        while open_places:
+        ready = np.zeros(len(numbers) + 1, bool)
+        added = 0
+        while not ready[:-1].all():
             records = store.addresses[layer, numbers]
-            there = [place for place in open_places if records[place] > 0]
-            if there:
-                self._hidden.early[:] = records
-                program = network.new_program()
-                moe = network.layers[layer].moe
-                moe.add_early_gate_up(program, self._chunk, self._hidden, there)
-                network.run(program)
-            else:
+            there = np.flatnonzero((records > 0) & ~ready[:-1]).tolist()
+            if not there:
                 network.check_cancelled()
                 store.wait(layer, numbers.tolist())
-            open_places = [place for place in open_places if place not in there]
+                continue
+            self._hidden.early[:] = records
+            program = network.new_program()
+            moe.add_early_gate_up(program, self._chunk, self._hidden, there)
+            ready[there] = True
+            end = int(ready.argmin())
+            if end > added and len(moe.forms) == 1:
+                moe.add_early_down(program, self._chunk, self._hidden, range(added, end))
+                added = end
+            network.run(program)
+
+    def _run_late_down(self, layer: int) -> None:
+        program, moe = self._network.new_program(), self._network.layers[layer].moe
+        moe.add_late_down(program, self._chunk, self._hidden)
+        self._network.run(program)
 
     def _run_shared(self, layer: int) -> None:
-        program = self._network.new_program()
-        self._network.layers[layer].moe.add_shared_gate_up(program, self._chunk, self._hidden)
+        program, moe = self._network.new_program(), self._network.layers[layer].moe
+        moe.add_shared(program, self._chunk, self._hidden.shared, 1)
         self._network.run(program)
 
     def _build(self) -> None:
@@ -165,6 +179,8 @@ class TokenPlan:
         self._attention.add_angles(program, 1)
         for index, layer in enumerate(network.layers):
             layer.add_mixing(program, chunk, 1)
+            if self.looks_ahead and layer.moe.can_guess:
+                self._add_glance(program, segment, index)
             layer.add_attention(program, chunk, self._attention, 1)
             layer.add_router(program, chunk, 1)
             if not layer.moe.forms:
@@ -178,23 +194,24 @@ class TokenPlan:
 
     def _new_segment(self) -> tuple[Program, Segment]:
         nothing = np.zeros((0, WORDS), np.int64)
-        return self._network.new_program(), Segment(nothing, {}, {}, {}, {}, None)
+        return self._network.new_program(), Segment(nothing, {}, {}, {}, None)
 
     def _add_experts(self, program: Program, segment: Segment, index: int) -> None:
-        """Add the experts of a layer, and a glance at those of the next one."""
+        """Add the experts of a layer."""
         network, chunk, hidden = self._network, self._chunk, self._hidden
         moe, halt = network.layers[index].moe, network.team.halt_address
         segment.lookups[len(program)] = index
         moe.add_resolve(program, chunk, hidden, halt)
-        if self.looks_ahead and index + 1 < len(network.layers):
-            following, first = network.layers[index + 1].moe, len(program)
-            if following.can_guess:
-                following.add_glance(program, chunk, self._guess, halt)
-                segment.glances[len(program) - 1] = index + 1
-                segment.guesses[index] = slice(first, len(program))
         moe.add_gate_up(program, chunk, hidden)
-        segment.resumes[index] = len(program)
         moe.add_down(program, chunk, hidden)
+        segment.resumes[index] = len(program)
+
+    def _add_glance(self, program: Program, segment: Segment, index: int) -> None:
+        """Choose what a layer would if its attention added nothing; halt if one is absent."""
+        layer = self._network.layers[index]
+        layer.add_router(program, self._guess, 1, leaves=False)
+        layer.moe.add_glance(program, self._guess, self._network.team.halt_address)
+        segment.glances[len(program) - 1] = index
 
     def _add_head(self, program: Program) -> None:
         site = self._network.head_site

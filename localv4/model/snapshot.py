@@ -47,7 +47,7 @@ def fork(state: State) -> State:
     copies them. Of the rings only the rows that are needed are copied, so the fork cannot be rolled
     back without another snapshot.
     """
-    twin = State(state.config, state.slack, state.rows)
+    twin = State(state.config, state.slack, state.rows, state.memory)
     twin.share_entries(state)
     restore(twin, take_snapshot(state, state.position))
     return twin

@@ -19,22 +19,25 @@ from localv4.kernels.row_forms import RowForm
 from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32, Floats
+from localv4.paging.row_memory import RowArray, RowMemory, Wanted, view
 
 Stored = NDArray[np.float32] | NDArray[np.uint8]
 
 
 class Rows:
-    """Append-only rows (n, any) in an array that doubles when it is full.
+    """Append-only rows (n, any) at an address that does not change (`paging.row_memory`).
 
     They have `width` channels, the last `rope` of them rotated, in a form of
-    `kernels.row_forms`: float32, or bytes.
+    `kernels.row_forms`: float32, or bytes. `is_sparse`: a token reads only a chosen few of them.
     """
 
-    def __init__(self, form: RowForm, width: int, rope: int) -> None:
+    def __init__(self, form: RowForm, width: int, rope: int, *, is_sparse: bool) -> None:
         if form.is_plain:
             self.values: Stored = np.empty((0, width), F32)
         else:
             self.values = np.empty((0, form.nbytes(width, rope)), np.uint8)
+        self.is_sparse = is_sparse
+        self.memory: RowArray | None = None
 
     @property
     def floats(self) -> Floats:
@@ -43,23 +46,27 @@ class Rows:
             raise ValueError("compressed rows are no float32 here")
         return self.values.view(F32)
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` rows in all."""
-        held = self.values.shape[0]
-        if count > held:
-            self.move(max(64, count, 2 * held), held)
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row."""
+        return int(self.values.shape[1]) * self.values.dtype.itemsize
 
-    def move(self, capacity: int, count: int) -> None:
-        """Go on in an array of its own with the first `count` rows; forks keep the old one."""
-        moved = np.empty((capacity, self.values.shape[1]), self.values.dtype)
-        moved[:count] = self.values[:count]
-        self.values = moved
+    def reserve(self, count: int) -> None:
+        """Make `count` rows in all usable; raises MemoryError or DoesNotFitError."""
+        if self.memory is not None and count > len(self.values):
+            self.memory.commit(count * self.row_bytes)
+            self.values = view(self.memory, count, self.values.shape[1], self.values.dtype)
+
+    def move(self, memory: RowArray, count: int) -> None:
+        """Go on in other memory with the first `count` rows; forks keep the old one."""
+        before, self.memory = self.values[:count], memory
+        self.values = self.values[:0]
+        self.reserve(count)
+        self.values[:count] = before
 
     def write(self, first: int, rows: Floats) -> None:
         """Put rows of float32 at index `first` and after, over whatever was there."""
-        end = first + rows.shape[0]
-        self.reserve(end)
-        self.floats[first:end] = rows
+        self.floats[first : first + rows.shape[0]] = rows
 
 
 class Ring:
@@ -143,6 +150,9 @@ class DeviceCopy(Protocol):
         """Note that the arrays have been written to: the device is to get them again."""
 
 
+BLOCK = 128
+"""Positions for whose entries room is made at a time."""
+
 CELLS = 7
 """Addresses of a layer: window; keys, gates, entries of the compressor; those of the indexer."""
 
@@ -154,30 +164,39 @@ class State:
     processed in one call, unless the caller puts back with `hold` what a call had overwritten that
     did not end; both follow from the size of the rings. `addresses` (layers, CELLS) i64 says where
     the arrays of the layers are, as of the last `begin`. `rows` is the format of the compressed
-    rows; `exact` takes float32 only. `device` has copies of the arrays, if programs run elsewhere.
+    rows; `exact` takes float32 only. `memory` says where they are kept. `device` has copies of the
+    arrays, if programs run elsewhere.
     """
 
     device: DeviceCopy | None = None
 
     def __init__(
-        self, config: ModelConfig, slack: int, rows: RowFormat = row_operations.F32
+        self,
+        config: ModelConfig,
+        slack: int,
+        rows: RowFormat = row_operations.F32,
+        memory: RowMemory | None = None,
     ) -> None:
         self.config, self.slack, self.rows = config, slack, rows
+        self.memory = RowMemory() if memory is None else memory
         self.position = 0
         self._written = 0  # one past the furthest position that was ever put into the rings
         self._oldest = 0  # the first position that the rings let us go back to
         self._held = 0  # one past the last position whose entries are ours: forks spare them
         self._sharing: WeakSet[State] = WeakSet([self])  # whose entries our arrays have
-        self._reserved = 0
+        self._reserved = 0  # positions whose entries have room
+        self._capacity = 0  # positions whose entries have addresses
         self.layers = [_layer_state(config, layer, slack, rows) for layer in range(config.n_layers)]
         self.addresses = np.zeros((config.n_layers, CELLS), np.int64)
-        self._reserve(1)
 
     def begin(self, tokens: int) -> None:
-        """Make room for the next `tokens` positions; note that they are going to be written."""
+        """Make room for the next `tokens` positions; note that they are going to be written.
+
+        Raises MemoryError or DoesNotFitError, and leaves the state as it was.
+        """
         end = self.position + tokens
-        self._written = max(self._written, end)
         self._open_rows(self.position, end)
+        self._written = max(self._written, end)
 
     def read_back(self) -> None:
         """Bring what a device has written into the arrays of the layers."""
@@ -197,9 +216,14 @@ class State:
     def _open_rows(self, first: int, end: int) -> None:
         if len(self._sharing) > 1 and self._is_held_by_others(first):
             self._leave_others(first)
-        self._held = end
         if end > self._reserved:
-            self._reserve(max(end, 2 * self._reserved, 256))
+            self._reserve(end)
+        self._held = end
+        self.memory.settle()
+
+    def settle(self) -> None:
+        """Keep the memory for rows within its bounds, between two steps that read them."""
+        self.memory.settle()
 
     def _is_held_by_others(self, position: int) -> bool:
         """Say whether a fork has entries of its own at `position` or after in our arrays."""
@@ -208,18 +232,41 @@ class State:
     def _leave_others(self, position: int) -> None:
         """Copy the entries of the positions before `position` into arrays of our own."""
         self.read_back()
-        for layer in self.layers:
-            for rows in layer.entries:
-                rows.move(len(rows.values), position // layer.ratio)
+        self._move(self._capacity, position)
         self._sharing.discard(self)
         self._sharing = WeakSet([self])
-        self._note_addresses()
 
     def _reserve(self, positions: int) -> None:
-        self._reserved = positions
+        """Make room for the entries of so many positions, and of the rest of their block."""
+        positions = -(-positions // BLOCK) * BLOCK
+        if any(state.device is not None for state in self._sharing):
+            # a device knows an array by its address: one that grows needs another
+            positions = max(positions, 2 * self._reserved)
+            self._move(positions, self._reserved)
+        elif positions > self._capacity:
+            try:
+                self._move(max(positions, self.config.max_positions), self._reserved)
+            except MemoryError:  # not even addresses: go by steps, and copy
+                self._move(max(positions, 2 * self._reserved), self._reserved)
         for layer in self.layers:
             for rows in layer.entries:
                 rows.reserve(positions // layer.ratio)
+        self._reserved = positions
+        self._note_addresses()
+
+    def _move(self, capacity: int, position: int) -> None:
+        """Go on in new arrays with the entries of the positions before `position`."""
+        parts = [(layer.ratio, rows) for layer in self.layers for rows in layer.entries]
+        arrays = self.memory.make(
+            [
+                Wanted(max(1, capacity // ratio * rows.row_bytes), rows.is_sparse)
+                for ratio, rows in parts
+            ]
+        )
+        for (ratio, rows), array in zip(parts, arrays, strict=True):
+            rows.move(array, position // ratio)
+            rows.reserve(self._reserved // ratio)
+        self._capacity = capacity
         self._note_addresses()
 
     def _note_addresses(self) -> None:
@@ -275,17 +322,22 @@ class State:
         other.read_back()
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for rows, source in zip(mine.entries, theirs.entries, strict=True):
-                rows.values = source.values
+                rows.values, rows.memory = source.values, source.memory
         self._sharing = other._sharing
         self._sharing.add(self)
-        self._reserved = other._reserved
+        self._reserved, self._capacity = other._reserved, other._capacity
         self._note_addresses()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the state holds."""
+        """Bytes of memory that the state holds: of rows in a file those that are in memory."""
         rings = sum(ring.values.nbytes for layer in self.layers for ring in layer.rings)
-        return rings + sum(rows.values.nbytes for layer in self.layers for rows in layer.entries)
+        entries = [rows for layer in self.layers for rows in layer.entries]
+        return rings + sum(min(rows.values.nbytes, _resident(rows)) for rows in entries)
+
+
+def _resident(rows: Rows) -> int:
+    return rows.memory.resident if rows.memory is not None else 0
 
 
 def window_capacity(window: int, slack: int) -> int:
@@ -303,10 +355,11 @@ def _layer_state(config: ModelConfig, layer: int, slack: int, rows: RowFormat) -
     compressor, indexer = None, None
     if kind is not LayerKind.SLIDING:
         reach = 2 if kind is LayerKind.CSA else 1
-        entries = Rows(rows.keys, config.head_dim, rope)
+        chosen = kind is LayerKind.CSA  # the indexer chooses which of them a token reads
+        entries = Rows(rows.keys, config.head_dim, rope, is_sparse=chosen)
         compressor = _compressor_state(entries, config.head_dim, ratio, reach, slack)
     if kind is LayerKind.CSA:
-        entries = Rows(rows.index, config.index_head_dim, rope)
+        entries = Rows(rows.index, config.index_head_dim, rope, is_sparse=False)
         indexer = _compressor_state(entries, config.index_head_dim, ratio, 2, slack)
     capacity = window_capacity(config.window, slack)
     window = Ring(capacity, config.head_dim, period=1, back=config.window - 1)

@@ -16,6 +16,7 @@ from localv4.model.norm import rms_norm
 from localv4.model.rotary import Rotary, compress_rotary, main_rotary
 from localv4.model.state import LayerState, State
 from localv4.model.weights import Layer, Weights
+from localv4.paging.row_memory import RowMemory
 
 
 class Block:
@@ -62,6 +63,7 @@ class Transformer:
     slack = SLACK_TOKENS
     most_rows = MOST_ROWS
     rows = row_operations.F32
+    row_memory = RowMemory()
 
     def __init__(self, config: ModelConfig, weights: Weights, numerics: Numerics) -> None:
         self.config = config
@@ -100,7 +102,7 @@ class Transformer:
 
     def new_state(self) -> State:
         """Return the state of an empty sequence."""
-        return State(self.config, SLACK_TOKENS)
+        return State(self.config, SLACK_TOKENS, self.rows, self.row_memory)
 
     def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         """Process tokens at `state.position` and return their final vectors (tokens, hidden).

@@ -44,6 +44,10 @@ class PosixSpace:
     def commit(self, end: int) -> None:
         """Make the first `end` bytes usable: they are, from the start."""
 
+    def prefer_large_pages(self, nbytes: int) -> None:
+        """Ask for large pages for the first `nbytes`, now that most of each will be used."""
+        self._advise("MADV_HUGEPAGE", nbytes // HUGE_BYTES * HUGE_BYTES)
+
     def release(self, start: int, end: int) -> None:
         """Give bytes from `start` to `end` back to the system; they read as zeros after that."""
         if start >= end:
@@ -78,13 +82,13 @@ def _map_anew(address: int, nbytes: int) -> None:
 class WindowsSpace:
     """As `PosixSpace`, of VirtualAlloc: reserved pages cannot even be read before `commit`."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, step: int) -> None:
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
         self._allocate, self._free = kernel32.VirtualAlloc, kernel32.VirtualFree
         pointer, size, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulong
         self._allocate.restype, self._allocate.argtypes = pointer, [pointer, size, flags, flags]
         self._free.argtypes = [pointer, size, flags]
-        self._nbytes = nbytes
+        self._nbytes, self._step = nbytes, step
         self._committed = 0
         self._first = self._allocate(None, nbytes + HUGE_BYTES, _MEM_RESERVE, _PAGE_READWRITE)
         if not self._first:
@@ -95,11 +99,14 @@ class WindowsSpace:
         """Make the first `end` bytes usable; raises MemoryError if the system has no more."""
         if end <= self._committed:
             return
-        target = min(-(-end // _COMMIT_STEP) * _COMMIT_STEP, self._nbytes)
+        target = min(-(-end // self._step) * self._step, self._nbytes)
         start, nbytes = self.base + self._committed, target - self._committed
         if not self._allocate(start, nbytes, _MEM_COMMIT, _PAGE_READWRITE):
             raise MemoryError(f"the system has no {nbytes} more bytes of memory")
         self._committed = target
+
+    def prefer_large_pages(self, nbytes: int) -> None:
+        """Do nothing: Windows gives them to administrators only."""
 
     def release(self, start: int, end: int) -> None:
         """Give bytes from `start` on back to the system, those up to `end` and beyond."""
@@ -117,9 +124,10 @@ class WindowsSpace:
 AddressSpace = PosixSpace | WindowsSpace
 
 
-def reserve(nbytes: int, *, huge: bool) -> AddressSpace:
+def reserve(nbytes: int, *, huge: bool, step: int = _COMMIT_STEP) -> AddressSpace:
     """Reserve `nbytes` of addresses in the way of this system. Raises MemoryError.
 
-    `huge` asks for large pages. Windows gives them to administrators only.
+    `huge` asks for large pages. Windows gives them to administrators only. It lets have memory by
+    `step` bytes.
     """
-    return WindowsSpace(nbytes) if sys.platform == "win32" else PosixSpace(nbytes, huge=huge)
+    return WindowsSpace(nbytes, step) if sys.platform == "win32" else PosixSpace(nbytes, huge=huge)

@@ -12,7 +12,7 @@ uses most. The others pass through a few slots.
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from localv4.errors import DoesNotFitError
 from localv4.paging.arena import Arena
 from localv4.paging.counts import PagingCounts, Reason
+from localv4.paging.departures import Departures
 from localv4.paging.governor import Governor
 from localv4.paging.policy import Policy
 from localv4.paging.pressure import Gauge
@@ -57,7 +58,7 @@ class PagedStore:
         self._all_bytes = int(nbytes.sum())
         self._is_mixed = bool((nbytes != nbytes.flat[0]).any())
         self._claimed = np.zeros(nbytes.shape, bool)
-        self._going: dict[Key, int] = {}  # the first to be given up, in this order; since when
+        self._departures = Departures(policy, uses, self.addresses, nbytes)
         self._guessed: set[Key] = set()
         self._warming: set[Key] = set()  # of an earlier session, read when there is nothing else
         self._stays = np.zeros(nbytes.shape, bool)  # what a prompt shall leave in memory
@@ -132,76 +133,82 @@ class PagedStore:
 
     def request(self, layer: int, numbers: Iterable[int]) -> None:
         """Have absent records read; they are needed soon."""
-        wanted = list(numbers)
         self._collect(self.readers.finished())
-        self._make_room(layer, wanted)
-        for key in [(layer, number) for number in wanted]:
-            if self.addresses[key] == ABSENT:
-                self._read(key, wanted)
-            elif self.addresses[key] == ON_ITS_WAY and key in self._guessed | self._warming:
-                self.readers.make_urgent([key])
-
-    def _make_room(self, layer: int, wanted: list[int]) -> None:
-        """Give up what has to go for the absent ones of some records, all at once."""
-        if self._is_mixed:
-            return
-        absent = int(np.count_nonzero(self.addresses[layer, wanted] == ABSENT))
-        need = absent * int(self.nbytes.flat[0]) - (self.arena.capacity - self.arena.used)
-        if need > 0:
-            keep = self._claimed.copy()
-            keep[layer, wanted] = True
-            for victim in self._victims(keep, need):
-                self._give_up(victim)
+        wanted = list(numbers)
+        states = self.addresses[layer, wanted].tolist()
+        absent = [(layer, n) for n, at in zip(wanted, states, strict=True) if at == ABSENT]
+        under_way = [(layer, n) for n, at in zip(wanted, states, strict=True) if at == ON_ITS_WAY]
+        if under_way:
+            unhurried = self._guessed | self._warming
+            self.readers.make_urgent(key for key in under_way if key in unhurried)
+        if absent:
+            self._read(absent, {(layer, number) for number in wanted})
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
         """Note that a token stands still for want of some records."""
         self.counts.misses[layer] += np.count_nonzero(self.addresses[layer, list(numbers)] <= 0)
 
-    def _read(self, key: Key, wanted: list[int]) -> None:
-        address = self._place(key, wanted)
-        while address is None:
-            # slots of records that are being read cannot be had before these are there
-            if not self.readers.pending:
-                raise DoesNotFitError(
-                    f"no room for the experts of layer {key[0]}", hint="give more with --ram"
-                )
-            self._collect(self.readers.wait())
-            address = self._place(key, wanted)
-        self._submit(key, address, urgent=True)
+    def _read(self, keys: Sequence[Key], spared: Set[Key]) -> None:
+        """Read some records now; none that is `spared` is given up for them."""
+        if not self._is_mixed:
+            need = len(keys) * int(self.nbytes.flat[0]) - (self.arena.capacity - self.arena.used)
+            for victim in self._departures.choose(need, spared, self._claimed):
+                self._give_up(victim)
+        placed: list[tuple[Key, int]] = []
+        for key in keys:
+            address = self._place(key, spared, self._claimed)
+            while address is None:
+                # slots of records that are being read cannot be had before these are there
+                self._submit(placed, urgent=True)
+                placed = []
+                if not self.readers.pending:
+                    raise DoesNotFitError(
+                        f"no room for the experts of layer {key[0]}", hint="give more with --ram"
+                    )
+                self._collect(self.readers.wait())
+                address = self._place(key, spared, self._claimed)
+            placed.append((key, address))
+        self._submit(placed, urgent=True)
 
     def guess(self, layer: int, numbers: Iterable[int], spared: Iterable[int] = ()) -> None:
         """Have absent records read while nothing else is; they may be needed.
 
-        `spared` of the layer before are in use.
+        `spared` of the layer before are in use. What the token has used so far stays, too.
         """
         self._collect(self.readers.finished())
-        in_use = (layer - 1, list(spared))
         wanted = list(numbers)
-        for number in wanted:
-            key = (layer, number)
+        in_use = {(layer, number) for number in wanted}
+        in_use |= {(layer - 1, number) for number in spared}
+        kept = self._claimed | (self.uses.last >= self.uses.clock)
+        placed = []
+        for key in [(layer, number) for number in wanted]:
             if self.addresses[key] != ABSENT or len(self._guessed) >= GUESS_SLOTS:
                 continue
-            address = self._place(key, wanted, in_use)
+            address = self._place(key, in_use, kept)
             if address is None:
-                return
+                break
             self._guessed.add(key)
             self.counts.guesses += 1
-            self._submit(key, address, urgent=False)
+            placed.append((key, address))
+        self._submit(placed, urgent=False)
 
     def warm(self, keys: Iterable[Key]) -> None:
         """Have records read into free memory while nothing else is, in this order."""
+        placed = []
         for key in keys:
             if self.addresses[key] != ABSENT:
                 continue
             address = self.arena.take(int(self.nbytes[key]))
             if address is None:
-                return
+                break
             self._warming.add(key)
-            self._submit(key, address, urgent=False)
+            placed.append((key, address))
+        self._submit(placed, urgent=False)
 
-    def _submit(self, key: Key, address: int, urgent: bool) -> None:
-        self.addresses[key] = ON_ITS_WAY
-        self.readers.submit(key, address, urgent=urgent)
+    def _submit(self, placed: Sequence[tuple[Key, int]], urgent: bool) -> None:
+        for key, _ in placed:
+            self.addresses[key] = ON_ITS_WAY
+        self.readers.submit_all(placed, urgent=urgent)
 
     def wait(self, layer: int, numbers: Iterable[int]) -> None:
         """Wait for one of some requested records, or more, unless all are there.
@@ -209,13 +216,18 @@ class PagedStore:
         Raises what reading one of them raised.
         """
         wanted = list(numbers)
-        missing = np.count_nonzero(self.addresses[layer, wanted] <= 0)
         start = time.perf_counter()
-        while missing and np.count_nonzero(self.addresses[layer, wanted] <= 0) == missing:
+        absent = self._count_absent(layer, wanted)
+        if absent and self.pages:
+            self._departures.prepare(self._claimed)
+        while absent and self._count_absent(layer, wanted) == absent:
             self._collect(self.readers.wait())
             if (self.addresses[layer, wanted] == ABSENT).any():  # a guess failed
                 self.request(layer, wanted)
         self.counts.wait_s += time.perf_counter() - start
+
+    def _count_absent(self, layer: int, wanted: list[int]) -> int:
+        return int(np.count_nonzero(self.addresses[layer, wanted] <= 0))
 
     def _collect(self, finished: Iterable[Finished]) -> None:
         """Make records known that have been read; a failed guess is only forgotten.
@@ -256,7 +268,7 @@ class PagedStore:
             if self.uses.last[key] == clock:
                 self.counts.guesses_used += 1
             else:
-                self._going[key] = clock
+                self._departures.add(key)
 
     def _observe(self) -> None:
         """Let the policy learn, which takes a part of a millisecond, where anything is given up."""
@@ -276,7 +288,7 @@ class PagedStore:
         self._stays[layer] = False
         self._stays[layer, order[: max(int(here.sum()), self._share(layer))]] = True
         for number in np.flatnonzero(here & ~self._stays[layer] & ~used).tolist():
-            self._going[layer, number] = int(self.uses.clock[0])
+            self._departures.add((layer, number))
 
     def end_prompt(self, layer: int) -> None:
         """Let everything go that is claimed of a layer."""
@@ -292,7 +304,7 @@ class PagedStore:
         wanted = list(numbers)
         self._claimed[layer, wanted] = True
         for number in wanted:
-            self._going.pop((layer, number), None)
+            self._departures.discard((layer, number))
         self.request(layer, wanted)
 
     def release(self, layer: int, numbers: Iterable[int]) -> None:
@@ -300,7 +312,7 @@ class PagedStore:
         for number in numbers:
             self._claimed[layer, number] = False
             if not self._stays[layer, number]:
-                self._going[layer, number] = int(self.uses.clock[0])
+                self._departures.add((layer, number))
 
     def can_hold(self, layer: int, numbers: Iterable[int]) -> bool:
         """Say whether there is room for all of these records at the same time."""
@@ -311,28 +323,23 @@ class PagedStore:
         fitting = self.arena.capacity // (4 * max(1, int(self.nbytes[layer].max())))
         return max(1, min(CLAIM_SLOTS, int(fitting)))
 
-    def _place(
-        self, key: Key, wanted: list[int], in_use: tuple[int, list[int]] | None = None
-    ) -> int | None:
-        """Return room for a record, giving up others for it; None if none can be given up.
+    def _place(self, key: Key, spared: Set[Key], kept: NDArray[np.bool_]) -> int | None:
+        """Return room for a record, giving up others; None if none can be given up.
 
-        A guess is made in the middle of a layer: it must not cost what is `in_use` there, nor what
-        the token has just used.
+        Those stay that are `spared`, or `kept` (layers, experts).
         """
         nbytes = int(self.nbytes[key])
-        keep = self._claimed.copy()
-        keep[key[0], wanted] = True
-        if in_use is not None:
-            keep |= self.uses.last >= self.uses.clock
-            keep[in_use] = True
         address = self.arena.take(nbytes)
         if address is None and not self._is_mixed:
-            for victim in self._victims(keep, nbytes):
+            for victim in self._departures.choose(nbytes, spared, kept):
                 self._give_up(victim)
             address = self.arena.take(nbytes)
         if address is None:
             # records of several sizes: neighbours have to go, or there is room but no place
-            for place in self.arena.what_to_evict(nbytes, lambda at: self._costs(at, keep)) or ():
+            stay = kept.copy()
+            for other in spared:
+                stay[other] = True
+            for place in self.arena.what_to_evict(nbytes, lambda at: self._costs(at, stay)) or ():
                 self._vacate(place)
             address = self.arena.take(nbytes)
         return address
@@ -344,35 +351,15 @@ class PagedStore:
         found = order[np.minimum(np.searchsorted(flat, places, sorter=order), len(flat) - 1)]
         recent = self.uses.last > self.uses.clock - GUARD_TOKENS
         costs = (self.uses.scores() + np.where(recent, RECENT_COST, 0.0)).ravel()[found]
-        going = [key[0] * self.addresses.shape[1] + key[1] for key in self._going]
+        width = self.addresses.shape[1]
+        going = [key[0] * width + key[1] for key in self._departures.going()]
         costs[np.isin(found, going)] = 0.0
         costs[(flat[found] != places) | keep.ravel()[found]] = np.inf
         cost: NDArray[np.float64] = costs.astype(np.float64)
         return cost
 
-    def _victims(self, keep: NDArray[np.bool_], need: int) -> list[Key]:
-        """Return what to give up for `need` bytes: what is going anyhow, then the coldest."""
-        victims: list[Key] = []
-        returned: list[Key] = []
-        for key, since in self._going.items():
-            if need <= 0:
-                break
-            if self.uses.last[key] > since:
-                returned.append(key)  # a token has come back to it
-            elif self.addresses[key] > 0 and not keep[key]:
-                victims.append(key)
-                need -= int(self.nbytes[key])
-        for key in returned:
-            del self._going[key]
-        if need > 0:
-            keep = keep.copy()
-            for key in victims:
-                keep[key] = True
-            victims += self.policy.victims(self.uses, self.resident, self.nbytes, need, keep)
-        return victims
-
     def _give_up(self, key: Key) -> None:
         self.arena.give_back(int(self.addresses[key]))
         self.addresses[key] = ABSENT
-        self._going.pop(key, None)
+        self._departures.discard(key)
         self.counts.evictions += 1

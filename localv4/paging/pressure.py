@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -153,7 +154,10 @@ class PlainGauge:
         )
 
     def _swapped(self) -> tuple[float, int]:
-        return time.monotonic(), int(psutil.swap_memory().sin)
+        swapped = 0
+        with suppress(OSError, RuntimeError):  # Windows whose performance counters are off
+            swapped = int(psutil.swap_memory().sin)
+        return time.monotonic(), swapped
 
 
 class NoAlarm:

@@ -16,7 +16,7 @@ import numpy as np
 from localv4.errors import LocalV4Error
 from localv4.paging.arena import Arena, footprint
 from localv4.paging.file_reads import FileReads, Piece
-from localv4.paging.raw_file import ALIGNMENT, Io
+from localv4.paging.raw_file import ALIGNMENT, Io, bypass_cache
 from localv4.paging.read_statistics import ReadStatistics
 from localv4.paging.readers import Key, Readers
 
@@ -161,6 +161,7 @@ def write_random(path: Path, least: int, most: int, seconds: float) -> None:
     block = np.random.default_rng().integers(0, 256, _BLOCK_BYTES, np.uint8)
     end_s = time.monotonic() + seconds
     with path.open("wb") as file:
+        bypass_cache(file.fileno())  # else the reads that follow would be served from there
         written = 0
         while written < most and (written < least or time.monotonic() < end_s):
             np.add(block, 1, out=block)  # no two blocks alike, for disks that look for such

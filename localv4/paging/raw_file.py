@@ -101,12 +101,21 @@ class PosixFile:
             if hasattr(os, "posix_fadvise"):  # nothing is read beyond a record
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         elif sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(self._descriptor, fcntl.F_NOCACHE, 1)
-            fcntl.fcntl(self._descriptor, _F_RDAHEAD, 0)
+            bypass_cache(self._descriptor)
         elif not hasattr(os, "O_DIRECT"):
             raise OSError(errno.EINVAL, "this system has no direct reads")
+
+
+def bypass_cache(descriptor: int) -> None:
+    """Let what is read and written here not stay in the page cache, where a call does that: macOS.
+
+    What is in the cache already is read from there all the same.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
 
 
 class _Overlapped(ctypes.Structure):

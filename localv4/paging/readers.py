@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -80,11 +80,16 @@ class Readers:
 
     def submit(self, key: Key, address: int, *, urgent: bool = True) -> None:
         """Ask for a record at an address; guesses wait until no urgent one does."""
+        self.submit_all([(key, address)], urgent=urgent)
+
+    def submit_all(self, places: Collection[tuple[Key, int]], *, urgent: bool = True) -> None:
+        """Ask for several records at once, each at its address."""
         with self._lock:
             self._check_open()
             queue = self._urgent if urgent else self._guesses
-            queue[key] = _Job(key, address, urgent)
-            self._work.notify()
+            for key, address in places:
+                queue[key] = _Job(key, address, urgent)
+            self._work.notify(len(places))
 
     def make_urgent(self, keys: Iterable[Key]) -> None:
         """Put guesses that turned out right behind the urgent ones; others are left alone."""

@@ -7,8 +7,9 @@ Decoding a token:
     disk    = bytes of chosen experts that are not in memory / disk speed
     token   = max(memory, compute) + what of the disk's time is not hidden behind it
 
-While missing experts of a layer are read, its other experts and the shared one are computed; its
-attention has to come first, since it decides about the choice. `docs/planning.md` has the terms.
+While missing experts of a layer are read, its other experts and the shared one are computed. Its
+attention decides about the choice; what was guessed before is read meanwhile. `docs/planning.md`
+has the terms.
 """
 
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ REFERENCE_SHARE = 0.88
 LAYER_S = 50e-6
 """What a layer of a token takes whatever its size, where it was not measured."""
 
-LOOKAHEAD = 0.46
-"""Share of the next layer's misses that its router foretells (published for V4-Flash)."""
+LOOKAHEAD = Bounds(0.0, 0.46, 0.84)
+"""Share of a layer's misses that its router foretells: none; as published for V4-Flash, of four
+guesses from the layer before; of six from the streams before its attention, with random weights."""
 
 GATE_UP = 2 / 3
 """Of an expert's work: two of its three matrices."""
@@ -138,9 +140,9 @@ def make_forecast(
             + config.n_layers * layer_s
         )
         for share, hit, ahead in (
-            (shares.low, hits.low, 0.0),
-            (shares.likely, hits.likely, 0.0),
-            (shares.high, hits.high, LOOKAHEAD),
+            (shares.low, hits.low, LOOKAHEAD.low),
+            (shares.likely, hits.likely, LOOKAHEAD.likely),
+            (shares.high, hits.high, LOOKAHEAD.high),
         )
     ]
     missed = (1 - hits.likely) * facts.cycle_bytes
@@ -199,28 +201,46 @@ def _token_s(
     layer = _Layer(*(n / rate / config.n_layers for n in (before, shared, facts.cycle_bytes)))
     one = facts.cycle_bytes / config.n_layers / config.experts_per_token
     one_s = one / (disk.bytes_s * GROUPED_READS)
-    missed = (1 - hit) * (1 - ahead)
-    mean = _layer_s(layer, config.experts_per_token, missed, one_s, disk.latency_s)
+    mean = _layer_s(layer, config.experts_per_token, 1 - hit, ahead, one_s, disk.latency_s)
     reading_s = disk.cpu_s_per_gb * (1 - hit) * facts.cycle_bytes / 1e9 / cores
     return config.n_layers * mean + facts.head_bytes / rate + reading_s
 
 
-def _layer_s(layer: _Layer, chosen: int, missed: float, one_s: float, latency_s: float) -> float:
+def _layer_s(
+    layer: _Layer, chosen: int, missed: float, ahead: float, one_s: float, latency_s: float
+) -> float:
     """Return the mean seconds of a layer over how many of its chosen experts are missing.
 
-    Each is missing with the same probability. Gate and up of the others and of the shared expert
-    are computed meanwhile, those of the last one to arrive alone, and then down of all.
+    Each is missing with the same probability, and foretold with another one.
     """
-    down = (layer.shared + layer.experts) * (1 - GATE_UP)
     total = 0.0
     for count in range(chosen + 1):
-        chance = comb(chosen, count) * missed**count * (1 - missed) ** (chosen - count)
-        up_s = GATE_UP * (layer.shared + layer.experts)
-        if count:
-            last = GATE_UP * layer.experts / chosen
-            up_s = HALT_S + max(up_s, latency_s + count * one_s + last)
-        total += chance * (layer.before + up_s + down)
+        for foretold in range(count + 1):
+            chance = _chance(chosen, count, missed) * _chance(count, foretold, ahead)
+            reads = foretold * one_s, (count - foretold) * one_s
+            total += chance * _halted_s(layer, chosen, *reads, latency_s)
     return total
+
+
+def _chance(of: int, count: int, each: float) -> float:
+    """Return the probability that `count` of some events happen, each with the same one."""
+    return comb(of, count) * each**count * (1 - each) ** (of - count)
+
+
+def _halted_s(layer: _Layer, chosen: int, early_s: float, late_s: float, latency_s: float) -> float:
+    """Return the seconds of a layer for which experts are read, if any are.
+
+    Reading those that were foretold takes `early_s`, from the layer's begin, the others `late_s`,
+    from the choice. Meanwhile the rest is computed. What remains is the last one to arrive, and
+    down of those behind it in the order in which they are added: of one half, on average.
+    """
+    computed_s = layer.before + layer.shared + layer.experts
+    if not early_s and not late_s:
+        return computed_s
+    read_s = max(early_s, layer.before if late_s else 0.0) + late_s + latency_s
+    remains_s = layer.experts / chosen + (1 - GATE_UP) * layer.experts / 2
+    halt_s = HALT_S if read_s > layer.before else 0.0
+    return halt_s + max(computed_s, read_s + remains_s)
 
 
 def _prefill(facts: ModelFacts, plan: Plan, machine: Machine, roof: float) -> Bounds:

@@ -104,6 +104,29 @@ class CountedRouting:
         return Bounds(low, middle, high)
 
 
+class SeveralTopics:
+    """What a model's own runs have counted, topic by topic.
+
+    A cache that follows the text has to hold the experts of one topic at a time, not of all.
+    """
+
+    source = "counted in earlier runs"
+
+    def __init__(self, topics: Sequence[ArrayLike]) -> None:
+        """Counts (layers, experts) of each topic; ValueError if nothing was counted in any."""
+        arrays = [np.asarray(counts, np.float64) for counts in topics]
+        self._topics = [CountedRouting(a) for a in arrays if a.size and np.rint(a).max() >= 1]
+        self._weights = [float(a.sum()) for a in arrays if a.size and np.rint(a).max() >= 1]
+        if not self._topics:
+            raise ValueError("no expert was counted")
+
+    def hit_rate(self, share: float) -> Bounds:
+        """Return the mean of the topics, each counting as much as it was used."""
+        rates = [topic.hit_rate(share) for topic in self._topics]
+        values = np.array([(rate.low, rate.likely, rate.high) for rate in rates])
+        return Bounds(*np.average(values, axis=0, weights=self._weights).tolist())
+
+
 def _expected(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return how often each expert would be chosen in as many choices that come.
 

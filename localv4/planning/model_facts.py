@@ -32,6 +32,19 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class RowLimits:
+    """Bytes of compressed rows in memory at most: of all, and of those that an indexer chooses."""
+
+    rows: int | None = None
+    chosen: int | None = None
+
+    def within(self, always: int, chosen: int) -> int:
+        """Return what is in memory of so many bytes of rows that are always read and of others."""
+        kept = always + (chosen if self.chosen is None else min(chosen, self.chosen))
+        return kept if self.rows is None else min(kept, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """One model in one form.
 
@@ -42,7 +55,7 @@ class ModelFacts:
     fetch, None where nothing has to be.
     `is_exact` tells sizes that were read from headers, or follow from published weights, from
     those that were derived from the size of a file. `rows` is the format of compressed rows in
-    decoder states.
+    decoder states, `limits` bounds them.
     """
 
     name: str
@@ -56,6 +69,7 @@ class ModelFacts:
     is_packed: bool = True
     is_exact: bool = True
     rows: RowFormat = field(default=F32, repr=False)
+    limits: RowLimits = field(default=RowLimits(), repr=False)
 
     @property
     def dense_bytes(self) -> int:
@@ -105,14 +119,12 @@ class ModelFacts:
 
     def state_bytes(self, ctx_size: int) -> int:
         """Return the memory of one sequence of `ctx_size` tokens."""
-        return held_state_bytes(self.config, ctx_size, rows=self.rows)
+        return held_state_bytes(self.config, ctx_size, rows=self.rows, limits=self.limits)
 
     @property
     def state_bytes_per_token(self) -> float:
         """What a further token of context takes."""
-        return sum(
-            _entry_bytes(self.config, layer, self.rows) for layer in range(self.config.n_layers)
-        )
+        return sum(_entry_bytes(self.config, self.rows))
 
 
 def facts_of_recipe(
@@ -146,12 +158,16 @@ def facts_of_recipe(
 
 
 def held_state_bytes(
-    config: ModelConfig, ctx_size: int, slack: int = SLACK_TOKENS, rows: RowFormat = F32
+    config: ModelConfig,
+    ctx_size: int,
+    slack: int = SLACK_TOKENS,
+    rows: RowFormat = F32,
+    limits: RowLimits = RowLimits(),
 ) -> int:
     """Return the bytes of a `model.state.State` that holds `ctx_size` tokens."""
     fixed = sum(_ring_bytes(config, layer, slack) for layer in range(config.n_layers))
-    entries = sum(_entry_bytes(config, layer, rows) for layer in range(config.n_layers))
-    return fixed + int(entries * ctx_size)
+    always, chosen = _entry_bytes(config, rows)
+    return fixed + limits.within(int(always * ctx_size), int(chosen * ctx_size))
 
 
 def _ring_bytes(config: ModelConfig, layer: int, slack: int) -> int:
@@ -165,11 +181,14 @@ def _ring_bytes(config: ModelConfig, layer: int, slack: int) -> int:
     return VALUE_BYTES * values
 
 
-def _entry_bytes(config: ModelConfig, layer: int, rows: RowFormat) -> float:
-    """Return the bytes of compressed entries for each token of context."""
-    kind, ratio = config.layer_kinds[layer], config.ratios[layer]
-    if kind is LayerKind.SLIDING:
-        return 0.0
+def _entry_bytes(config: ModelConfig, rows: RowFormat) -> tuple[float, float]:
+    """Return the bytes of rows for each token of context: always read, and chosen by an indexer."""
     key = rows.keys.nbytes(config.head_dim, config.rope_dim)
     index = rows.index.nbytes(config.index_head_dim, config.rope_dim)
-    return (key + (index if kind is LayerKind.CSA else 0)) / ratio
+    always = chosen = 0.0
+    for kind, ratio in zip(config.layer_kinds, config.ratios, strict=True):
+        if kind is LayerKind.CSA:
+            always, chosen = always + index / ratio, chosen + key / ratio
+        elif kind is LayerKind.HCA:
+            always += key / ratio
+    return always, chosen

@@ -36,9 +36,20 @@ __device__ inline int round_to_int(float x) {
     return (int)rounded;
 }
 
+// The sum over lanes that differ in `distance` and in lower bits.
 __device__ inline u32 warp_add(u32 value, int distance) {
     for (; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
     return value;
+}
+
+// The size of a block, or what counts as it; NaN stays NaN.
+__device__ inline float at_least_smallest(float size) { return size < 1e-30f ? 1e-30f : size; }
+
+__device__ inline void write_scale_and_sums(const Rounded &row, i64 block, float size, u32 low, u32 high) {
+    u32 total = low + high;
+    row.d[block] = __fmul_rn(size, 1.0f / 127.0f);
+    *(int4 *)(row.b + 4 * block) =
+        make_int4((int)(total * (u32)-CODE_BIAS), (int)(total * (u32)-BYTE_BIAS), (int)low, (int)high);
 }
 
 // Round block `block` of a row; each lane of a warp has one of its 32 values.
@@ -48,17 +59,31 @@ __device__ inline void round_block(const Rounded &row, i64 block, float value) {
     int largest = __float_as_int(value) & 0x7fffffff;
     for (int distance = 16; distance > 0; distance /= 2)
         largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-    float size = __int_as_float(largest);
-    size = size < 1e-30f ? 1e-30f : size;
+    float size = at_least_smallest(__int_as_float(largest));
     int code = round_to_int(__fmul_rn(value, __fdiv_rn(127.0f, size)));
     row.q[32 * block + lane] = (i8)code;
     u32 half = warp_add((u32)code, 8), other = __shfl_xor_sync(0xffffffffu, half, 16);
-    if (lane == 0) {
-        u32 total = half + other;
-        row.d[block] = __fmul_rn(size, 1.0f / 127.0f);
-        *(int4 *)(row.b + 4 * block) = make_int4(
-            (int)(total * (u32)-CODE_BIAS), (int)(total * (u32)-BYTE_BIAS), (int)half, (int)other);
+    if (lane == 0) write_scale_and_sums(row, block, size, half, other);
+}
+
+// The same with four values in each of eight lanes.
+__device__ inline void round_part(const Rounded &row, i64 block, const float4 &x) {
+    int lane = threadIdx.x % 8;
+    float values[4] = {x.x, x.y, x.z, x.w};
+    int largest = 0;
+    for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_int(values[i]) & 0x7fffffff);
+    for (int distance = 4; distance > 0; distance /= 2)
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    float size = at_least_smallest(__int_as_float(largest)), factor = __fdiv_rn(127.0f, size);
+    u32 bytes = 0, sum = 0;
+    for (int i = 0; i < 4; ++i) {
+        u32 code = (u32)round_to_int(__fmul_rn(values[i], factor));
+        bytes |= (code & 255) << (8 * i);
+        sum += code;
     }
+    ((u32 *)(row.q + 32 * block))[lane] = bytes;
+    u32 half = warp_add(sum, 2), other = __shfl_xor_sync(0xffffffffu, half, 4);
+    if (lane == 0) write_scale_and_sums(row, block, size, half, other);
 }
 
 // e^x within 2 ulp for -87 ... 88, beyond which x is taken as the bound; NaN stays NaN.

@@ -54,6 +54,18 @@ __device__ inline float half_bits_to_float(u32 bits) {
 #endif
 }
 
+// Both halves of a word, the lower one first.
+__device__ inline float2 halves_to_floats(u32 word) {
+#ifdef LOCALV4_HOST
+    return make_float2(host_half_to_float((u16)word), host_half_to_float((u16)(word >> 16)));
+#else
+    float2 v;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(v.x), "=f"(v.y) : "r"(word));
+    return v;
+#endif
+}
+
 // 2^(code - 127), and 0 for code 0, as the CPU's products read UE8M0 scales.
 __device__ inline float e8m0_to_float(u32 code) { return __int_as_float((int)(code << 23)); }
 
@@ -78,13 +90,13 @@ __device__ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
 
 // --- memory ---
 
-// Read once, past the first cache: weights.
+// Read once, past the first cache: weights. What is beside them will be wanted, too.
 __device__ inline uint4 load_stream(const void *address) {
 #ifdef LOCALV4_HOST
     return *(const uint4 *)address;
 #else
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 #endif
@@ -95,7 +107,7 @@ __device__ inline u32 load_stream_u32(const void *address) {
     return *(const u32 *)address;
 #else
     u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(address));
     return v;
 #endif
 }
@@ -112,7 +124,7 @@ __device__ inline uint2 load_stream_u64(const void *address) {
     return *(const uint2 *)address;
 #else
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 #endif
 }

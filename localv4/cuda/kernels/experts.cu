@@ -1,123 +1,28 @@
 // The experts of one token: twins of `*_gate_up` and `*_down` in localv4/kernels/formats.py.
-//
-// `records` are the addresses of packed experts, 0 for one that another operation or the CPU
-// computes. All devices give the same bits, so it does not matter which one has done it.
 
-#include "kquant_token.cuh"
-
-// Groups of gate and up, which alternate in a record.
-struct GateUpSource {
-    const u8 *first;
-    i64 bytes;  // of a group
-    Rounded activations;
-
-    __device__ inline bool exists(int) const { return true; }
-    __device__ inline const u8 *weights(int slot) const { return first + slot * bytes; }
-    __device__ inline const Rounded &x(int) const { return activations; }
-};
-
-// Words: records, count, row groups, columns, q, d, b, h, limit as f32 bits. A block of threads
-// computes gate and up of a group of an expert, or of ROWS rows of it.
-template <class Products, int ROWS>
-__device__ inline void gate_up(const Words &op) {
-    constexpr int PARTS = GROUP_ROWS / ROWS;
-    int groups = (int)op.number(3), cols = (int)op.number(4);
-    int part = blockIdx.x % PARTS, group = blockIdx.x / PARTS % groups;
-    int expert = blockIdx.x / PARTS / groups;
-    if (expert >= op.number(2)) return;
-    const u8 *record = op.address<const u8 *>(1)[expert];
-    if (record == nullptr) return;
-    i64 bytes = group_bytes<typename Products::Weights>(cols);
-    Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};
-    GateUpSource source = {record + 2 * group * bytes, bytes, x};
-    float sum = Products::finish(row_products<Products, ROWS>(source, 2, cols / BLOCK, part * (ROWS / 4)));
-    if (threadIdx.x >= 32) return;
-    float up = __shfl_down_sync(0xffffffffu, sum, ROWS);
-    if (threadIdx.x >= ROWS) return;
-    float *h = op.address<float>(8) + expert * ((i64)groups * GROUP_ROWS + ROW_GAP);
-    h[group * GROUP_ROWS + part * ROWS + threadIdx.x] = swiglu_as_cpu(sum, up, op.real(9));
-}
-
-// The same group of some experts, each with activations of its own.
-struct DownSource {
-    const u8 *const *records;
-    i64 offset;  // of the group in a record
-    Rounded activations;
-    i64 cols;
-
-    __device__ inline bool exists(int slot) const { return records[slot] != nullptr; }
-    __device__ inline const u8 *weights(int slot) const { return records[slot] + offset; }
-    __device__ inline Rounded x(int slot) const { return activations.row(slot, cols); }
-};
-
-// Words: records, count, row groups, columns, q, d, b, out, weights, offset in a record, 1 to add to
-// what `out` holds. A block of threads computes DOWN_ROWS rows of `out`, some experts at a time.
-template <class Products>
-__device__ inline void down(const Words &op) {
-    constexpr int PARTS = GROUP_ROWS / DOWN_ROWS;
-    __shared__ float products[TOKEN_THREADS];
-    int count = (int)op.number(2), cols = (int)op.number(4), blocks = cols / BLOCK;
-    int group = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
-    if (group >= op.number(3)) return;
-    i64 offset = op.number(10) + group * group_bytes<typename Products::Weights>(cols);
-    Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};
-    float *out = op.address<float>(8) + group * GROUP_ROWS + part * DOWN_ROWS + threadIdx.x;
-    bool has_row = threadIdx.x < DOWN_ROWS;
-    float sum = has_row && op.number(11) != 0 ? *out : 0.0f;
-    int at_once = max(1, min(TABLE_ROWS / DOWN_ROWS / blocks, TOKEN_THREADS / DOWN_ROWS));
-    for (int first = 0; first < count; first += at_once) {
-        int slots = min(at_once, count - first);
-        DownSource source = {op.address<const u8 *>(1) + first, offset, x.row(first, cols), cols};
-        products[threadIdx.x] =
-            Products::finish(row_products<Products, DOWN_ROWS>(source, slots, blocks, part * (DOWN_ROWS / 4)));
-        __syncthreads();
-        for (int slot = 0; has_row && slot < slots; ++slot)
-            if (source.exists(slot))
-                sum = __fmaf_rn(products[slot * DOWN_ROWS + threadIdx.x], op.address<float>(9)[first + slot], sum);
-        __syncthreads();
-    }
-    if (has_row) *out = sum;
-}
-
-// The words of `down`, but `out` gets the product of each expert by itself, unweighted: (count, 16 *
-// row groups) f32, the rows of experts without a record untouched.
-template <class Products>
-__device__ inline void down_parts(const Words &op) {
-    int groups = (int)op.number(3), cols = (int)op.number(4);
-    int expert = blockIdx.x / groups, group = blockIdx.x % groups;
-    if (expert >= op.number(2)) return;
-    i64 offset = op.number(10) + group * group_bytes<typename Products::Weights>(cols);
-    Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};
-    DownSource source = {op.address<const u8 *>(1) + expert, offset, x.row(expert, cols), cols};
-    if (!source.exists(0)) return;
-    float sum = row_products<Products, GROUP_ROWS>(source, 1, cols / BLOCK, 0);
-    if (threadIdx.x < GROUP_ROWS)
-        op.address<float>(8)[((i64)expert * groups + group) * GROUP_ROWS + threadIdx.x] = Products::finish(sum);
-}
-
-// Words: parts (count, stride) f32, stride, count, rows, weights, out, 1 to add to what `out` holds,
-// used (count,) i64: 0 for an expert that is left out.
-KERNEL(combine) {
-    i64 stride = op.number(2), row = blockIdx.x * (i64)blockDim.x + threadIdx.x;
-    if (row >= op.number(4)) return;
-    const float *parts = op.address<float>(1), *weights = op.address<float>(5);
-    float *out = op.address<float>(6), sum = op.number(7) != 0 ? out[row] : 0.0f;
-    for (i64 expert = 0; expert < op.number(3); ++expert)
-        if (op.address<i64>(8)[expert] != 0) sum = __fmaf_rn(parts[expert * stride + row], weights[expert], sum);
-    out[row] = sum;
-}
-
-#define EXPERTS(name, Products)                                \
-    TOKEN_KERNEL(name##_gate_up) { gate_up<Products, 16>(op); } \
-    TOKEN_KERNEL(name##_gate_up_few) { gate_up<Products, 8>(op); } \
-    TOKEN_KERNEL(name##_down) { down<Products>(op); }          \
-    TOKEN_KERNEL(name##_down_parts) { down_parts<Products>(op); }
+#include "experts.cuh"
 
 EXPERTS(mx4, BlockProducts<Mx4>)
 EXPERTS(q4, BlockProducts<Q4>)
 EXPERTS(q8, BlockProducts<Q8>)
-EXPERTS(q4k, SuperblockProducts<Q4K>)
-EXPERTS(q6, SuperblockProducts<Q6>)
-EXPERTS(q3, SuperblockProducts<Q3>)
-EXPERTS(q2, SuperblockProducts<Q2>)
-EXPERTS(iq2, SuperblockProducts<Iq2>)
+
+// Words: parts (count, stride) f32, stride, count, rows, weights, out, 1 to add to what `out` holds,
+// turns (count,) i64: experts of turn 1 are added first, then those of turn 2 ...; 0: not at all.
+KERNEL(combine) {
+    i64 stride = op.number(2), count = op.number(3), row = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    if (row >= op.number(4)) return;
+    const float *parts = op.address<float>(1), *weights = op.address<float>(5);
+    const i64 *turns = op.address<i64>(8);
+    float *out = op.address<float>(6), sum = op.number(7) != 0 ? out[row] : 0.0f;
+    i64 last = 0;
+    for (i64 expert = 0; expert < count; ++expert) last = max(last, turns[expert]);
+    for (i64 turn = 1; turn <= last; ++turn) {
+#pragma unroll 8
+        for (i64 expert = 0; expert < count; ++expert) {
+            float part = load_input(parts + expert * stride + row);  // wanted or not: none waits for another
+            float more = __fmaf_rn(part, load_input(weights + expert), sum);
+            sum = turns[expert] == turn ? more : sum;
+        }
+    }
+    out[row] = sum;
+}

@@ -35,30 +35,36 @@ struct LaneSums<1, DISTANCE, SMALLEST> {
 template <class Format, int THREADS, int TOGETHER>
 __device__ inline void matvec(const Words &op) {
     constexpr int ROWS = Format::ROWS, PARTS = 16 / ROWS, STEP = THREADS / PARTS, WARPS = THREADS / 32;
+    constexpr int BYTES = 16 * PARTS;  // of a column
     __shared__ float sums[WARPS * 16];
-    i64 cols = op.number(3), group = blockIdx.x;
-    const u8 *weights = op.address<u8>(1) + group * cols * 16 * PARTS + 16 * (threadIdx.x % PARTS);
-    const float *x = op.address<float>(4);
-    const float *scales = op.address<float>(5) + group * 16 / F8_SPAN * (cols / F8_SPAN);
+    i64 group = blockIdx.x;
+    int cols = (int)op.number(3), start = threadIdx.x / PARTS;
+    const u8 *weights = op.address<u8>(1) + (group * cols + start) * BYTES + 16 * (threadIdx.x % PARTS);
+    const float *x = op.address<float>(4) + start;
+    const float *scales = op.address<float>(5) + group * 16 / F8_SPAN * (cols / F8_SPAN) + start / F8_SPAN;
     float totals[ROWS] = {};
-    for (int start = threadIdx.x / PARTS; start < cols; start += TOGETHER * STEP) {
+    while (start < cols) {
         uint4 stored[TOGETHER];
-        float factors[TOGETHER];
+        float factors[TOGETHER], spans[TOGETHER];
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
-            int column = start + i * STEP;
-            bool exists = column < cols;
-            stored[i] = exists ? load_stream(weights + (i64)column * 16 * PARTS) : make_uint4(0, 0, 0, 0);
-            factors[i] = exists ? x[column] : 0.0f;
-            if (Format::SCALED && exists) factors[i] *= scales[column / F8_SPAN] * Format::UNIT;
+            bool exists = start + i * STEP < cols;
+            stored[i] = exists ? load_stream(weights + i * STEP * BYTES) : make_uint4(0, 0, 0, 0);
+            factors[i] = exists ? load_input(x + i * STEP) : 0.0f;
+            spans[i] = Format::SCALED && exists ? load_input(scales + i * STEP / F8_SPAN) : 1.0f;
         }
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
-            float values[ROWS];
+            float values[ROWS], factor = factors[i];
+            if (Format::SCALED) factor *= spans[i] * Format::UNIT;
             Format::decode(stored[i], values);
 #pragma unroll
-            for (int row = 0; row < ROWS; ++row) totals[row] = __fmaf_rn(values[row], factors[i], totals[row]);
+            for (int row = 0; row < ROWS; ++row) totals[row] = __fmaf_rn(values[row], factor, totals[row]);
         }
+        start += TOGETHER * STEP;
+        weights += TOGETHER * STEP * BYTES;
+        x += TOGETHER * STEP;
+        scales += TOGETHER * STEP / F8_SPAN;
     }
     int first = ROWS * (threadIdx.x % PARTS), lane = threadIdx.x % 32;
     LaneSums<ROWS, 16, PARTS>::add(totals, first);

@@ -2,13 +2,13 @@
 
 #include "gemm.cuh"
 
-#define GEMMS(prefix, Format, many_stages, few_stages)             \
-    GEMM(prefix##_gemm_8, Format, 1, 1, 2, few_stages, 8)         \
-    GEMM(prefix##_gemm_16, Format, 1, 2, 2, few_stages, 8)        \
-    GEMM(prefix##_gemm_32, Format, 1, 4, 4, many_stages, 4)       \
-    GEMM(prefix##_gemm_64, Format, 2, 8, 4, many_stages, 3)       \
-    GEMM(prefix##_gemm_128, Format, 2, 16, 4, many_stages, 2)
+#define GEMMS(prefix, Format, stages, superblocks)               \
+    GEMM(prefix##_gemm_8, Format, 1, 1, 2, 3, superblocks, 8)    \
+    GEMM(prefix##_gemm_16, Format, 1, 2, 2, 3, superblocks, 8)   \
+    GEMM(prefix##_gemm_32, Format, 1, 4, 4, stages, 1, 4)        \
+    GEMM(prefix##_gemm_64, Format, 2, 8, 4, stages, 1, 3)        \
+    GEMM(prefix##_gemm_128, Format, 2, 16, 4, stages, 1, 2)
 
-GEMMS(mx4, Mx4, 2, 4)
-GEMMS(q4, Q4, 3, 6)
-GEMMS(q8, Q8, 3, 6)
+GEMMS(mx4, Mx4, 2, 2)
+GEMMS(q4, Q4, 3, 4)
+GEMMS(q8, Q8, 3, 4)

@@ -211,17 +211,21 @@ struct Q8 {
 
 // --- tiles ---
 
-// `groups` groups of each of `warps` warps times 8 * `eights` tokens; a stage is a superblock.
-template <class Format_, int groups, int eights, int warps, int stages>
+// `groups` groups of each of `warps` warps times 8 * `eights` tokens. In shared memory there is room
+// for `stages` stages of `superblocks` superblocks: all warps wait for each other once a stage.
+template <class Format_, int groups, int eights, int warps, int stages, int superblocks = 1>
 struct Tile {
     typedef Format_ Format;
-    static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages;
+    static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, SUPERBLOCKS = superblocks;
     static constexpr int THREADS = 32 * warps, GROUPS = groups * warps, TOKENS = 8 * eights;
     static constexpr int COLUMNS = Format::COLUMNS, BLOCKS = COLUMNS / BLOCK_COLUMNS;
-    // Where the parts of a stage begin.
+    // Where the parts of a superblock begin, and its bytes.
     static constexpr int Q = GROUPS * Format::BYTES, D = Q + TOKENS * COLUMNS, B = D + BLOCKS * TOKENS * 4;
-    static constexpr int STAGE = B + (Format::WANTS_SUMS ? BLOCKS * TOKENS * SUMS_BYTES : 0);
-    static constexpr int SHARED = STAGES * STAGE;
+    static constexpr int SIZE = B + (Format::WANTS_SUMS ? BLOCKS * TOKENS * SUMS_BYTES : 0);
+    // Blocks whose instructions are mixed: as many as the registers allow and are of use.
+    static constexpr bool IS_WIDE = Format::BYTES >= 16 * COLUMNS;  // a byte for each weight
+    static constexpr int UNROLLED = EIGHTS == 8 || (EIGHTS > 8 && IS_WIDE) ? 1 : EIGHTS > 8 || BLOCKS > 4 ? 2 : BLOCKS;
+    static constexpr int STAGE = SUPERBLOCKS * SIZE, SHARED = STAGES * STAGE;
     typedef typename Format::Sums Sums[groups][eights];
 
     // The token of a column of an instruction; `eight` is its number in the tile.
@@ -254,7 +258,7 @@ struct Factors {
     }
 };
 
-// The copies of a thread, from stage to stage: a warp copies what its own groups need of the
+// The copies of a thread, from superblock to superblock: a warp copies what its own groups need of the
 // weights, and all warps together the activations.
 template <class Shape>
 struct Copies {
@@ -285,7 +289,7 @@ struct Copies {
         to_d = block * Shape::TOKENS + d_token;
     }
 
-    // Start the copies of the next stage, to a place in the ring.
+    // Start the copies of the next superblock, to a place in the ring.
     __device__ void start(int to) {
         int lane = threadIdx.x % 32;
 #pragma unroll
@@ -296,7 +300,8 @@ struct Copies {
                     copy_line(to_w + to + m * Format::BYTES + 512 * k, w + m * group_bytes + 512 * k);
 #pragma unroll
         for (int k = 0; k * Q_STEP < Shape::TOKENS; ++k) {
-            int token = q_token + k * Q_STEP, turned = q_chunk / 2 ^ Shape::turn(token);
+            // with steps of eight all tokens of a thread are turned alike
+            int token = q_token + k * Q_STEP, turned = q_chunk / 2 ^ Shape::turn(Q_STEP % 8 == 0 ? q_token : token);
             if (token < Shape::TOKENS && token < count)
                 copy_line(to_q + to + k * Q_STEP * Shape::COLUMNS + 32 * turned, q + k * q_bytes);
         }
@@ -355,37 +360,50 @@ __device__ inline void add_block(typename Shape::Sums &sums, const u8 *w, const 
     }
 }
 
-// The sums of a tile; `shared` has Shape::SHARED bytes, which nobody uses any more at the end.
+// Add the products of a superblock in shared memory.
 template <class Shape>
-__device__ inline void multiply_tile(typename Shape::Sums &sums, const Factors &x, u8 *shared) {
+__device__ inline void add_superblock(typename Shape::Sums &sums, const u8 *at, Place own) {
     typedef typename Shape::Format Format;
-    constexpr int AHEAD = Shape::STAGES - 1, END = Shape::STAGES * Shape::STAGE;
-    Place own = own_place();
-    Copies<Shape> copies(x, shared);
-    int stages = x.cols / Shape::COLUMNS;
-    int warp_w = threadIdx.x / 32 * Shape::GROUPS_OF_WARP * Format::BYTES;
+    const u8 *w = at + threadIdx.x / 32 * Shape::GROUPS_OF_WARP * Format::BYTES;
+#pragma unroll (Shape::UNROLLED)
+    for (int block = 0; block < Shape::BLOCKS; ++block) add_block<Shape>(sums, w, at, block, own);
 #pragma unroll
     for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
 #pragma unroll
-        for (int n = 0; n < Shape::EIGHTS; ++n) sums[m][n] = typename Format::Sums();
+        for (int n = 0; n < Shape::EIGHTS; ++n) Format::finish(sums[m][n], w + m * Format::BYTES, own);
+}
+
+// The sums of a tile; `shared` has Shape::SHARED bytes, which nobody uses any more at the end.
+template <class Shape>
+__device__ inline void multiply_tile(typename Shape::Sums &sums, const Factors &x, u8 *shared) {
+    constexpr int AHEAD = Shape::STAGES - 1, END = Shape::STAGES * Shape::STAGE, COUNT = Shape::SUPERBLOCKS;
+    Place own = own_place();
+    Copies<Shape> copies(x, shared);
+    int left = x.cols / Shape::COLUMNS;  // superblocks
 #pragma unroll
-    for (int stage = 0; stage < AHEAD; ++stage) {
-        if (stage < stages) copies.start(stage * Shape::STAGE);
-        commit_copies();
+    for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
+#pragma unroll
+        for (int n = 0; n < Shape::EIGHTS; ++n) sums[m][n] = typename Shape::Format::Sums();
+#pragma unroll
+    for (int i = 0; i < AHEAD * COUNT; ++i) {
+        if (i < left) copies.start(i * Shape::SIZE);
+        if (i % COUNT == COUNT - 1) commit_copies();
     }
     int from = 0, to = AHEAD * Shape::STAGE;  // places in the ring
-    for (int left = stages; left > 0; --left) {
+    for (; left > 0; left -= COUNT) {
         wait_for_copies<AHEAD - 1>();
         __syncthreads();  // all have what was copied, and none still reads what comes to be written
-        if (left > AHEAD) copies.start(to);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if (left > AHEAD * COUNT + i) copies.start(to + i * Shape::SIZE);
         commit_copies();
-        const u8 *stage = shared + from, *w = stage + warp_w;
-#pragma unroll (Shape::EIGHTS >= 8 ? 1 : Shape::BLOCKS <= 4 ? Shape::BLOCKS : 2)
-        for (int block = 0; block < Shape::BLOCKS; ++block) add_block<Shape>(sums, w, stage, block, own);
+        if (left >= COUNT) {
 #pragma unroll
-        for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
-#pragma unroll
-            for (int n = 0; n < Shape::EIGHTS; ++n) Format::finish(sums[m][n], w + m * Format::BYTES, own);
+            for (int i = 0; i < COUNT; ++i) add_superblock<Shape>(sums, shared + from + i * Shape::SIZE, own);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < left; ++i) add_superblock<Shape>(sums, shared + from + i * Shape::SIZE, own);
+        }
         from = from + Shape::STAGE == END ? 0 : from + Shape::STAGE;
         to = to + Shape::STAGE == END ? 0 : to + Shape::STAGE;
     }
@@ -433,9 +451,9 @@ __device__ inline void gemm(const Words &op, u8 *shared) {
 }
 
 // A kernel for each number of tokens of a tile; its shape is to be known to twins/gemm.py.
-#define GEMM(name, Format, groups, eights, warps, stages, blocks)            \
-    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)         \
-    name(const Words op) {                                                   \
-        DYNAMIC_SHARED(shared);                                              \
-        gemm<Tile<Format, groups, eights, warps, stages>>(op, shared);       \
+#define GEMM(name, Format, groups, eights, warps, stages, superblocks, blocks)       \
+    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                 \
+    name(const Words op) {                                                           \
+        DYNAMIC_SHARED(shared);                                                      \
+        gemm<Tile<Format, groups, eights, warps, stages, superblocks>>(op, shared);  \
     }

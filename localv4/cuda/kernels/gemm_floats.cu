@@ -114,11 +114,11 @@ struct F32R {
 
 // --- tiles ---
 
-// As `Tile`, with stages of 32 columns.
-template <class Format_, int groups, int eights, int warps, int stages>
+// As `Tile`, with stages of `columns` columns.
+template <class Format_, int groups, int eights, int warps, int stages, int columns>
 struct FloatTile {
     typedef Format_ Format;
-    static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, COLUMNS = 32;
+    static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, COLUMNS = columns;
     static constexpr int THREADS = 32 * warps, GROUPS = groups * warps, TOKENS = 8 * eights;
     static constexpr int GROUP = COLUMNS * Format::BYTES, ROW = 4 * COLUMNS + 64;  // bytes; apart in banks
     static constexpr int X = GROUPS * GROUP, STAGE = X + TOKENS * ROW, SHARED = STAGES * STAGE;
@@ -133,29 +133,49 @@ struct FloatFactors {
     int groups, count, cols;
 };
 
-// Start the copies of a stage: a warp copies its own groups, and all together the activations.
-template <class Shape>
-__device__ inline void copy_stage(SharedPlace to, const FloatFactors &f, int start) {
-    typedef typename Shape::Format Format;
-    constexpr int CHUNKS = Format::BYTES / 16, X_CHUNKS = Shape::COLUMNS / 4;
-    int lane = threadIdx.x % 32, first = threadIdx.x / 32 * Shape::GROUPS_OF_WARP;
-#pragma unroll
-    for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
-#pragma unroll
-        for (int k = 0; k < CHUNKS; ++k) {
-            int chunk = lane + 32 * k, column = chunk / CHUNKS, part = chunk % CHUNKS;
-            if (first + m >= f.groups || start + column >= f.cols) continue;
-            int place = column / STEP * STEP + column % 4 * 4 + column % STEP / 4;
-            copy_line(to + (first + m) * Shape::GROUP + place * Format::BYTES + 16 * part,
-                      f.w + ((i64)(first + m) * f.cols + start + column) * Format::BYTES + 16 * part);
-        }
-#pragma unroll
-    for (int i = threadIdx.x; i < Shape::TOKENS * X_CHUNKS; i += Shape::THREADS) {
-        int token = i / X_CHUNKS, column = 4 * (i % X_CHUNKS);
-        if (token < f.count && start + column < f.cols)
-            copy_line(to + Shape::X + token * Shape::ROW + 4 * column, (const u8 *)(f.x + token * f.stride + start + column));
-    }
+// Where a column of a stage is in shared memory.
+__device__ inline int place_of_column(int column) {
+    return column / STEP * STEP + column % 4 * 4 + column % STEP / 4;
 }
+
+// The copies of a thread, from stage to stage: a warp copies its own groups, and all together the
+// activations.
+template <class Shape>
+struct FloatCopies {
+    static constexpr int BYTES = Shape::Format::BYTES, CHUNKS = BYTES / 16, AT_ONCE = 32 / CHUNKS;
+    static constexpr int X_CHUNKS = Shape::COLUMNS / 4, X_STEP = Shape::THREADS / X_CHUNKS;
+    const u8 *w;
+    const float *x;
+    i64 group_bytes, x_step;
+    int groups, tokens, column, x_column, left;
+    SharedPlace to_w, to_x;
+
+    __device__ FloatCopies(const FloatFactors &f, u8 *shared) {
+        int lane = threadIdx.x % 32, first = threadIdx.x / 32 * Shape::GROUPS_OF_WARP, token = threadIdx.x / X_CHUNKS;
+        column = lane / CHUNKS, x_column = threadIdx.x % X_CHUNKS * 4, left = f.cols;
+        groups = f.groups - first, tokens = min(f.count, Shape::TOKENS) - token;
+        group_bytes = (i64)f.cols * BYTES, x_step = X_STEP * f.stride;
+        w = f.w + first * group_bytes + 16 * lane;
+        x = f.x + token * f.stride + x_column;
+        to_w = place_of(shared) + first * Shape::GROUP + place_of_column(column) * BYTES + 16 * (lane % CHUNKS);
+        to_x = place_of(shared) + Shape::X + token * Shape::ROW + 4 * x_column;
+    }
+
+    // Start the copies of the next stage, as far as there are columns, to a place in the ring.
+    __device__ void start(int to) {
+#pragma unroll
+        for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m)
+#pragma unroll
+            for (int k = 0; AT_ONCE * k < Shape::COLUMNS; ++k)
+                if (m < groups && column + AT_ONCE * k < left)
+                    copy_line(to_w + to + m * Shape::GROUP + place_of_column(AT_ONCE * k) * BYTES, w + m * group_bytes + 512 * k);
+#pragma unroll
+        for (int k = 0; k * X_STEP < Shape::TOKENS; ++k)
+            if (k * X_STEP < tokens && x_column < left)
+                copy_line(to_x + to + k * X_STEP * Shape::ROW, (const u8 *)(x + k * x_step));
+        w += Shape::COLUMNS * BYTES, x += Shape::COLUMNS, left -= Shape::COLUMNS;
+    }
+};
 
 // Add the products of sixteen columns; w and x are where they start in shared memory.
 template <class Shape>
@@ -205,14 +225,14 @@ template <class Shape>
 __device__ inline void multiply_floats(typename Shape::Sums &sums, const FloatFactors &f, u8 *shared) {
     constexpr int AHEAD = Shape::STAGES - 1, END = Shape::STAGES * Shape::STAGE;
     Place own = own_place();
-    SharedPlace ring = place_of(shared);
+    FloatCopies<Shape> copies(f, shared);
     int warp_w = threadIdx.x / 32 * Shape::GROUPS_OF_WARP * Shape::GROUP;
     typename Shape::Sums part;
     clear<Shape>(sums);
     clear<Shape>(part);
 #pragma unroll
     for (int stage = 0; stage < AHEAD; ++stage) {
-        copy_stage<Shape>(ring + stage * Shape::STAGE, f, stage * Shape::COLUMNS);
+        copies.start(stage * Shape::STAGE);
         commit_copies();
     }
     int from = 0, to = AHEAD * Shape::STAGE;
@@ -220,12 +240,18 @@ __device__ inline void multiply_floats(typename Shape::Sums &sums, const FloatFa
         float scale = Shape::Format::HAS_SCALES ? f.scale[start / SPAN] : 1.0f;
         wait_for_copies<AHEAD - 1>();
         __syncthreads();
-        copy_stage<Shape>(ring + to, f, start + AHEAD * Shape::COLUMNS);
+        copies.start(to);
         commit_copies();
         const u8 *w = shared + from + warp_w, *x = shared + from + Shape::X;
+        if (start + Shape::COLUMNS <= f.cols) {
+#pragma unroll (Shape::EIGHTS > 2 ? 1 : Shape::COLUMNS / STEP)
+            for (int step = 0; step < Shape::COLUMNS; step += STEP)
+                add_step<Shape>(part, w + step * Shape::Format::BYTES, x + 4 * step, own);
+        } else {
 #pragma unroll 1
-        for (int step = 0; step < Shape::COLUMNS && start + step < f.cols; step += STEP)
-            add_step<Shape>(part, w + step * Shape::Format::BYTES, x + 4 * step, own);
+            for (int step = 0; start + step < f.cols; step += STEP)
+                add_step<Shape>(part, w + step * Shape::Format::BYTES, x + 4 * step, own);
+        }
         if ((start + Shape::COLUMNS) % SPAN == 0 || start + Shape::COLUMNS >= f.cols) flush<Shape>(sums, part, scale);
         from = from + Shape::STAGE == END ? 0 : from + Shape::STAGE;
         to = to + Shape::STAGE == END ? 0 : to + Shape::STAGE;
@@ -295,20 +321,20 @@ __device__ inline void float_gemm(const Words &op, u8 *shared) {
 #endif
 }
 
-// As in gemm.cu.
-#define FLOAT_GEMM(name, Format, groups, eights, warps, stages, blocks)             \
-    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                \
-    name(const Words op) {                                                          \
-        DYNAMIC_SHARED(shared);                                                     \
-        float_gemm<FloatTile<Format, groups, eights, warps, stages>>(op, shared);   \
+// As in gemm.cuh.
+#define FLOAT_GEMM(name, Format, groups, eights, warps, stages, columns, blocks)            \
+    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                        \
+    name(const Words op) {                                                                  \
+        DYNAMIC_SHARED(shared);                                                             \
+        float_gemm<FloatTile<Format, groups, eights, warps, stages, columns>>(op, shared);  \
     }
 
-#define FLOAT_GEMMS(prefix, Format)                    \
-    FLOAT_GEMM(prefix##_gemm_8, Format, 1, 1, 2, 6, 8)   \
-    FLOAT_GEMM(prefix##_gemm_16, Format, 1, 2, 2, 6, 8)  \
-    FLOAT_GEMM(prefix##_gemm_32, Format, 1, 4, 4, 3, 4)  \
-    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 2, 2)
+#define FLOAT_GEMMS(prefix, Format, columns)                    \
+    FLOAT_GEMM(prefix##_gemm_8, Format, 1, 1, 2, 3, columns, 4)   \
+    FLOAT_GEMM(prefix##_gemm_16, Format, 1, 2, 2, 3, columns, 4)  \
+    FLOAT_GEMM(prefix##_gemm_32, Format, 1, 4, 4, 3, 32, 4)       \
+    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 2, 32, 2)
 
-FLOAT_GEMMS(b16, B16)
-FLOAT_GEMMS(f8, F8)
-FLOAT_GEMMS(f32r, F32R)
+FLOAT_GEMMS(b16, B16, 128)
+FLOAT_GEMMS(f8, F8, 128)
+FLOAT_GEMMS(f32r, F32R, 64)

@@ -226,9 +226,9 @@ struct Kquant {
 };
 
 #define KQUANT_KERNELS(prefix, Source, warps, blocks)               \
-    GEMM(prefix##_gemm_8, Kquant<Source>, 1, 1, 2, 3, 4)            \
-    GEMM(prefix##_gemm_16, Kquant<Source>, 1, 2, 2, 3, 4)           \
-    GEMM(prefix##_gemm_32, Kquant<Source>, 2, 4, warps, 2, 2)       \
+    GEMM(prefix##_gemm_8, Kquant<Source>, 1, 1, 2, 3, 1, 4)         \
+    GEMM(prefix##_gemm_16, Kquant<Source>, 1, 2, 2, 3, 1, 4)        \
+    GEMM(prefix##_gemm_32, Kquant<Source>, 2, 4, warps, 2, 1, 2)    \
     EXPERTS(prefix, Kquant<Source>, 4, warps, 2, 2, blocks)
 
 KQUANT_KERNELS(q4k, Q4K, 4, 2)

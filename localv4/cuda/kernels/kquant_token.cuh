@@ -93,17 +93,14 @@ struct SuperblockProducts {
         }
 
         __device__ inline void store_head(float *place) const {
-            u32 words[4] = {head.x, head.y, head.z, head.w};
-#pragma unroll
-            for (int row = 0; row < 4; ++row) {
-                if (NUMBERS == 1) {
-                    place[row] = __int_as_float((int)words[row]);
-                    continue;
-                }
-                int shift = 16 * (row % 2);
-                place[2 * row] = half_bits_to_float(words[row / 2] >> shift & 0xffff);
-                place[2 * row + 1] = -half_bits_to_float(words[2 + row / 2] >> shift & 0xffff);
+            if (NUMBERS == 1) {
+                *(uint4 *)place = head;
+                return;
             }
+            float2 d[2] = {halves_to_floats(head.x), halves_to_floats(head.y)};
+            float2 m[2] = {halves_to_floats(head.z), halves_to_floats(head.w)};
+            ((float4 *)place)[0] = make_float4(d[0].x, -m[0].x, d[0].y, -m[0].y);
+            ((float4 *)place)[1] = make_float4(d[1].x, -m[1].x, d[1].y, -m[1].y);
         }
     };
 
@@ -111,19 +108,20 @@ struct SuperblockProducts {
     __device__ static inline float chain(
         float sum, const Table<ROWS, FLOATS> &table, int slot, int row, int blocks, const Rounded &x, int first
     ) {
-        const float *d = x.d + first;
+        const float *d = x.d + first, *own = table.at(slot, 0) + row * NUMBERS;
+        const float *head = heads(table, slot, 0) + row * NUMBERS;
 #pragma unroll 2
         for (int superblock = 0; superblock < blocks / BLOCKS; ++superblock) {
+            uint4 low = load_input_u128(d), high = load_input_u128(d + 4);
+            u32 factors[BLOCKS] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             float parts[NUMBERS] = {};
 #pragma unroll
-            for (int i = 0; i < BLOCKS; ++i) {
-                int block = superblock * BLOCKS + i;
-                const float *own = table.at(slot, block) + row * NUMBERS;
+            for (int i = 0; i < BLOCKS; ++i)
                 for (int number = 0; number < NUMBERS; ++number)
-                    parts[number] = __fmaf_rn(own[number], load_input(d + block), parts[number]);
-            }
-            const float *head = heads(table, slot, superblock) + row * NUMBERS;
+                    parts[number] =
+                        __fmaf_rn(own[i * ROWS * FLOATS + number], __int_as_float((int)factors[i]), parts[number]);
             for (int number = 0; number < NUMBERS; ++number) sum = __fmaf_rn(parts[number], head[number], sum);
+            d += BLOCKS, own += BLOCKS * ROWS * FLOATS, head += ROWS * FLOATS;
         }
         return sum;
     }

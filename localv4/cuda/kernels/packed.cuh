@@ -4,11 +4,9 @@
 // eight codes of four bits (line j of a block: columns 8 * j ... 8 * j + 7) or four bytes (line j:
 // columns 4 * j ... 4 * j + 3). So four lines of sixteen bytes of a lane are four rows of a block.
 //
-// A format decodes a word into one or two words of four signed bytes, `value + BIAS`, in an order of
-// its own: `arrange` puts as many words of activations into the same order. With them
-// sum(byte * activation) - BIAS * sum(activation) is the sum of the products, which FACTOR * scale
-// turns into that of weights. `Sum` adds up the products of one row of a block with less work: a word
-// at a time with the arranged activations of its columns, and `value` takes the sum of all of them.
+// `Sum` adds up the products of one row of a block with its activations, a word at a time, as whole
+// numbers: `arrange` brings the activations of a word into the order of its codes, and `value` takes
+// the sum of all activations of the block, if the format WANTS_TOTAL. FACTOR is for the final result.
 
 #pragma once
 
@@ -18,24 +16,21 @@ constexpr int GROUP_ROWS = 16;   // rows that are interleaved
 constexpr int BLOCK = 32;        // columns with one scale
 constexpr int LINE = 64;         // bytes; the first line of a superblock has the scales
 
+// Twice the magnitudes of E2M1: 0, 1, 2, 3; then 4, 6, 8, 12.
 __device__ const u32 MX4_LOW = 0x03020100u;
+constexpr u32 MX4_HIGH = 0x0c080604u;
 
 struct Mx4 {
     static constexpr int BLOCKS = 4;               // of a superblock
     static constexpr int SUPERBLOCK_BYTES = 1088;
     static constexpr int BLOCK_BYTES = 256;
     static constexpr int LINES = 4;                // of a block
-    static constexpr int CODE_WORDS = 2;           // that a word is decoded into
-    static constexpr int BIAS = -64;
+    static constexpr int CODE_WORDS = 2;           // words of activations that belong to a word
+    static constexpr bool WANTS_TOTAL = false;
     static constexpr float FACTOR = 0.5f;
 
-    // Twice the magnitudes of E2M1, 0 1 2 3 (MX4_LOW) and 4 6 8 12. permute_bytes looks up the lower three
-    // bits of four nibbles; where the upper bit of a nibble, the sign of a code, is set, it gives
-    // the sign of the byte instead: 0 here.
-    static constexpr u32 HIGH = 0x0c080604u;
-
-    // What `Sum` needs: LOW from memory, lest the compiler keeps it in a register of the whole warp
-    // and copies that for each lookup.
+    // What `Sum` needs: MX4_LOW from memory, lest the compiler keeps it in a register of the whole
+    // warp and copies that for each lookup.
     struct Lookup {
         u32 low;
     };
@@ -48,25 +43,18 @@ struct Mx4 {
         columns[0] = low;
     }
 
-    // value - 64 of both signs is below 0, so that the lookup for the other sign gives 0xff.
-    __device__ static inline void decode(u32 word, u32 (&codes)[2]) {
-        u32 other = word ^ 0x88888888u;
-        codes[0] = permute_bytes(0xc3c2c1c0u, 0xccc8c6c4u, word)
-                   & permute_bytes(0xbdbebfc0u, 0xb4b8babcu, other);
-        codes[1] = permute_bytes(0xc3c2c1c0u, 0xccc8c6c4u, word >> 16)
-                   & permute_bytes(0xbdbebfc0u, 0xb4b8babcu, other >> 16);
-    }
-
-    // The magnitudes of both signs apart: products have a pipe of their own, lookups need the other.
+    // Those of positive codes and of negative ones apart: permute_bytes looks up the lower three bits
+    // of four nibbles, but where the upper bit, the sign of a code, is set, it gives the sign of a
+    // byte of the table, which is 0. Lookups and products are done by different units.
     struct Sum {
         int plus = 0, minus = 0;
 
         __device__ inline void add(const Lookup &table, u32 word, const u32 *columns) {
-            u32 other = word ^ 0x88888888u, low = table.low;
-            plus = dot4(permute_bytes(low, HIGH, word), columns[0], plus);
-            minus = dot4(permute_bytes(low, HIGH, other), columns[0], minus);
-            plus = dot4(permute_bytes(low, HIGH, word >> 16), columns[1], plus);
-            minus = dot4(permute_bytes(low, HIGH, other >> 16), columns[1], minus);
+            u32 other = word ^ 0x88888888u;
+            plus = dot4(permute_bytes(table.low, MX4_HIGH, word), columns[0], plus);
+            minus = dot4(permute_bytes(table.low, MX4_HIGH, other), columns[0], minus);
+            plus = dot4(permute_bytes(table.low, MX4_HIGH, word >> 16), columns[1], plus);
+            minus = dot4(permute_bytes(table.low, MX4_HIGH, other >> 16), columns[1], minus);
         }
 
         __device__ inline int value(int) const { return plus - minus; }
@@ -92,8 +80,8 @@ struct HalfScales {
         return load_stream_u64(superblock + 32 * block + 8 * quad);
     }
     __device__ static inline void decode_scales(Scales stored, float (&scales)[4]) {
-        scales[0] = half_bits_to_float(stored.x & 0xffff), scales[1] = half_bits_to_float(stored.x >> 16);
-        scales[2] = half_bits_to_float(stored.y & 0xffff), scales[3] = half_bits_to_float(stored.y >> 16);
+        float2 first = halves_to_floats(stored.x), second = halves_to_floats(stored.y);
+        scales[0] = first.x, scales[1] = first.y, scales[2] = second.x, scales[3] = second.y;
     }
 };
 
@@ -103,26 +91,20 @@ struct Q4 : HalfScales {
     static constexpr int BLOCK_BYTES = 256;
     static constexpr int LINES = 4;
     static constexpr int CODE_WORDS = 2;
-    static constexpr int BIAS = 8;
+    static constexpr bool WANTS_TOTAL = true;
     static constexpr float FACTOR = 1.0f;
 
     __device__ static inline void arrange(u32 *) {}
-
-    __device__ static inline void decode(u32 word, u32 (&codes)[2]) {
-        codes[0] = word & 0x0f0f0f0fu;
-        codes[1] = word >> 4 & 0x0f0f0f0fu;
-    }
 
     struct Sum {
         int sum = 0;
 
         __device__ inline void add(const Lookup &, u32 word, const u32 *columns) {
-            u32 codes[2];
-            decode(word, codes);
-            sum = dot4(codes[1], columns[1], dot4(codes[0], columns[0], sum));
+            sum = dot4(word & 0x0f0f0f0fu, columns[0], sum);
+            sum = dot4(word >> 4 & 0x0f0f0f0fu, columns[1], sum);
         }
 
-        __device__ inline int value(int total) const { return sum - BIAS * total; }
+        __device__ inline int value(int total) const { return sum - 8 * total; }
     };
 };
 
@@ -132,12 +114,10 @@ struct Q8 : HalfScales {
     static constexpr int BLOCK_BYTES = 512;
     static constexpr int LINES = 8;
     static constexpr int CODE_WORDS = 1;
-    static constexpr int BIAS = 0;
+    static constexpr bool WANTS_TOTAL = false;
     static constexpr float FACTOR = 1.0f;
 
     __device__ static inline void arrange(u32 *) {}
-
-    __device__ static inline void decode(u32 word, u32 (&codes)[1]) { codes[0] = word; }
 
     struct Sum {
         int sum = 0;

@@ -13,10 +13,9 @@ struct F8 {
 
     // A code shifted to its place in a half is its value times 2^-8, exactly.
     __device__ static inline void decode_word(u32 word, float *values) {
-        u32 low = permute_bytes(word, 0, 0x9180) << 7 & 0xbf80bf80u;
-        u32 high = permute_bytes(word, 0, 0xb3a2) << 7 & 0xbf80bf80u;
-        values[0] = half_bits_to_float(low & 0xffff), values[1] = half_bits_to_float(low >> 16);
-        values[2] = half_bits_to_float(high & 0xffff), values[3] = half_bits_to_float(high >> 16);
+        float2 low = halves_to_floats(permute_bytes(word, 0, 0x9180) << 7 & 0xbf80bf80u);
+        float2 high = halves_to_floats(permute_bytes(word, 0, 0xb3a2) << 7 & 0xbf80bf80u);
+        values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
     }
 
     __device__ static inline void decode(const uint4 &stored, float (&values)[ROWS]) {

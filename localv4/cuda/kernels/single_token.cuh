@@ -96,6 +96,17 @@ __device__ inline float row_products(const Source &source, int slots, int blocks
     return sum;
 }
 
+// Groups that lie one after the other, and are multiplied with the same activations.
+struct GroupSource {
+    const u8 *first;
+    i64 bytes;  // of a group
+    Rounded activations;
+
+    __device__ inline bool exists(int) const { return true; }
+    __device__ inline const u8 *weights(int slot) const { return first + slot * bytes; }
+    __device__ inline const Rounded &x(int) const { return activations; }
+};
+
 // The formats whose blocks have a scale each. The table has the whole number of each row and block,
 // and what it is to be multiplied with.
 template <class Format>
@@ -128,7 +139,7 @@ struct BlockProducts {
             typename Format::Sum sums[4];
             add_lines(sums, x.q + BLOCK * column_block, lookup);
             int total = 0;
-            if (Format::BIAS != 0) {
+            if (Format::WANTS_TOTAL) {
                 uint2 halves = load_input_u64(x.b + 4 * column_block + 2);
                 total = (int)(halves.x + halves.y);
             }

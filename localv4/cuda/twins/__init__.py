@@ -5,6 +5,7 @@ from localv4.cuda.twins.attention import ATTENTION
 from localv4.cuda.twins.float_products import FLOAT_PRODUCTS
 from localv4.cuda.twins.gemm import MANY_PRODUCTS
 from localv4.cuda.twins.gemm_floats import MANY_FLOAT_PRODUCTS
+from localv4.cuda.twins.indexer import INDEXER
 from localv4.cuda.twins.pooling import POOLING
 from localv4.cuda.twins.products import PRODUCTS
 from localv4.cuda.twins.router import ROUTER
@@ -21,4 +22,5 @@ TWINS: dict[str, Twin] = {
     **POOLING,
     **ROUTER,
     **ATTENTION,
+    **INDEXER,
 }

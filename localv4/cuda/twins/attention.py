@@ -1,7 +1,7 @@
 """Twins of attention (`kernels.attend`, `kernels.attend_keys`).
 
 For one token `attend_query`, `attend_scores` and `attend_softmax` do all the work, in memory that
-belongs to the CPU's scratch memory (`attention.cu` has its layout).
+belongs to the CPU's scratch memory (`attention.cu` has its layout). That itself is not used.
 """
 
 from localv4.cuda.twin import Kernel, Twin, Words
@@ -41,7 +41,7 @@ def _query() -> Twin:
         lambda words: _tiles(words[2]) * HEADS // 4,
         scratch=lambda words: _scratch_bytes(words[2], words[3]),
     )
-    return Twin("aiiaaifa", (kernel,), owner=8)
+    return Twin("aiiaaifi", (kernel,), owner=8)
 
 
 def _scores(name: str) -> Twin:
@@ -50,7 +50,7 @@ def _scores(name: str) -> Twin:
         lambda words: _tiles(words[10]) * _parts(words),
         scratch=lambda words: _scratch_bytes(words[10], words[11]),
     )
-    return Twin("aiiaaicic" + "iiai", (kernel,), owner=12)
+    return Twin("aiiaaicic" + "iiii", (kernel,), owner=12)
 
 
 def _softmax() -> Twin:
@@ -59,7 +59,7 @@ def _softmax() -> Twin:
         lambda words: words[5] * -(-words[6] // 256),
         scratch=lambda words: _scratch_bytes(words[5], words[6]),
     )
-    return Twin("aiiaiiaa", (kernel,), owner=8)
+    return Twin("aiiaiiai", (kernel,), owner=8)
 
 
 def _many(name: str) -> Twin:
@@ -67,13 +67,13 @@ def _many(name: str) -> Twin:
         *("attention_chunk.cu", f"{name}_attend", THREADS),
         lambda words: words[12] * _tiles(words[13]),
     )
-    return Twin("aiiaaicic" + "aiiiiaaifaai", (kernel,))
+    return Twin("aiiaaicic" + "aiiiiaaifaii", (kernel,))
 
 
 ATTENTION = {
     "attend.attend_query": _query(),
     "attend.attend_softmax": _softmax(),
     **{f"row_operations.{name}_attend_scores": _scores(name) for name in FORMATS},
-    **{f"row_operations.{name}_attend_values": Twin("aiiaiiaaiaa", ()) for name in FORMATS},
+    **{f"row_operations.{name}_attend_values": Twin("aiiaiiaaiia", ()) for name in FORMATS},
     **{f"row_operations.{name}_attend": _many(name) for name in FORMATS},
 }

@@ -27,13 +27,17 @@ FEW_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a block of threads computes: 16 * `groups` rows for each warp times `tokens` tokens."""
+    """What a block of threads computes: 16 * `groups` rows for each warp times `tokens` tokens.
+
+    Its shared memory holds `stages` stages of `superblocks` superblocks; `source` has the kernel.
+    """
 
     fmt: PackedFormat
     groups: int
     tokens: int
     warps: int
     stages: int
+    superblocks: int = 1
     source: str = "gemm.cu"
 
     @property
@@ -47,7 +51,7 @@ class Tile:
         return self.groups * self.warps
 
     @property
-    def stage(self) -> int:
+    def size(self) -> int:
         """Bytes of a superblock of weights, activations and what belongs to them."""
         of_block = BLOCK + 4 + (SUMS_BYTES if self.fmt in WITH_LEAST else 0)
         activations = self.fmt.columns // BLOCK * of_block
@@ -56,32 +60,32 @@ class Tile:
     @property
     def shared(self) -> int:
         """Bytes of shared memory."""
-        return self.stages * self.stage
+        return self.stages * self.superblocks * self.size
 
     def blocks(self, groups: int, tokens: int) -> int:
         """Return the number of tiles of a product."""
         return -(-groups // self.all_groups) * -(-tokens // self.tokens)
 
 
-def _tiles(fmt: PackedFormat, many_stages: int, few_stages: int) -> tuple[Tile, ...]:
+def _tiles(fmt: PackedFormat, stages: int, superblocks: int) -> tuple[Tile, ...]:
     return (
-        Tile(fmt, 1, 8, 2, few_stages),
-        Tile(fmt, 1, 16, 2, few_stages),
-        Tile(fmt, 1, 32, 4, many_stages),
-        Tile(fmt, 2, 64, 4, many_stages),
-        Tile(fmt, 2, 128, 4, many_stages),
+        Tile(fmt, 1, 8, 2, 3, superblocks),
+        Tile(fmt, 1, 16, 2, 3, superblocks),
+        Tile(fmt, 1, 32, 4, stages),
+        Tile(fmt, 2, 64, 4, stages),
+        Tile(fmt, 2, 128, 4, stages),
     )
 
 
 def _kquant_tiles(fmt: PackedFormat, warps: int) -> tuple[Tile, ...]:
     return (
-        Tile(fmt, 1, 8, 2, 3, KQUANTS),
-        Tile(fmt, 1, 16, 2, 3, KQUANTS),
-        Tile(fmt, 2, 32, warps, 2, KQUANTS),
+        Tile(fmt, 1, 8, 2, 3, source=KQUANTS),
+        Tile(fmt, 1, 16, 2, 3, source=KQUANTS),
+        Tile(fmt, 2, 32, warps, 2, source=KQUANTS),
     )
 
 
-TILES = {fmt: _tiles(fmt, *stages) for fmt, stages in {MX4: (2, 4), Q4: (3, 6), Q8: (3, 6)}.items()}
+TILES = {fmt: _tiles(fmt, *stages) for fmt, stages in {MX4: (2, 2), Q4: (3, 4), Q8: (3, 4)}.items()}
 KQUANT_TILES = {
     fmt: _kquant_tiles(fmt, warps) for fmt, warps in {Q4K: 4, Q6: 2, Q3: 4, Q2: 4, IQ2: 4}.items()
 }
@@ -130,7 +134,7 @@ EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}
 MOST_BLOCKS = 2048
 """Blocks of threads that go through the tiles of experts: several times as many as run at once."""
 
-SUM_THREADS = 256
+SUM_THREADS, SUM_BLOCKS = 256, 1024
 
 
 def _expert_kernel(tile: Tile, kind: str, scratch: Callable[[Words], int] = nothing) -> Kernel:
@@ -150,7 +154,7 @@ def _products_bytes(words: Words) -> int:
 
 
 def _slots_blocks(words: Words) -> int:
-    return MOST_BLOCKS if words[2] else 0
+    return SUM_BLOCKS if words[2] else 0
 
 
 def _slots_bytes(words: Words) -> int:

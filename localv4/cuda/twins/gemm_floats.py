@@ -8,32 +8,35 @@ from localv4.kernels.packing_floats import B16, F32R
 SOURCE = "gemm_floats.cu"
 
 COLUMNS = 32
-"""Columns of a stage."""
+"""Columns of a stage; several times as many where there are few tokens."""
 
 GAP = 64
 """Bytes behind the activations of a token."""
 
 
 class FloatTile(Tile):
-    """A tile with columns of weights and float32 activations."""
+    """A tile with 32 columns of weights and float32 activations in the place of a superblock."""
 
     @property
-    def stage(self) -> int:
-        """Bytes of some columns of weights and of activations."""
-        weights = self.all_groups * self.fmt.superblock_bytes * COLUMNS
-        return weights + self.tokens * (4 * COLUMNS + GAP)
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        columns = COLUMNS * self.superblocks
+        weights = self.all_groups * self.fmt.superblock_bytes * columns
+        return self.stages * (weights + self.tokens * (4 * columns + GAP))
 
 
-def _twin(fmt: PackedFormat) -> Twin:
+def _twin(fmt: PackedFormat, superblocks: int) -> Twin:
     tiles = (
-        FloatTile(fmt, 1, 8, 2, 6, SOURCE),
-        FloatTile(fmt, 1, 16, 2, 6, SOURCE),
-        FloatTile(fmt, 1, 32, 4, 3, SOURCE),
-        FloatTile(fmt, 2, 64, 4, 2, SOURCE),
+        FloatTile(fmt, 1, 8, 2, 3, superblocks, SOURCE),
+        FloatTile(fmt, 1, 16, 2, 3, superblocks, SOURCE),
+        FloatTile(fmt, 1, 32, 4, 3, 1, SOURCE),
+        FloatTile(fmt, 2, 64, 4, 2, 1, SOURCE),
     )
     return Twin("aiiaaiiaia", tuple(gemm_kernel(tiles, tile) for tile in tiles))
 
 
 MANY_FLOAT_PRODUCTS = {
-    f"float_operations.{fmt.name.lower()}_gemm": _twin(fmt) for fmt in (B16, F8, F32R)
+    "float_operations.b16_gemm": _twin(B16, 4),
+    "float_operations.f8_gemm": _twin(F8, 4),
+    "float_operations.f32r_gemm": _twin(F32R, 2),
 }

@@ -17,6 +17,8 @@ FEW_GROUPS = 512
 
 QUAD = 4  # rows of a task
 
+KQUANT_MODULE = "kquant_operations"
+
 
 @dataclass(frozen=True, slots=True)
 class TokenFormat:
@@ -37,6 +39,10 @@ class TokenFormat:
         """Blocks of a superblock."""
         return self.fmt.columns // BLOCK
 
+    def source(self, what: str) -> str:
+        """Return the file of kernels for matrices or experts."""
+        return f"kquant_{what}.cu" if self.module == KQUANT_MODULE else f"{what}.cu"
+
     def table_bytes(self, slots: int, cols: int, rows: int) -> int:
         """Return the shared memory for `rows` rows of each slot."""
         most = TABLE_ROWS // rows // slots // self.blocks * self.blocks
@@ -45,16 +51,15 @@ class TokenFormat:
         return 4 * slots * rows * (self.floats * (at_once + 1) + heads)
 
 
-KQUANTS = "kquant_operations"
 FORMATS = (
     TokenFormat(MX4, 2),
     TokenFormat(Q4, 2),
     TokenFormat(Q8, 1),
-    TokenFormat(Q4K, 2, 2, 2, KQUANTS),
-    TokenFormat(Q6, 1, 1, 1, KQUANTS),
-    TokenFormat(Q3, 2, 1, 1, KQUANTS),
-    TokenFormat(Q2, 2, 2, 2, KQUANTS),
-    TokenFormat(IQ2, 2, 1, 1, KQUANTS),
+    TokenFormat(Q4K, 2, 2, 2, KQUANT_MODULE),
+    TokenFormat(Q6, 1, 1, 1, KQUANT_MODULE),
+    TokenFormat(Q3, 2, 1, 1, KQUANT_MODULE),
+    TokenFormat(Q2, 2, 2, 2, KQUANT_MODULE),
+    TokenFormat(IQ2, 2, 1, 1, KQUANT_MODULE),
 )
 
 
@@ -81,12 +86,12 @@ def _matvec(form: TokenFormat) -> Twin:
     def few_bytes(words: Words) -> int:
         return form.table_bytes(1, words[3], GROUP_ROWS // 2)
 
-    name = form.fmt.name.lower()
+    name, source = form.fmt.name.lower(), form.source("matvec")
     return Twin(
         "aiiaaaa",
         (
-            Kernel("matvec.cu", f"{name}_matvec", THREADS, many, many_bytes),
-            Kernel("matvec.cu", f"{name}_matvec_few", THREADS, few, few_bytes),
+            Kernel(source, f"{name}_matvec", THREADS, many, many_bytes),
+            Kernel(source, f"{name}_matvec_few", THREADS, few, few_bytes),
         ),
     )
 
@@ -104,12 +109,12 @@ def _gate_up(form: TokenFormat) -> Twin:
     def few_bytes(words: Words) -> int:
         return form.table_bytes(2, words[4], GROUP_ROWS // 2)
 
-    name = form.fmt.name.lower()
+    name, source = form.fmt.name.lower(), form.source("experts")
     return Twin(
         "tiiiaaaaf",
         (
-            Kernel("experts.cu", f"{name}_gate_up", THREADS, many, many_bytes),
-            Kernel("experts.cu", f"{name}_gate_up_few", THREADS, few, few_bytes),
+            Kernel(source, f"{name}_gate_up", THREADS, many, many_bytes),
+            Kernel(source, f"{name}_gate_up_few", THREADS, few, few_bytes),
         ),
     )
 
@@ -126,7 +131,7 @@ def _down(form: TokenFormat) -> Twin:
         return form.table_bytes(max(1, min(words[2], fitting)), words[4], DOWN_ROWS)
 
     name = f"{form.fmt.name.lower()}_down"
-    return Twin(DOWN_KINDS, (Kernel("experts.cu", name, THREADS, blocks, shared),))
+    return Twin(DOWN_KINDS, (Kernel(form.source("experts"), name, THREADS, blocks, shared),))
 
 
 def _down_parts(form: TokenFormat) -> Twin:
@@ -137,7 +142,7 @@ def _down_parts(form: TokenFormat) -> Twin:
         return form.table_bytes(1, words[4], GROUP_ROWS)
 
     name = f"{form.fmt.name.lower()}_down_parts"
-    return Twin(DOWN_KINDS, (Kernel("experts.cu", name, THREADS, blocks, shared),))
+    return Twin(DOWN_KINDS, (Kernel(form.source("experts"), name, THREADS, blocks, shared),))
 
 
 def _combined(words: Words) -> int:
@@ -165,5 +170,6 @@ COMBINE = Twin("aiiiaaia", (Kernel("experts.cu", "combine", THREADS, _combined),
 """The rest of a `down`: parts from anywhere, in the order and with the bits of the whole.
 
 Words: parts (count, stride) f32, stride in floats, count, rows, weights, out, 1 to add to what
-`out` holds, used (count,) i64: 0 for an expert that is left out.
+`out` holds, turns (count,) i64: the experts of turn 1 are added first, in their order, then those
+of turn 2 and so on, as one `down` for each form of records does; 0: an expert is left out.
 """

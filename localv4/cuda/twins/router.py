@@ -5,6 +5,9 @@ from localv4.cuda.twin import Kernel, Twin, Words
 MOST_EXPERTS = 1024
 """Threads that sort experts, one for each."""
 
+COUNTING = "iiiiii"
+"""The kinds of the words by which the CPU counts uses and halts: they mean nothing to the GPU."""
+
 
 def _one(words: Words) -> int:
     return 1
@@ -14,6 +17,8 @@ ROUTER = {
     "route.route": Twin(
         "aiiaaaifaai", (Kernel("router.cu", "route", 256, lambda words: words[11]),)
     ),
-    "route.resolve": Twin("aitaiaaacaia", (Kernel("router.cu", "resolve", 32, _one),)),
-    "route.group": Twin("aitaiaaacaiaiaaaai", (Kernel("router.cu", "group", MOST_EXPERTS, _one),)),
+    "route.resolve": Twin("aitaia" + COUNTING, (Kernel("router.cu", "resolve", 32, _one),)),
+    "route.group": Twin(
+        "aitaia" + COUNTING + "iaaaai", (Kernel("router.cu", "group", MOST_EXPERTS, _one),)
+    ),
 }

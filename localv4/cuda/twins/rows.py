@@ -3,35 +3,43 @@
 from localv4.cuda.twin import Kernel, Twin, Words
 
 THREADS = 256
-MOST_BLOCKS = 2048
-"""Blocks of threads that go through rows in turn: more than run at the same time anywhere."""
+SPAN = 1024
+"""Columns of a row that a block of threads does (`rows.cu`)."""
 
 NORM_THREADS = 512
+MOST_NORMS = 4096
+"""Blocks of threads that norm rows in turn: more than run at the same time anywhere."""
 
 
-def _blocks_for(values: int) -> int:
-    return min(MOST_BLOCKS, -(-values // THREADS))
+def _spans(rows: int, cols: int) -> int:
+    return rows * -(-cols // SPAN)
 
 
 def _cleared(words: Words) -> int:
-    return _blocks_for(words[3] * words[4])
+    return _spans(words[3], words[4])
 
 
 def _rounded(words: Words) -> int:
-    return _blocks_for(words[4] * words[5])
+    return _spans(words[4], words[5])
 
 
 def _gated(words: Words) -> int:
-    return _blocks_for(words[7] * words[8])
+    return _spans(words[7], words[8])
 
 
 def _normed(words: Words) -> int:
-    return min(MOST_BLOCKS, words[10])
+    return min(MOST_NORMS, words[10])
+
+
+def _normed_bytes(words: Words) -> int:
+    return 4 * words[11]
 
 
 ROWS = {
     "rows.clear": Twin("aiii", (Kernel("rows.cu", "clear", THREADS, _cleared),)),
-    "rows.norm": Twin("aiafaiaaaii", (Kernel("rows.cu", "rows_norm", NORM_THREADS, _normed),)),
+    "rows.norm": Twin(
+        "aiafaiaaaii", (Kernel("rows.cu", "rows_norm", NORM_THREADS, _normed, _normed_bytes),)
+    ),
     "rows.swiglu": Twin("aaiaifii", (Kernel("rows.cu", "swiglu", THREADS, _gated),)),
     "single_token.quantize": Twin("aiaiiaaa", (Kernel("rows.cu", "quantize", THREADS, _rounded),)),
 }
