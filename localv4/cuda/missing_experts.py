@@ -22,8 +22,8 @@ class MissingExperts:
     """What the host computes for one token, layer by layer.
 
     `parts` (k, hidden) f32 are the outputs of the experts, not weighted yet: those of the host are
-    copied into the twin on the GPU, where the other rows are the GPU's. `used` (k,) i64 is 1 for
-    each.
+    copied into the twin on the GPU, where the other rows are the GPU's. `turns` (k,) i64 is 1 + the
+    form of each expert: they are added form by form.
     """
 
     def __init__(self, network: GpuNetwork) -> None:
@@ -35,9 +35,9 @@ class MissingExperts:
         self._one = np.ones(1, F32)
         self._result = Rows(k, hidden)
         self.parts = np.zeros((k, hidden), F32)
-        self.used = np.ones(k, np.int64)
+        self.turns = np.ones(k, np.int64)
         self._answer: Callable[[], None] | None = None
-        network.adopt(self.parts, self.used)
+        network.adopt(self.parts, self.turns)
 
     def ask(self, chosen: NDArray[np.int64], x: Rows) -> None:
         """Ask the GPU which experts (1, k) it has chosen, for which input (1, hidden)."""
@@ -50,6 +50,9 @@ class MissingExperts:
         assert self._answer is not None
         self._answer()
         numbers = self._chunk.chosen[0]
+        if self._network.most_forms > 1:
+            self.turns[:] = 1 + self._network.experts.form_numbers[layer, numbers]
+            self._network.publish(self.turns)
         missing = np.flatnonzero(self._store.addresses[layer, numbers] <= 0).tolist()
         if not missing:
             return

@@ -103,7 +103,11 @@ class Translator:
         device = list(words)
         for index, kind in enumerate(twin.kinds, start=1):
             if kind in "atc":
-                device[index] = self._mirrors.address(words[index])
+                try:
+                    device[index] = self._mirrors.address(words[index])
+                except KeyError as error:
+                    names = ", ".join(kernel.name for kernel in twin.kernels)
+                    raise KeyError(f"word {index} of {names}: {error.args[0]}") from None
         device[SCRATCH] = scratch
         return tuple(device)
 

@@ -162,5 +162,5 @@ class GpuTokenPlan:
         program.add_twin(
             COMBINE,
             *(parts.ctypes.data, parts.shape[1], len(parts), parts.shape[1]),
-            *(chunk.shares.ctypes.data, chunk.update.at(), 0, self._missing.used.ctypes.data),
+            *(chunk.shares.ctypes.data, chunk.update.at(), 0, self._missing.turns.ctypes.data),
         )

@@ -121,17 +121,14 @@ class VramStore(PagedStore):
             else:
                 self._waiting.append((key, address))
 
-    def wait(self, layer: int, numbers: Iterable[int]) -> None:
-        """Wait for one of some requested records, or more, unless all are there."""
-        wanted = list(numbers)
-        while self._waiting and (self.addresses[layer, wanted] <= 0).all():
-            self._pass_on()
-            if self.readers.pending or not self._waiting:
-                break
-            waiting = self._waiting[0][0]
-            self.host.wait(waiting[0], [waiting[1]])
+    def _await_record(self) -> bool:
+        """Wait until one or more of the records under way are there, or on the host at least."""
         self._pass_on()
-        super().wait(layer, wanted)
+        if self._waiting and not self.readers.pending:
+            layer, number = self._waiting[0][0]
+            self.host.wait(layer, [number])
+            self._pass_on()
+        return super()._await_record() or bool(self._waiting)
 
     def _pass_on(self) -> None:
         """Have records copied that the host has got by now."""

@@ -126,8 +126,8 @@ class PagedStore:
 
     def _vacate(self, address: int) -> None:
         """Give up whatever lies at an address, when it is there if it is being read."""
-        while not (self.addresses == address).any() and self.readers.pending:
-            self._collect(self.readers.wait())
+        while not (self.addresses == address).any() and self._await_record():
+            pass
         for layer, number in np.argwhere(self.addresses == address).tolist():
             self._give_up((layer, number))
 
@@ -161,11 +161,10 @@ class PagedStore:
                 # slots of records that are being read cannot be had before these are there
                 self._submit(placed, urgent=True)
                 placed = []
-                if not self.readers.pending:
+                if not self._await_record():
                     raise DoesNotFitError(
                         f"no room for the experts of layer {key[0]}", hint="give more with --ram"
                     )
-                self._collect(self.readers.wait())
                 address = self._place(key, spared, self._claimed)
             placed.append((key, address))
         self._submit(placed, urgent=True)
@@ -221,10 +220,17 @@ class PagedStore:
         if absent and self.pages:
             self._departures.prepare(self._claimed)
         while absent and self._count_absent(layer, wanted) == absent:
-            self._collect(self.readers.wait())
+            self._await_record()
             if (self.addresses[layer, wanted] == ABSENT).any():  # a guess failed
                 self.request(layer, wanted)
         self.counts.wait_s += time.perf_counter() - start
+
+    def _await_record(self) -> bool:
+        """Wait until one or more of the records under way are there; False if none is."""
+        if not self.readers.pending:
+            return False
+        self._collect(self.readers.wait())
+        return True
 
     def _count_absent(self, layer: int, wanted: list[int]) -> int:
         return int(np.count_nonzero(self.addresses[layer, wanted] <= 0))

@@ -125,7 +125,7 @@ def gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:
 
 
 def _gemm(tiles: Sequence[Tile]) -> Twin:
-    return Twin("aiiaaaiaia", tuple(gemm_kernel(tiles, tile) for tile in tiles))
+    return Twin("aiiaaaiaii", tuple(gemm_kernel(tiles, tile) for tile in tiles))
 
 
 EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}
@@ -168,11 +168,11 @@ EXPERT_SUM = Kernel(
 
 
 def _gate_up(tile: Tile) -> Twin:
-    return Twin("tiaiiaaaaaaaf", (_expert_kernel(tile, "gate_up"),))
+    return Twin("tiaiiaaaaaaif", (_expert_kernel(tile, "gate_up"),))
 
 
 def _down(tile: Tile) -> Twin:
-    return Twin("tiaiiaaaaiaaai", (_expert_kernel(tile, "down", _products_bytes), EXPERT_SUM))
+    return Twin("tiaiiaaaaiiaai", (_expert_kernel(tile, "down", _products_bytes), EXPERT_SUM))
 
 
 def _twins(prefix: str, tiles: Sequence[Tile], experts: Tile) -> dict[str, Twin]:

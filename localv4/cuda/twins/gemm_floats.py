@@ -32,7 +32,7 @@ def _twin(fmt: PackedFormat, superblocks: int) -> Twin:
         FloatTile(fmt, 1, 32, 4, 3, 1, SOURCE),
         FloatTile(fmt, 2, 64, 4, 2, 1, SOURCE),
     )
-    return Twin("aiiaaiiaia", tuple(gemm_kernel(tiles, tile) for tile in tiles))
+    return Twin("aiiaaiiaii", tuple(gemm_kernel(tiles, tile) for tile in tiles))
 
 
 MANY_FLOAT_PRODUCTS = {
