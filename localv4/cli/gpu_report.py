@@ -53,8 +53,8 @@ def gpu_speed_rows(found: GpuForecast, alone: Forecast) -> Rows:
     )
     rows = [
         ("decode", f"{bounds_text(found.decode)} tokens/s"),
-        ("", f"GPU {_part(found.gpu_bytes, found.gpu_s)}"),
-        ("", f"host {_part(found.host_bytes, found.host_s)}, at the same time"),
+        ("", f"GPU {_part(found.token_bytes.gpu, found.gpu_s)}"),
+        ("", f"host {_part(found.token_bytes.memory, found.host_s)}, at the same time"),
         ("", f"{rate_text(found.roofline)} tokens/s at full bandwidth of both memories"),
         ("prompt", f"{bounds_text(found.prefill)} tokens/s, for {PROMPT_TOKENS:,} tokens"),
         ("without the GPU", f"{bounds_text(alone.decode)} tokens/s"),
@@ -62,8 +62,8 @@ def gpu_speed_rows(found: GpuForecast, alone: Forecast) -> Rows:
         ("limited by", BOTTLENECKS[found.bottleneck]),
         ("prompts by", PROMPT_BOTTLENECKS[found.prompt_bottleneck]),
     ]
-    if found.disk_bytes:
-        rows.insert(3, ("", f"disk {_part(found.disk_bytes, found.disk_s)}"))
+    if found.token_bytes.disk:
+        rows.insert(3, ("", f"disk {_part(found.token_bytes.disk, found.disk_s)}"))
     if found.correction != 1.0:
         rows.append(("corrected", f"by {found.correction:.2f}, from earlier runs"))
     return rows
@@ -117,11 +117,7 @@ def gpu_forecast_document(found: GpuForecast) -> dict[str, Any]:
         "bottleneck": found.bottleneck,
         "prompt_bottleneck": found.prompt_bottleneck,
         "roofline_tok_s": found.roofline,
-        "bytes_by_tier": {
-            "gpu": found.gpu_bytes,
-            "memory": found.host_bytes,
-            "disk": found.disk_bytes,
-        },
+        "bytes_by_tier": asdict(found.token_bytes),
         "seconds": {"gpu": found.gpu_s, "host": found.host_s, "disk": found.disk_s},
         "uploaded_bytes": found.uploaded_bytes,
         "routing": found.routing,

@@ -36,6 +36,14 @@ def measure(gpu: CudaGpu) -> GpuSpeed:
 
     Kernels that were never compiled for this GPU are compiled now, in a few seconds.
     """
+    return GpuSpeed(copy_bytes_s(gpu), _upload_bytes_s(gpu), product_ops_s(gpu))
+
+
+def copy_bytes_s(gpu: CudaGpu) -> float:
+    """Return the bytes that a copy inside the GPU reads and writes in a second.
+
+    Raises GpuMemoryError when too little memory is free.
+    """
     size = COPY_BYTES
     while 3 * size > gpu.free_bytes():
         size //= 2
@@ -44,14 +52,22 @@ def measure(gpu: CudaGpu) -> GpuSpeed:
     source, target = gpu.allocate(size), gpu.allocate(size)
     try:
         gpu.copy(target, source, size)
-        copy_s = min(gpu.seconds(lambda: gpu.copy(target, source, size), 3) for _ in range(REPEATS))
-        lane = gpu.new_lane(UPLOAD_BYTES)
-        upload_s = min(lane.seconds(target, min(size, UPLOAD_BYTES)) for _ in range(REPEATS))
-        lane.close()
+        seconds = [gpu.seconds(lambda: gpu.copy(target, source, size), 3) for _ in range(REPEATS)]
     finally:
         gpu.free(source)
         gpu.free(target)
-    return GpuSpeed(2 * size / copy_s, min(size, UPLOAD_BYTES) / upload_s, product_ops_s(gpu))
+    return 2 * size / min(seconds)
+
+
+def _upload_bytes_s(gpu: CudaGpu) -> float:
+    """Return the bytes that come from pinned memory of the host in a second."""
+    target, lane = gpu.allocate(UPLOAD_BYTES), gpu.new_lane(UPLOAD_BYTES)
+    try:
+        seconds = min(lane.seconds(target, UPLOAD_BYTES) for _ in range(REPEATS))
+    finally:
+        lane.close()
+        gpu.free(target)
+    return UPLOAD_BYTES / seconds
 
 
 def product_ops_s(

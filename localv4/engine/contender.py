@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from localv4.engine.engine import Engine
+from localv4.engine.gpu_measurement import GpuWatch, watch_gpu
 from localv4.engine.machine import (
     cpu_times,
     foreign_cores,
@@ -79,6 +80,11 @@ class OwnEngine:
         """Run the test once more."""
         assert self._engine is not None and self._session is not None
         self.samples.append(self._run(self._engine, self._session))
+
+    def watch_gpu(self) -> GpuWatch | None:
+        """Count from now on what a GPU does; None where none helps."""
+        assert self._engine is not None
+        return watch_gpu(self._engine, self._case.depth + self._case.tokens // 2)
 
     def unload(self) -> None:
         """Forget engine and session; nobody else may hold them."""

@@ -1,7 +1,7 @@
 """What a GPU did for an answer: experts by tier, what was brought to it, what bounded its speed."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from localv4.cuda.tier_counts import TierCounts
 from localv4.cuda.vram_store import VramStore
@@ -11,6 +11,7 @@ from localv4.paging.counts import PagingCounts
 from localv4.paging.paged_store import PagedStore
 
 if TYPE_CHECKING:
+    from localv4.cuda.driver import CudaGpu
     from localv4.cuda.transformer import GpuTransformer
 
 Bound = Literal["GPU", "host", "PCIe", "disk"]
@@ -111,6 +112,11 @@ class GpuMeter:
         self._network, self._store = network, network.vram
         self._counts, self._host = network.vram.counts.copy(), self._host_counts()
         self._final: GpuStats | None = None
+
+    @property
+    def gpu(self) -> "CudaGpu":
+        """The GPU."""
+        return cast("CudaGpu", self._network.gpu)
 
     def stats(self) -> GpuStats:
         """Return what has happened so far."""

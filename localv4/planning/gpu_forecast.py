@@ -52,6 +52,19 @@ class TierShares:
 
 
 @dataclass(frozen=True, slots=True)
+class TierBytes:
+    """Bytes that a token reads: of the GPU's memory, of the host's, and of the disk before that."""
+
+    gpu: float
+    memory: float
+    disk: float
+
+    def bound(self, copy_bytes_s: float, read_bytes_s: float) -> float:
+        """Return the tokens per second if both memories gave all that they can, at a time."""
+        return 1 / max(self.gpu / copy_bytes_s, self.memory / read_bytes_s)
+
+
+@dataclass(frozen=True, slots=True)
 class GpuForecast:
     """Tokens per second of decoding and of reading a prompt, and where the time goes.
 
@@ -66,9 +79,7 @@ class GpuForecast:
     bottleneck: GpuBottleneck
     prompt_bottleneck: GpuBottleneck
     roofline: float
-    gpu_bytes: float
-    host_bytes: float
-    disk_bytes: float
+    token_bytes: TierBytes
     gpu_s: float
     host_s: float
     disk_s: float
@@ -136,17 +147,16 @@ def make_gpu_forecast(
         times.append(_token(facts, gpu, traffic, tiers, rates))
     likely, tiers = times[1], _tiers(hits[0].likely, hits[1].likely)
     prefill, uploaded, prompt_bottleneck = _prompt(facts, plan, gpu, machine, card)
-    on_gpu, on_host, on_disk = _bytes_by_tier(facts, gpu, traffic, tiers)
+    tiers = _of_all_layers(tiers, gpu)
+    nbytes = bytes_by_tier(facts, gpu, position, tiers)
     return GpuForecast(
         decode=Bounds(*(1 / one.total for one in times)).scaled(correction),
         prefill=prefill,
-        tiers=_of_all_layers(tiers, gpu),
+        tiers=tiers,
         bottleneck=_largest({"GPU": likely.gpu, "host": likely.host, "disk": likely.disk}),
         prompt_bottleneck=prompt_bottleneck,
-        roofline=1 / max(on_gpu / card.speed.copy_bytes_s, on_host / roof),
-        gpu_bytes=on_gpu,
-        host_bytes=on_host,
-        disk_bytes=on_disk,
+        roofline=nbytes.bound(card.speed.copy_bytes_s, roof),
+        token_bytes=nbytes,
         gpu_s=likely.gpu,
         host_s=likely.host,
         disk_s=likely.disk,
@@ -238,17 +248,16 @@ def _host_layer(traffic: _Traffic, chosen: int, tiers: TierShares, rates: _Rates
     return _Times(before + max(experts_s, disk_s), 0.0, before + experts_s, disk_s)
 
 
-def _bytes_by_tier(
-    facts: ModelFacts, gpu: GpuPlan, traffic: _Traffic, tiers: TierShares
-) -> tuple[float, float, float]:
-    """Return the bytes that a token reads of the GPU's memory, the host's, and the disk."""
-    own, others = gpu.layers, gpu.all_layers - gpu.layers
-    experts = facts.config.experts_per_token * traffic.expert
-    dense = traffic.before + traffic.shared
-    on_gpu = own * (dense + tiers.gpu * experts) + (0 if others else facts.head_bytes)
-    on_host = own * (1 - tiers.gpu) * experts + others * (dense + experts)
-    on_disk = (own + others) * tiers.disk * experts
-    return on_gpu, on_host + (facts.head_bytes if others else 0), on_disk
+def bytes_by_tier(facts: ModelFacts, gpu: GpuPlan, position: int, tiers: TierShares) -> TierBytes:
+    """Return what a token reads of each memory; `tiers` are those of the experts of all layers."""
+    part, is_whole = gpu.layers / gpu.all_layers, gpu.layers == gpu.all_layers
+    experts, head = facts.cycle_bytes, facts.head_bytes
+    dense = facts.weight_bytes_per_token - head - experts + facts.state_read_bytes(position)
+    return TierBytes(
+        part * dense + tiers.gpu * experts + (head if is_whole else 0),
+        (1 - part) * dense + (1 - tiers.gpu) * experts + (0 if is_whole else head),
+        tiers.disk * experts,
+    )
 
 
 def _prompt(
