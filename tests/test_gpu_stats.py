@@ -21,6 +21,7 @@ from localv4.engine.reply import Reply
 from localv4.engine.sampler import Sampling
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.library.installed import embedded_model_path
+from localv4.paging.paged_store import PagedStore
 from localv4.planning.gpu_plan import plan_gpu
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import read_memory
@@ -84,7 +85,7 @@ def test_experts_in_both_memories(facts: ModelFacts) -> None:
     reply = answer(engine)
     stats = reply.stats.gpu
     assert stats is not None and reply.stats.paging is None, "the host has all experts"
-    assert 0 < stats.tiers.memory < stats.tiers.total and stats.tiers.disk == 0
+    assert 0 < stats.tiers.gpu < stats.tiers.total, "the others came from the host"
     assert stats.counts.host_s > 0
     text = "\n".join(gpu_lines(reply))
     assert "a GPU of the tests" in text and "in memory" in text and "bound by" in text
@@ -100,12 +101,15 @@ def test_experts_on_three_tiers(facts: ModelFacts, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr("localv4.engine.expert_usage.LEAST_TOKENS", 1)
     plan = make_plan(facts, read_memory(), ctx=CTX, threads=2)
-    ram = plan.total - plan.expert_bytes + facts.all_expert_bytes // 4
+    ram = plan.total - plan.expert_bytes + facts.all_expert_bytes * 6 // 10
     engine = load(room_for(facts, 0.5), MemoryOptions(ram=ram, io="direct"))
     reply = answer(engine)
     stats, paging = reply.stats.gpu, reply.stats.paging
     assert stats is not None and paging is not None
-    assert paging.capacity_bytes < facts.all_expert_bytes // 2, "the host's arena, not the GPU's"
+    assert isinstance(engine.network, GpuTransformer)
+    host = engine.network.host_store
+    assert isinstance(host, PagedStore) and host.pages
+    assert paging.capacity_bytes == host.arena.capacity != engine.network.vram.arena.capacity
     assert stats.tiers.disk == int(paging.counts.misses.sum()) > 0
     assert paging.counts.tokens == stats.counts.tokens
     assert engine._usage is not None

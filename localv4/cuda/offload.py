@@ -10,6 +10,7 @@ from localv4.cuda.vram_store import VramStore
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
+from localv4.model.expert_source import arena_bytes, footprints
 from localv4.model.experts import Experts
 from localv4.model.weights import Weights
 from localv4.paging.options import PolicyName
@@ -67,7 +68,8 @@ def offload(
     def make_store(experts: Experts, own: range) -> VramStore:
         nbytes = experts.nbytes.copy()
         nbytes[len(own) :] = 0
-        return VramStore(host_store(experts), nbytes, capacity, gpu, policy)
+        room = arena_bytes(nbytes, footprints(nbytes), capacity)
+        return VramStore(host_store(experts), nbytes, room, gpu, policy)
 
     network = GpuTransformer(
         config, weights, team, make_store, gpu, rows, layers=layers, falls_back=falls_back

@@ -99,7 +99,7 @@ def _on_gpu(
         partial(open_store, options=paging, checkpoint=checkpoint),
         rows,
         layers=plan.layers,
-        capacity=min(plan.experts, plan.all_experts),
+        capacity=plan.experts,
         policy=paging.policy,
         falls_back=options.name == "auto",
     )
