@@ -101,8 +101,7 @@ def correction(runs: Sequence[Run], plan: Plan, gpu: GpuPlan | None = None) -> f
     """Return by what to multiply the next prediction: the mean of what the last runs were off.
 
     Runs of the same verdict on the same devices, with about the same share of experts in each
-    memory, count. One run is
-    trusted half, several more.
+    memory, count. One run is trusted half, several more.
     """
     verdict = "fits" if plan.fits else "pages"
     name, share = gpu.name[:MAX_NAME_CHARS] if gpu is not None else None, _gpu_share(gpu)
