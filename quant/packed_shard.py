@@ -30,7 +30,7 @@ from localv4.model.weights import Expert
 from quant.choice import Choice
 from quant.converter import Converter, ggml_name
 from quant.decision import Decision
-from quant.output_file import Job
+from quant.output_file import Buffers, Job, Lent
 from quant.packed_writer import (
     PACKED_BYTES,
     PAGE,
@@ -340,8 +340,9 @@ def _add_records(
     record_bytes = rounded_up(form.nbytes, PAGE)
 
     def parts() -> Iterator[Job]:
+        buffers = Buffers(record_bytes)
         for item in planned:
-            yield partial(_record, item, prefixes[item.number], record_bytes, converter)
+            yield partial(_record, item, prefixes[item.number], buffers, converter)
 
     shard.tensors.append(records_tensor(name, len(planned), record_bytes, parts))
     shard.entries[name] = MatrixEntry(
@@ -357,10 +358,11 @@ def _add_records(
     shard.decisions += _decisions_of_records(name, prefixes, planned)
 
 
-def _record(item: _PlannedExpert, prefix: str, record_bytes: int, converter: Converter) -> Packed:
+def _record(item: _PlannedExpert, prefix: str, buffers: Buffers, converter: Converter) -> Lent:
     """Return the record of an expert, filled up with zeros."""
     form, expert = item.form, item.expert
-    record = aligned_bytes(record_bytes)
+    lent = buffers.take()
+    record = lent.data
     record[form.nbytes :] = 0
     converted = Expert(
         converter.convert(f"{prefix}.w1.weight", expert.w1, item.gate_up),
@@ -371,7 +373,7 @@ def _record(item: _PlannedExpert, prefix: str, record_bytes: int, converter: Con
         raise BadFileError(converter.path, f"expert {prefix} holds a NaN")
     for matrix in (expert.w1, expert.w2, expert.w3):
         give_back(matrix)
-    return record
+    return lent
 
 
 def _decisions_of_records(

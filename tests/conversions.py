@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 from golden_files import load_golden, write_stored
 
+from localv4.model.matrix import Matrix
 from localv4.storage import Checkpoint, open_checkpoint
+from localv4.storage.moments_file import Moments, input_of, write_moments
 from quant.gguf_conversion import GgufConversion
 from quant.importance import Statistics
 from quant.packer import Packer
@@ -64,6 +67,28 @@ def copied(source: Path, target: Path) -> Path:
     """Return a copy of a model that a test may change."""
     shutil.copytree(source, target)
     return target
+
+
+def drawn_moments(source: Path, path: Path) -> Path:
+    """Write second moments of random activations for everything that a matrix reads."""
+    chance, inputs = np.random.default_rng(5), {}
+    with open_checkpoint(source) as opened:
+        model = open_source(opened)
+        for number in range(model.shards):
+            with model.shard(number) as shard:
+                matrices = {n: leaf for n, leaf in shard.leaves.items() if isinstance(leaf, Matrix)}
+                for prefix, experts in shard.experts.items():
+                    for place, expert in enumerate(experts):
+                        own = prefix if prefix.endswith("shared_experts") else f"{prefix}.{place}"
+                        matrices[f"{own}.w1.weight"] = expert.w1
+                        matrices[f"{own}.w2.weight"] = expert.w2
+            for name, matrix in matrices.items():
+                read = input_of(name)
+                if read is not None and read not in inputs:
+                    x = chance.standard_normal((2 * matrix.cols, matrix.cols)).astype(np.float32)
+                    inputs[read] = Moments((x.T @ x)[None], len(x))
+    write_moments(path, inputs, "chance")
+    return path
 
 
 def pack_folder(source: Checkpoint, target: Path, on_progress: OnProgress | None = None) -> None:

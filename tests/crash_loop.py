@@ -1,9 +1,10 @@
 """Kill a conversion at each of its changes to the disk in turn, and let it go on after that.
 
-    python crash_loop.py packed|gguf SOURCE SCRATCH STRIDE
+    python crash_loop.py packed|gguf SOURCE SCRATCH STRIDE [MOMENTS]
 
-STRIDE 1 takes every step. Prints how many there are and how many were taken. Each run is a fork of
-this process, which has the compiled code in memory; it has no other threads while it forks.
+STRIDE 1 takes every step; MOMENTS is a file of second moments. Prints how many steps there are and
+how many were taken. Each run is a fork of this process, which has the compiled code in memory; it
+has no other threads while it forks.
 """
 
 import hashlib
@@ -12,13 +13,18 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from localv4.storage import open_checkpoint
+from localv4.storage.moments_file import open_moments
+from quant import direct_writer
 from quant.gguf_conversion import GgufConversion
+from quant.moments import SecondMoments
 from quant.packer import Packer
 from quant.recipe import load_recipe
 from quant.source import open_source
@@ -26,14 +32,19 @@ from quant.task import Task
 
 STEPS = ("write", "fsync", "replace", "ftruncate", "posix_fallocate", "unlink")
 SPLIT_BYTES = 300_000
+BLOCK_BYTES = 1 << 13
+"""Of writes past the page cache: a small model has as many of them as a large one has."""
 TAIL = 6
 """Last steps, which finish the whole: always taken."""
 
 
-def convert(form: str, source: Path, target: Path) -> None:
+def convert(form: str, source: Path, moments: Path | None, target: Path) -> None:
     """Convert by the recipe q2, with one thread."""
-    with open_checkpoint(source) as opened:
-        task = Task(open_source(opened), load_recipe("q2"), 1)
+    with open_checkpoint(source) as opened, ExitStack() as stack:
+        known = None
+        if moments is not None:
+            known = SecondMoments(stack.enter_context(open_moments(moments)))
+        task = Task(open_source(opened), load_recipe("q2"), 1, moments=known)
         if form == "packed":
             Packer(task).run(target)
         else:
@@ -103,18 +114,21 @@ def contents(folder: Path) -> dict[str, str]:
 def main() -> None:
     """Loop over the steps, every STRIDE of them, the last ones always."""
     form, source, scratch, stride = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    convert(form, source, scratch / "whole")
+    moments = Path(sys.argv[5]) if len(sys.argv) > 5 else None
+    direct_writer.BLOCK_BYTES = BLOCK_BYTES
+    work = partial(convert, form, source, moments)
+    work(scratch / "whole")
     expected = contents(scratch / "whole")
     if any(name.startswith(".") for name in expected):
         sys.exit(f"left behind: {sorted(expected)}")
-    steps = steps_of(lambda: convert(form, source, scratch / "counted"))
+    steps = steps_of(lambda: work(scratch / "counted"))
     chosen = [n for n in range(1, steps + 1) if n % int(stride) == 0 or n > steps - TAIL]
     for step in chosen:
         target = scratch / f"target{step}"
-        killed_at(step, lambda: convert(form, source, target))  # noqa: B023
+        killed_at(step, partial(work, target))
         check_unfinished(form, target, expected)
         if not is_finished(form, target, expected):
-            convert(form, source, target)
+            work(target)
         found = {n: d for n, d in contents(target).items() if not n.startswith(".")}
         if found != expected:
             sys.exit(f"step {step}: other files than without a stop: {sorted(found)}")

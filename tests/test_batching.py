@@ -85,6 +85,42 @@ def test_rows_equal_lone_replies(engine: Engine, most_rows: int) -> None:
     assert batcher.stats.decoded_tokens == sum(len(tokens(o)) for o in ended.values())
 
 
+def test_short_prompts_are_read_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, chunks = engine.network, []
+    forward = network.forward_many
+
+    def noted(ids: np.ndarray, states: list[object], counts: list[int]) -> np.ndarray:
+        chunks.append(list(counts))
+        return forward(ids, states, counts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(network, "forward_many", noted)
+    monkeypatch.setattr(network, "chunk_tokens", 40)
+    jobs = [job(engine, text, max_tokens=8) for text in QUESTIONS]
+    ended = drain(Batcher(engine, len(jobs)), jobs)
+    lengths = [len(asked.prompt_ids) - 1 for asked in jobs]
+    assert sum(map(sum, chunks)) == sum(lengths)
+    assert max(map(len, chunks)) > 1 and max(map(sum, chunks)) == 40 < sum(lengths)
+    assert [tokens(ended[asked]) for asked in jobs] == [alone(engine, asked) for asked in jobs]
+
+
+def test_prompts_that_get_no_memory_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [job(engine, text, max_tokens=8) for text in QUESTIONS]
+    forward, refused = engine.network.forward_many, []
+
+    def short_of_memory(ids: np.ndarray, states: list[object], counts: list[int]) -> np.ndarray:
+        if len(states) > 2:
+            refused.append(len(states))
+            raise MemoryError
+        return forward(ids, states, counts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.network, "forward_many", short_of_memory)
+    batcher = Batcher(engine, len(jobs))
+    ended = drain(batcher, jobs)
+    assert refused == [6, 5, 4, 3] and batcher.stats.paused == 4
+    monkeypatch.undo()
+    assert [tokens(ended[asked]) for asked in jobs] == [alone(engine, asked) for asked in jobs]
+
+
 def test_sampled_rows_do_not_depend_on_their_company(engine: Engine) -> None:
     jobs = [
         job(engine, text, sampling=Sampling(temperature=1.5, seed=i, repetition_penalty=1.3))
@@ -205,10 +241,8 @@ def test_rows_wait_for_memory_and_pause_for_it(
     shrinking = Batcher(engine, 8)
     for asked in jobs:
         shrinking.submit(asked)
-    for _ in range(7):
-        shrinking.step()
+    outcomes = [outcome for _ in range(7) for outcome in shrinking.step()]
     shrinking._room = 2 * state
-    outcomes = []
     while not shrinking.is_idle:
         outcomes += shrinking.step()
     assert shrinking.stats.paused > 0

@@ -1,6 +1,7 @@
 """`localv4 tune`: the table, the sentence, the JSON document, the picture, and wrong usage."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,22 @@ def test_the_picture_shows_all_policies() -> None:
         assert {line.get_label() for line in axes.get_lines()} >= {c[-1] for c in CURVES.values()}
     assert [text.get_text().split(":")[0] for text in reads.texts if text.get_text()] == [
         "16 GiB more"
+    ]
+    assert hits.get_xlabel().startswith("GiB") and reads.get_ylabel().startswith("GB")
+
+
+def test_the_picture_of_a_toy_has_smaller_units() -> None:
+    from localv4.cli.tune_plot import make_figure
+
+    rng = np.random.default_rng(0)
+    chosen = np.argsort(rng.random((90, 3, 32)), axis=2)[:, :, :4].astype(np.int16)
+    head = replace(HEAD, record_bytes=(2**20, 0, 2**20))
+    report = tune.make_report(Trace(head, chosen, np.zeros(90, bool)), [20 * 2**20], None)
+    hits, reads = make_figure(report).axes
+    assert hits.get_xlabel().startswith("MiB") and reads.get_ylabel().startswith("MB")
+    assert hits.get_xlim() == (0, 64)
+    assert [text.get_text().split(":")[0] for text in reads.texts if text.get_text()] == [
+        "44 MiB more"
     ]
 
 

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import psutil
 import pytest
-from conversions import add_tokenizer, converted, copied, official_model
+from conversions import add_tokenizer, converted, copied, drawn_moments, official_model
 from gguf import GGMLQuantizationType, quants
 from golden_files import load_golden, write_stored
 from model_folders import damaged_files
@@ -27,7 +27,7 @@ from localv4.model.matrix import Matrix, decode
 from localv4.model.packing import PackedExpert, PackedMatrix
 from localv4.storage import open_checkpoint
 from localv4.storage.packed_folder import open_packed_folder
-from quant import output_file
+from quant import direct_writer, output_file
 from quant.formats import GGML_TARGETS, PACKED_TARGETS
 from quant.journal import JOURNAL_NAME
 from quant.proof import prove
@@ -247,16 +247,36 @@ def test_scales_that_are_not_finite(name: str) -> None:
     assert seen > 0
 
 
+@pytest.mark.parametrize("name", ["lossless", "q3", "q2"])
+def test_records_in_memory_that_was_used_before(
+    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(converted(source, tmp_path / "out", name))
+    lent: list[int] = []
+
+    def used(nbytes: int) -> NDArray[np.uint8]:
+        lent.append(nbytes)
+        return np.full(nbytes, 0xA5, np.uint8)
+
+    monkeypatch.setattr(output_file, "aligned_bytes", used)
+    assert contents(converted(source, tmp_path / "again", name, threads=1)) == expected
+    with open_packed_folder(tmp_path / "out") as opened:
+        records = sum(entry.records for entry in opened.manifest.matrices.values())
+    assert 0 < len(lent) < records
+
+
 # --- stops
 
 
-@pytest.mark.parametrize("form", ["packed", "gguf"])
+@pytest.mark.parametrize(("form", "is_fed"), [("packed", 0), ("packed", 1), ("gguf", 0)])
 def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
-    form: str, source: Path, tmp_path: Path
+    form: str, is_fed: bool, source: Path, tmp_path: Path
 ) -> None:
     """Every 37th step; `python tests/crash_loop.py packed SOURCE SCRATCH 1` takes all."""
     script = Path(__file__).with_name("crash_loop.py")
     arguments = [sys.executable, str(script), form, str(source), str(tmp_path), "37"]
+    if is_fed:
+        arguments.append(str(drawn_moments(source, tmp_path / "moments.safetensors")))
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     steps, taken = map(int, done.stdout.split())
@@ -277,7 +297,8 @@ def test_a_disk_that_becomes_full(
         return write(descriptor, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output_file.os, "write", failing)
+        patch.setattr(direct_writer, "BLOCK_BYTES", 1 << 13)
+        patch.setattr(os, "write", failing)
         with pytest.raises(DoesNotFitError, match="cannot write") as caught:
             converted(source, tmp_path / name)
     assert caught.value.exit_code == 4 and "it goes on where it was" in str(caught.value.hint)

@@ -123,3 +123,32 @@ def test_experts_that_are_not_packed(tmp_path: Path) -> None:
     vectors = network.decode_rows(ids, states)
     for number in range(3):
         assert np.array_equal(vectors[number], alone(network, number)[0])
+
+
+PIECES = (
+    (128, 1, 30, 3, 1),
+    (300, 2, 1, 239, 250),
+    (240, 240, 7, 1, 1),
+)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("counts", PIECES)
+def test_prompts_in_one_chunk_have_the_bits_of_lone_ones(
+    exact: Transformer, counts: tuple[int, ...], members: int
+) -> None:
+    network = make_fast(exact, members)
+    prompts = [np.random.default_rng(n).integers(0, 300, n + 9) for n in range(len(counts))]
+    rests = [np.random.default_rng(n).integers(0, 300, count) for n, count in enumerate(counts)]
+    states = [State(network.config, network.slack) for _ in counts]
+    for prompt, state in zip(prompts, states, strict=True):
+        network.forward(prompt, state)
+    vectors = network.forward_many(np.concatenate(rests), states, counts)
+    split = np.split(vectors, np.cumsum(counts)[:-1])
+    token = np.array([5])
+    for prompt, rest, state, own in zip(prompts, rests, states, split, strict=True):
+        lone = State(network.config, network.slack)
+        network.forward(prompt, lone)
+        assert np.array_equal(own, network.forward(rest, lone))
+        assert state.position == lone.position
+        assert np.array_equal(network.forward(token, state), network.forward(token, lone))

@@ -62,9 +62,7 @@ def test_urgent_records_come_before_guesses(gate: Gate) -> None:
     readers = Readers(gate, 1)
     readers.submit((0, 0), 10)
     until(lambda: gate.called == [(0, 0)])
-    readers.submit((1, 1), 11, urgent=False)
-    readers.submit((1, 2), 12, urgent=False)
-    readers.submit((1, 3), 13, urgent=False)
+    readers.submit_all([((1, 1), 11), ((1, 2), 12), ((1, 3), 13)], urgent=False)
     readers.submit((0, 4), 14)
     readers.make_urgent([(1, 2), (7, 7)])
     assert readers.pending == 5 and not readers.is_idle

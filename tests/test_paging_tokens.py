@@ -181,6 +181,19 @@ def test_memory_that_others_need_changes_no_token(source: Source, expected: list
     network.close()
 
 
+def test_most_guesses_come_true(source: Source) -> None:
+    # of an arbitrary half of the experts a guess would be right four times of sixteen
+    network = source.network(PagingOptions(source.budget(0.5), "direct"))
+    session = Session(network, 4096)
+    logits = session.extend(PROMPT)
+    for _ in range(20):  # fewer than what is tried before guessing is compared with none
+        logits = session.extend([int(logits.argmax())])
+    assert isinstance(network.store, PagedStore)
+    counts = network.store.counts
+    assert counts.guesses > 20 and counts.guesses_used > 0.4 * counts.guesses
+    network.close()
+
+
 def test_a_forgotten_network_leaves_no_thread(source: Source) -> None:
     network = source.network(PagingOptions(source.budget(0.5), "direct"))
     generate(network)

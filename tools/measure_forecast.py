@@ -189,7 +189,10 @@ class Decoder:
     def bytes_read(self) -> int:
         """What tokens lacked so far, in bytes of experts."""
         counts = getattr(self.network.store, "counts", None)  # mapped ones count nothing
-        return counts.bytes["demand"] if counts is not None else 0
+        if counts is None:
+            return 0
+        right = counts.guesses_used / max(1, counts.guesses)
+        return counts.bytes["demand"] + round(right * counts.bytes["guess"])
 
 
 def _count_uses(path: Path, tokens: int, threads: int | None) -> NDArray[np.float32]:

@@ -29,6 +29,8 @@ class GpuTransformer(FastTransformer):
     GpuError or GpuMemoryError when the GPU cannot be used for this network.
     """
 
+    reads_together = False
+
     def __init__(
         self,
         config: ModelConfig,
@@ -104,6 +106,16 @@ class GpuTransformer(FastTransformer):
         _take_home(state)
         return self._alone.forward(token_ids, state)
 
+    def forward_many(
+        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+    ) -> Floats:
+        """Process the next tokens of several sequences, one sequence after the other.
+
+        When anything is raised, the sequences that were finished have advanced.
+        """
+        each = np.split(token_ids, np.cumsum(counts)[:-1])
+        return np.concatenate([self.forward(*own) for own in zip(each, states, strict=True)])
+
     def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
         """Process one token of each of several sequences as the host does."""
         if self._alone is None:
@@ -131,8 +143,10 @@ class GpuTransformer(FastTransformer):
         )
         self._alone.cancelled = self.cancelled
 
-    def _read(self, token_ids: NDArray[np.int64], state: State) -> Floats:
-        return self._many.run(token_ids, state)
+    def _read(
+        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+    ) -> Floats:
+        return self._many.run(token_ids, states, counts)
 
     def _decode(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         return self._one.run(token_ids, state)

@@ -1,8 +1,9 @@
 """Many answers at once: rows decode together, so that weights are read once for all of them.
 
 A row joins as soon as its prompt is read and leaves with its last token; nobody waits for the
-longest. Between two tokens of the running rows a slice of the next prompt is read. What a row says
-does not depend on its company: the network promises equal bits, and each row has its own sampler.
+longest. Between two tokens of the running rows a slice of the next prompts is read: short ones
+share it, so that each expert is read once for all of them. What a row says does not depend on its
+company: the network promises equal bits, and each row has its own sampler.
 
 The batcher has no thread of its own: whoever owns it submits jobs and calls `step`.
 """
@@ -19,7 +20,7 @@ import numpy as np
 from localv4.engine.batch_prefixes import Ids, Prefixes
 from localv4.engine.batch_rows import Answer, Job, RunningRow
 from localv4.engine.engine import Engine
-from localv4.engine.session import Session
+from localv4.engine.session import Session, extend_together
 from localv4.errors import DoesNotFitError, LocalV4Error, NumericsError
 from localv4.kernels.threads import use_threads
 from localv4.model.matrix import Floats
@@ -99,6 +100,7 @@ class Batcher:
         self._jobs: deque[Job] = deque()
         self._paused: deque[RunningRow] = deque()
         self._reading: Iterator[None] | None = None
+        self._joining: list[RunningRow] = []
         self._running: list[RunningRow] = []
         self._outcomes: list[Outcome] = []
         self._prefixes = Prefixes(engine.new_session)
@@ -155,8 +157,13 @@ class Batcher:
         self._decoding_owed_s += seconds * (1 - share) / share
 
     def _next_reading(self) -> Iterator[None] | None:
-        """Begin with the next row if it has a place and memory; those that paused come first."""
-        while len(self._running) < self.most_rows and (self._paused or self._jobs):
+        """Begin with the next rows if one has a place and memory."""
+        row = self._next_row()
+        return self._bring_in(row) if row is not None else None
+
+    def _next_row(self) -> RunningRow | None:
+        """Take the next row that has a place and memory; those that paused come first."""
+        while self._places and (self._paused or self._jobs):
             try:
                 row = self._paused[0] if self._paused else self._new_row(self._jobs[0])
             except LocalV4Error as error:
@@ -165,39 +172,87 @@ class Batcher:
             if not self._has_room_for(row):
                 return None
             (self._paused if self._paused else self._jobs).popleft()
-            return self._bring_in(row)
+            return row
         return None
+
+    @property
+    def _places(self) -> int:
+        """How many more rows may join."""
+        return self.most_rows - len(self._running) - len(self._joining)
 
     def _new_row(self, job: Job) -> RunningRow:
         return RunningRow(job, self._engine.tokenizer, self._engine.ctx_size)
 
-    def _bring_in(self, row: RunningRow) -> Iterator[None]:
-        """Process what comes before the row's next token, slice by slice; then it runs."""
+    def _bring_in(self, first: RunningRow) -> Iterator[None]:
+        """Process what comes before the next tokens of some rows, slice by slice; then they run.
+
+        They are as many as fill a chunk together.
+        """
+        row: RunningRow | None = first
+        while row is not None:
+            yield from self._seat(row)
+            unread = sum(map(_unread, self._joining))
+            row = self._next_row() if unread < self._network.chunk_tokens else None
+        while self._joining:
+            if self._read_together():
+                yield None
+
+    def _seat(self, row: RunningRow) -> Iterator[None]:
+        """Give a row its session, which has read what the row shares with others."""
+        ids = row.ids_before
+        upcoming = (job.prompt_ids for job in islice(self._jobs, COMPARED))
         try:
-            ids = row.ids_before
-            upcoming = (job.prompt_ids for job in islice(self._jobs, COMPARED))
             start = self._prefixes.start(ids, upcoming)
             session = start.session
             self.stats.reused_tokens += session.position
             if start.shared:
                 yield from self._extend(session, ids[: start.shared])
                 session = session.fork()
-            yield from self._extend(session, ids)
         except DoesNotFitError as error:
             self._give_way(row, error)
-            return
-        session.ladder.cut(-1)  # rows never go back: snapshots would only take memory
-        row.session = session
-        self._running.append(row)
+        else:
+            row.session = session
+            self._joining.append(row)
 
     def _extend(self, session: Session, ids: Ids) -> Iterator[None]:
         """Have the session process the rest of these ids, a chunk at a time."""
         size = self._network.chunk_tokens
         while session.position < len(ids):
             part = ids[session.position : session.position + size].tolist()
-            session.extend(part, cancelled=self._cancelled)
+            session.read(part, self._cancelled)
             self.stats.read_tokens += len(part)
             yield None
+
+    def _read_together(self) -> bool:
+        """Read a chunk of what the joining rows have not read; those that are through run.
+
+        Returns whether there was anything to read, and memory for it.
+        """
+        sessions, parts, room = [], [], self._network.chunk_tokens
+        for row in self._joining:
+            session = row.session
+            assert session is not None
+            part = row.ids_before[session.position :][:room].tolist()
+            if part:
+                sessions.append(session)
+                parts.append(part)
+                room -= len(part)
+        try:
+            if parts:
+                extend_together(sessions, parts, self._cancelled)
+        except DoesNotFitError as error:
+            self._give_way(self._joining.pop(), error)
+            return False
+        self.stats.read_tokens += sum(map(len, parts))
+        for row in [row for row in self._joining if not _unread(row)]:
+            self._joining.remove(row)
+            self._start(row)
+        return bool(parts)
+
+    def _start(self, row: RunningRow) -> None:
+        assert row.session is not None
+        row.session.ladder.cut(-1)  # rows never go back: snapshots would only take memory
+        self._running.append(row)
 
     def _decode(self) -> None:
         """Process the newest token of every row and choose the next one."""
@@ -251,7 +306,7 @@ class Batcher:
         row.planned_bytes = held_state_bytes(
             self._network.config, tokens, self._network.slack, self._network.rows
         )
-        if self._room is None or not self._running:
+        if self._room is None or not (self._running or self._joining):
             return True
         free = self._room - self._held
         if free < row.planned_bytes + self._prefixes.nbytes:
@@ -268,7 +323,7 @@ class Batcher:
 
     @property
     def _held(self) -> int:
-        return sum(row.planned_bytes for row in self._running)
+        return sum(row.planned_bytes for row in (*self._running, *self._joining))
 
     def _give_way(self, row: RunningRow, error: DoesNotFitError) -> None:
         """Let a row that got no memory wait for that of the others; alone, it cannot be answered.
@@ -276,7 +331,7 @@ class Batcher:
         From now on rows have no more room than those that run.
         """
         self._prefixes.clear()
-        if self._running:
+        if self._running or self._joining:
             self._room = self._held
             self._pause(row)
         else:
@@ -287,3 +342,8 @@ class Batcher:
         row.session = None
         self._paused.appendleft(row)
         self.stats.paused += 1
+
+
+def _unread(row: RunningRow) -> int:
+    """Return how many tokens a row has to read before it can run."""
+    return len(row.ids_before) - row.session.position if row.session is not None else 0

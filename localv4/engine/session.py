@@ -139,6 +139,12 @@ class Session:
         logits: Floats = self.network.logits(last)[0]
         return logits
 
+    def read(self, token_ids: Sequence[int], cancelled: threading.Event | None = None) -> None:
+        """Process tokens as `extend` does, without the logits after the last one."""
+        for _ in self._process(token_ids, None, None, cancelled):
+            pass
+        self.ladder.note_prompt(self.position)
+
     def all_logits(self, token_ids: Sequence[int], *, chunk: int | None = None) -> Floats:
         """Process tokens and return the logits (tokens, vocab) after each of them."""
         vectors = list(self._process(token_ids, chunk, None, None))
@@ -202,6 +208,36 @@ class Session:
                 hint="use a larger context (--ctx-size) or a shorter prompt",
             )
         return ids
+
+
+def extend_together(
+    sessions: Sequence[Session],
+    parts: Sequence[Sequence[int]],
+    cancelled: threading.Event | None = None,
+) -> None:
+    """Process the next tokens of several timelines of one network; no logits are computed.
+
+    In all they are at most `network.chunk_tokens`. Raises as `Session.extend`; then those that
+    were not finished stand where they stood.
+    """
+    network = sessions[0].network
+    if not (network.reads_together and isinstance(network, FastTransformer)):
+        for session, part in zip(sessions, parts, strict=True):
+            session.read(part, cancelled)
+        return
+    ids = [session._checked(part) for session, part in zip(sessions, parts, strict=True)]
+    counts = [part.size for part in ids]
+    use_threads(network.threads)
+    network.cancelled = cancelled
+    try:
+        network.forward_many(np.concatenate(ids), [session.state for session in sessions], counts)
+    except MemoryError:
+        raise DoesNotFitError(f"out of memory in a prompt of {max(counts)} tokens") from None
+    finally:
+        network.cancelled = None
+    for session, own in zip(sessions, ids, strict=True):
+        session.tokens.extend(own.tolist())
+        session._climb(own.size)
 
 
 def common_prefix(mine: Sequence[int], wanted: Sequence[int]) -> int:

@@ -87,6 +87,7 @@ class FastTransformer:
     row_memory = RowMemory()
     slack = SLACK_TOKENS
     most_rows = MOST_ROWS
+    reads_together = True  # `forward_many` gains by having several sequences
 
     def __init__(
         self,
@@ -182,21 +183,39 @@ class FastTransformer:
             if len(token_ids) == 1:
                 vectors = self._decode(token_ids, state)
             else:
-                vectors = self._read(token_ids, state)
+                vectors = self._read(token_ids, [state], [len(token_ids)])
         state.advance(len(token_ids))
         return vectors
 
-    def _read(self, token_ids: NDArray[np.int64], state: State) -> Floats:
-        """Process some tokens of a prompt; take more at a time from now on if they had to wait.
+    def forward_many(
+        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+    ) -> Floats:
+        """Process the next tokens of several sequences, `counts` of each, one after the other.
+
+        Returns their final vectors (tokens, hidden), each with the bits that it has alone; takes at
+        most `chunk_tokens` in all. When anything is raised, the states still stand before them.
+        """
+        if len(states) == 1:
+            return self.forward(token_ids, states[0])
+        with self.store.in_use():
+            vectors = self._read(token_ids, states, counts)
+        for state, count in zip(states, counts, strict=True):
+            state.advance(count)
+        return vectors
+
+    def _read(
+        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+    ) -> Floats:
+        """Process some tokens of prompts; take more at a time from now on if they had to wait.
 
         Each chunk streams the experts that are not in memory once, so the more tokens it has, the
         more work there is to hide that behind. Memory for more activations is taken from experts.
         """
         store, held = self.store, self._many.nbytes
         if not isinstance(store, PagedStore):
-            return self._many.run(token_ids, state)
+            return self._many.run(token_ids, states, counts)
         waited_s, start = store.counts.wait_s, time.perf_counter()
-        vectors = self._many.run(token_ids, state)
+        vectors = self._many.run(token_ids, states, counts)
         waited_s = store.counts.wait_s - waited_s
         added = self._many.nbytes - held
         if len(token_ids) > CHUNK_TOKENS:  # smaller chunks have their part in every plan
@@ -230,9 +249,12 @@ class FastTransformer:
         if look_ahead is None or not isinstance(store, PagedStore):
             return self._token.run(token_ids, state)
         self._token.look_ahead(look_ahead.on)
-        waited_s, start = store.counts.wait_s, time.perf_counter()
+        counts, start = store.counts, time.perf_counter()
+        waited_s, used = counts.wait_s, counts.guesses_used
         vectors = self._token.run(token_ids, state)
-        look_ahead.note(time.perf_counter() - start, store.counts.wait_s > waited_s)
+        # one that need not wait since its guesses were right is what guessing is for
+        lacked = counts.wait_s > waited_s or counts.guesses_used > used
+        look_ahead.note(time.perf_counter() - start, lacked)
         return vectors
 
     def logits(self, vectors: Floats) -> Floats:

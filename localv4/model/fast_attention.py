@@ -63,14 +63,17 @@ class FastAttention:
     ) -> None:
         """Compute update (tokens, hidden) from the normed input x (tokens, hidden).
 
-        The tokens are those of one sequence, or one of each of several; what only depends on the
-        token itself is computed for all of them together.
+        The tokens are those of one sequence, or of several, one after the other; what only depends
+        on the token itself is computed for all of them together.
         """
         self._project(program, buffers, x, tokens)
         self._store(program, buffers, sequences, tokens)
         self._pool(program, buffers, sequences, tokens)
+        turning = [self._turning(each) for each in sequences if each.tokens == 1]
         if self.weights.indexer is not None:
-            _add_in_steps(program, [self._choosing(each) for each in sequences])
+            _add_in_steps(program, [self._choosing(each) for each in sequences], turning)
+        else:
+            _add_together(program, turning)
         _add_in_steps(program, [self._attending(each) for each in sequences])
         with program.alongside():
             for number, part in enumerate(buffers.out_rounded):
@@ -180,7 +183,7 @@ class FastAttention:
         # both factors of the score, per head and per channel, are folded into the head's weight
         factor, scratch = float_bits((heads * width) ** -0.5), buffers.index_scratch.ctypes.data
         found = (buffers.chosen.ctypes.data, buffers.counts.ctypes.data)
-        if tokens > 1:
+        if part.by_token:
             yield (
                 self.entries.index_choose,
                 *(*seen, entries, query.at(), query.stride, tokens, *turn),
@@ -194,8 +197,14 @@ class FastAttention:
         yield (index_scores.index_rank, *seen, scratch)
         yield (index_scores.index_select, *seen, scratch, *found)
 
+    def _turning(self, part: "Part") -> Step:
+        """Return how the queries of one token are prepared; that is a step of its own for one."""
+        buffers, size = part.buffers, (self.config.n_heads, self.config.head_dim)
+        turn, scratch = self._angles(buffers), buffers.scratch.ctypes.data
+        return (attend.attend_query, buffers.query.at(), *size, *turn, self.eps, scratch)
+
     def _attending(self, part: "Part") -> Iterator[Step]:
-        """Yield how the raw queries are replaced by the output of attention, step by step."""
+        """Yield how the queries are replaced by the output of attention, step by step."""
         buffers, cells, tokens = part.buffers, part.cells, part.tokens
         config, query, scratch = self.config, buffers.query, buffers.scratch.ctypes.data
         heads, width = config.n_heads, config.head_dim
@@ -206,14 +215,13 @@ class FastAttention:
         entries = cells.compressors[0][2]
         rows_of = (chosen, config.index_top_k, cells.window, self.window_capacity, entries)
         turn, sinks = self._angles(buffers), self.sinks.ctypes.data
-        if tokens > 1:
+        if part.by_token:
             yield (
                 self.entries.attend,
                 *(*seen, *rows_of, query.at(), query.stride, tokens, heads, width),
                 *(*turn, self.eps, sinks, scratch, buffers.scratch_bytes),
             )
             return
-        yield (attend.attend_query, query.at(), heads, width, *turn, self.eps, scratch)
         yield (self.entries.attend_scores, *seen, *rows_of, heads, width, scratch, turn[2])
         yield (attend.attend_softmax, *seen, heads, width, sinks, scratch)
         yield (self.entries.attend_values, *seen, heads, width, *turn, scratch, query.at())
@@ -224,12 +232,23 @@ class FastAttention:
         return cos.ctypes.data, sin.ctypes.data, cos.shape[1]
 
 
-def _add_in_steps(program: Program, sequences: Sequence[Iterator[Step]]) -> None:
-    """Add the steps of several sequences, each together with the same step of the others."""
+def _add_in_steps(
+    program: Program, sequences: Sequence[Iterator[Step]], beside: Sequence[Step] = ()
+) -> None:
+    """Add the steps of several sequences, each together with the same step of the others.
+
+    What is `beside` runs together with the first steps.
+    """
     for together in zip(*sequences, strict=True):
-        with program.alongside():
-            for entry, *words in together:
-                program.add(entry, *words)
+        _add_together(program, [*beside, *together])
+        beside = ()
+
+
+def _add_together(program: Program, steps: Sequence[Step]) -> None:
+    """Add steps that run at the same time."""
+    with program.alongside():
+        for entry, *words in steps:
+            program.add(entry, *words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +267,13 @@ class Cells:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens of one sequence: their part of the buffers, and where the state is."""
+    """Tokens of one sequence: their part of the buffers, and where the state is.
+
+    `by_token`: members of the team take whole tokens, each in scratch memory of its own; otherwise
+    they share the keys and heads of the only one.
+    """
 
     buffers: AttentionBuffers
     cells: Cells
     tokens: int
+    by_token: bool

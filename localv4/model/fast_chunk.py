@@ -1,15 +1,35 @@
-"""Prefill: many tokens, layer by layer, so that each expert is read once for all of them."""
+"""Prefill: many tokens, layer by layer, so that each expert is read once for all of them.
+
+They may be those of several sequences, one after the other: only attention keeps these apart.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localv4.model.experts import UnpackableError
+from localv4.model.fast_attention import Cells, Part
 from localv4.model.fast_layer import FastLayer
 from localv4.model.fast_moe import SHARED_TOKENS, WaveBuffers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.matrix import Floats
-from localv4.model.state import State
+from localv4.model.state import CELLS, State
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some tokens of a sequence that attention takes together with those of others.
+
+    They begin at `position` of the sequence, and at token `first` of those taken together.
+    """
+
+    sequence: int
+    position: int
+    first: int
+    tokens: int
 
 
 class ChunkPlan:
@@ -27,29 +47,43 @@ class ChunkPlan:
         owners = (self._chunk, self._attention, self._waves)
         return sum(buffer_bytes(owner) for owner in owners if owner is not None)
 
-    def run(self, ids: NDArray[np.int64], state: State) -> Floats:
-        """Process tokens; return their final vectors (tokens, hidden).
+    def run(self, ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]) -> Floats:
+        """Process `counts` tokens of each sequence; return their final vectors (tokens, hidden).
 
-        When anything is raised, the state has what it had before.
+        When anything is raised, the states have what they had before.
         """
-        put_back = state.hold() if len(ids) > self._together else None
+        sizes = zip(states, counts, strict=True)
+        held = [state.hold() for state, count in sizes if count > self._together]
         try:
-            return self._run(ids, state)
+            return self._run(ids, states, counts)
         except BaseException:
-            if put_back is not None:
+            for put_back in held:
                 put_back()
             raise
 
-    def _run(self, ids: NDArray[np.int64], state: State) -> Floats:
+    def _run(
+        self, ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+    ) -> Floats:
         network, tokens = self._network, len(ids)
-        chunk, attention, waves = self._buffers(tokens, state.position + tokens)
-        network.begin(chunk, ids, state)
+        starts = [state.position for state in states]
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
+        chunk, attention, waves = self._buffers(tokens, end)
+        cells = np.zeros((len(states), network.config.n_layers, CELLS), np.int64)
+        if len(states) == 1:
+            network.begin(chunk, ids, states[0])
+        else:
+            network.begin_many(chunk, ids, states, counts, cells)
+        passes = list(_passes(starts, counts, self._together))
         routes = []
         for index, layer in enumerate(network.layers):
             network.enter_layer(index, chunk, tokens)
-            self._attend(layer, chunk, attention, tokens, state.position)
+            sequences = [layer.cells]
+            if len(states) > 1:
+                sequences = [Cells.of(own[index]) for own in cells]
+            self._attend(layer, chunk, attention, tokens, passes, sequences)
             self._mix(layer, index, chunk, waves, tokens)
-            state.settle()
+            for state in states:
+                state.settle()
             if network.on_routes is not None:
                 routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:
@@ -85,21 +119,34 @@ class ChunkPlan:
         chunk: ChunkBuffers,
         buffers: AttentionBuffers,
         tokens: int,
-        position: int,
+        passes: Sequence[Sequence[Piece]],
+        sequences: Sequence[Cells],
     ) -> None:
         """Attention of a layer, some tokens after the others: they see what those have stored."""
         layer.moe.request_first(tokens)
         program = self._network.new_program()
         layer.add_mixing(program, chunk, tokens)
         self._network.run(program)
-        for first in range(0, tokens, self._together):
-            count = min(self._together, tokens - first)
-            program = self._network.new_program()
-            buffers.context[0] = position + first
+        first = 0
+        for pieces in passes:
+            program, count = self._network.new_program(), sum(piece.tokens for piece in pieces)
+            buffers.context[: len(pieces)] = [piece.position for piece in pieces]
             self._network.publish(buffers.context)
-            buffers.add_angles(program, count)
-            layer.add_attention(program, chunk.part(first), buffers, count)
+            parts = [
+                Part(
+                    buffers.part(place, piece.first),
+                    sequences[piece.sequence],
+                    piece.tokens,
+                    by_token=count > 1,
+                )
+                for place, piece in enumerate(pieces)
+            ]
+            with program.alongside():
+                for part in parts:
+                    part.buffers.add_angles(program, part.tokens)
+            layer.add_attention(program, chunk.part(first), buffers, count, parts)
             self._network.run(program)
+            first += count
 
     def _mix(
         self,
@@ -132,3 +179,23 @@ class ChunkPlan:
             network.experts.drop_forms(index)
         if not moe.forms:
             network.mix_stored(index, chunk, tokens)
+
+
+def _passes(starts: Sequence[int], counts: Sequence[int], together: int) -> Iterator[list[Piece]]:
+    """Cut `counts` tokens of each sequence, from positions `starts` on, into passes.
+
+    Each is `together` tokens, but for the last one.
+    """
+    pieces: list[Piece] = []
+    taken = 0
+    for sequence, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        done = 0
+        while done < count:
+            tokens = min(count - done, together - taken)
+            pieces.append(Piece(sequence, start + done, taken, tokens))
+            done, taken = done + tokens, taken + tokens
+            if taken == together:
+                yield pieces
+                pieces, taken = [], 0
+    if pieces:
+        yield pieces

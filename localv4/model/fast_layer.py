@@ -100,10 +100,11 @@ class FastLayer:
     ) -> None:
         """Enter the attention and compute its update.
 
-        The tokens belong to the sequence of `cells`, or to those of `parts`, one to each.
+        The tokens belong to the sequence of `cells`, or to those of `parts`.
         """
         self.attn_site.add_entry(program, chunk, tokens)
-        x, own = Input(chunk.x, chunk.x_rounded), Part(buffers, self.cells, tokens)
+        x = Input(chunk.x, chunk.x_rounded)
+        own = Part(buffers, self.cells, tokens, by_token=tokens > 1)
         self.attention.add(program, buffers, x, chunk.update, parts or [own], tokens)
 
     def add_router(

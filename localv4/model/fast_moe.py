@@ -19,7 +19,7 @@ from localv4.model.packing import ExpertForm
 from localv4.model.program import Input, Program, Rounded, Rows
 from localv4.model.weights import Expert, Router
 from localv4.model.workspace import ChunkBuffers
-from localv4.paging.store import ABSENT, ON_ITS_WAY, ExpertStore
+from localv4.paging.store import ABSENT, ExpertStore
 
 SHARED_TOKENS = 960
 """Tokens that go through the shared expert in one program: what Ctrl-C waits for."""
@@ -345,10 +345,14 @@ class FastMoe:
         return wave
 
     def _read_ahead(self, left: NDArray[np.int64]) -> None:
-        """Keep absent ones of the experts that come next on their way, two waves of them."""
-        states = self.store.addresses[self.index, left]
-        room = 2 * self.store.largest_claim(self.index) - np.count_nonzero(states == ON_ITS_WAY)
-        self.store.claim(self.index, left[states == ABSENT][: max(0, room)].tolist())
+        """Keep two waves of absent ones among the experts that come next claimed, no more.
+
+        Those that have come count, too: where the disk is faster than the products, all of a layer
+        would be claimed one after the other, and small memory would not hold them.
+        """
+        store, absent = self.store, left[self.store.addresses[self.index, left] == ABSENT]
+        room = 2 * store.largest_claim(self.index) - store.count_claimed(self.index, left.tolist())
+        store.claim(self.index, absent[: max(0, room)].tolist())
 
     def _parts(self, sizes: NDArray[np.int64], slots: int) -> Iterator[NDArray[np.int64]]:
         """Yield the experts in use, those of one form that fit into some slots at a time."""

@@ -112,6 +112,22 @@ class FastNetwork:
         self.publish_addresses(self._cells)
         self.store.uses.clock += tokens
 
+    def begin_many(
+        self,
+        chunk: ChunkBuffers,
+        ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        cells: NDArray[np.int64],
+    ) -> None:
+        """Take in `counts` tokens of several sequences; fill cells (sequences, layers, CELLS)."""
+        for state, count, own in zip(states, counts, cells, strict=True):
+            self._begin_state(state, count)
+            own[:] = state.addresses
+        chunk.ids[: len(ids)] = ids
+        chunk.streams[: len(ids)] = look_up(self.weights.embed, ids)[:, None, :]
+        self.store.uses.clock += len(ids)
+
     def begin_rows(
         self,
         chunk: ChunkBuffers,

@@ -71,7 +71,6 @@ class RowsProgram:
         self._chunk = ChunkBuffers(config, rows)
         self._groups = ExpertGroups(config, rows, network.most_forms)
         self._attention = AttentionBuffers(config, rows, Seen.before(positions, config), rows)
-        self._attention.context = np.zeros(rows, np.int64)
         self._parts = [self._attention.row(index) for index in range(rows)]
         self._waves: WaveBuffers | None = None
         self._cells = np.zeros((rows, config.n_layers, CELLS), np.int64)
@@ -168,7 +167,7 @@ class RowsProgram:
         """Add a layer up to its routed experts."""
         layer, chunk, rows = self._network.layers[index], self._chunk, self._rows
         sequences = [
-            Part(part, Cells.of(cells[index]), 1)
+            Part(part, Cells.of(cells[index]), 1, by_token=False)
             for part, cells in zip(self._parts, self._cells, strict=True)
         ]
         layer.add_mixing(program, chunk, rows)

@@ -62,6 +62,7 @@ class Transformer:
     chunk_tokens = CHUNK_TOKENS
     slack = SLACK_TOKENS
     most_rows = MOST_ROWS
+    reads_together = False
     rows = row_operations.F32
     row_memory = RowMemory()
 

@@ -88,14 +88,14 @@ class AttentionBuffers:
     """Everything between the input and the output of attention, for some tokens at a time.
 
     `seen` says how much a token can see at most; `context` holds the position of the first
-    token. `angles` has cos and sin (2, tokens, pairs) by the kind of rotation, 0 for that of
-    sliding layers, `frequencies` those of the kinds.
+    token of each sequence. `angles` has cos and sin (2, tokens, pairs) by the kind of rotation, 0
+    for that of sliding layers, `frequencies` those of the kinds.
     """
 
     def __init__(self, config: ModelConfig, tokens: int, seen: "Seen", members: int) -> None:
         heads, width, rank = config.n_heads, config.head_dim, config.q_lora_rank
         self.tokens, self.seen = tokens, seen
-        self.context = np.zeros(1, np.int64)
+        self.context = np.zeros(tokens, np.int64)
         self.frequencies = (main_rotary(config).frequencies, compress_rotary(config).frequencies)
         self.angles = np.empty((2, 2, tokens, config.rope_dim // 2), F32)
         self.projected_latent, self.latent = Rows(tokens, rank), Rows(tokens, rank)
@@ -112,18 +112,22 @@ class AttentionBuffers:
         self.scratch = aligned_bytes(workers * self.scratch_bytes)
         self._add_indexer(config, tokens, workers)
 
+    def part(self, sequence: int, first: int) -> "AttentionBuffers":
+        """Return what belongs to the tokens from `first` on, those of a sequence."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (Rows, CompressorBuffers)):
+                setattr(part, name, value.part(first))
+        part.context, part.angles = self.context[sequence:], self.angles[:, :, first:]
+        part.chosen, part.counts = self.chosen[first:], self.counts[first:]
+        return part
+
     def row(self, index: int) -> "AttentionBuffers":
         """Return what belongs to one token, which has a sequence of its own.
 
-        These buffers must have scratch memory for as many members as there are tokens, and a
-        `context` for each.
+        These buffers must have scratch memory for as many members as there are tokens.
         """
-        row = copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, (Rows, CompressorBuffers)):
-                setattr(row, name, value.part(index))
-        row.context, row.angles = self.context[index:], self.angles[:, :, index : index + 1]
-        row.chosen, row.counts = self.chosen[index:], self.counts[index:]
+        row = self.part(index, index)
         row.scratch = self.scratch[index * self.scratch_bytes :]
         row.index_scratch = self.index_scratch[index * self.index_scratch_bytes :]
         return row

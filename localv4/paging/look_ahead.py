@@ -26,9 +26,12 @@ class LookAhead:
         self._window: list[float] = []
         self._left = 0
 
-    def note(self, seconds: float, waited: bool) -> None:
-        """Count a token; `waited`: it lacked a record. Tokens that lack none tell nothing."""
-        if not waited:
+    def note(self, seconds: float, lacked: bool) -> None:
+        """Count a token; `lacked`: it waited for a record or was spared that by a guess.
+
+        Tokens that needed nothing tell nothing.
+        """
+        if not lacked:
             return
         self._window.append(seconds)
         if len(self._window) < WINDOW:

@@ -1,8 +1,8 @@
 """A store with room for some of the records: others are read when they are needed.
 
-Decoding. A record that a token lacks is read at once, in the place of the coldest one. What the
-router of the next layer would choose now is read as a guess, into a few slots that guesses have
-among themselves: one that turns out wrong is the first to go.
+Decoding. A record that a token lacks is read at once, in the place of the coldest one
+(`departures`). What the router of a layer would choose before its attention is read as a guess,
+into a few slots that guesses have among themselves: one that turns out wrong is the first to go.
 
 Prompts. Nearly every expert of a layer is used once and not again for the rest of a chunk, so that
 a scan would wash out everything. So a layer keeps as many records as it had: those that the prompt
@@ -319,6 +319,10 @@ class PagedStore:
             self._claimed[layer, number] = False
             if not self._stays[layer, number]:
                 self._departures.add((layer, number))
+
+    def count_claimed(self, layer: int, numbers: Iterable[int]) -> int:
+        """Return how many of some records are claimed, whether they are there or on their way."""
+        return int(np.count_nonzero(self._claimed[layer, list(numbers)]))
 
     def can_hold(self, layer: int, numbers: Iterable[int]) -> bool:
         """Say whether there is room for all of these records at the same time."""

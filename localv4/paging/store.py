@@ -60,6 +60,9 @@ class ExpertStore(Protocol):
     def release(self, layer: int, numbers: Iterable[int]) -> None:
         """Let claimed records go."""
 
+    def count_claimed(self, layer: int, numbers: Iterable[int]) -> int:
+        """Return how many of some records are claimed, whether they are there or on their way."""
+
     def can_hold(self, layer: int, numbers: Iterable[int]) -> bool:
         """Say whether there is room for all of these records at the same time."""
 
@@ -116,6 +119,10 @@ class MappedStore:
 
     def release(self, layer: int, numbers: Iterable[int]) -> None:
         """Do nothing."""
+
+    def count_claimed(self, layer: int, numbers: Iterable[int]) -> int:
+        """Nothing has to be claimed."""
+        return 0
 
     def can_hold(self, layer: int, numbers: Iterable[int]) -> bool:
         """They are all there."""
