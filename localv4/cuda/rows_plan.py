@@ -92,7 +92,7 @@ class GpuRowsProgram(RowsProgram):
         network, rows = self._on_gpu, self._rows
         network.adopt(self._chunk, self._groups, self._attention, self._cells, self._wave_buffers)
         self._groups.shared.span[1] = rows
-        network.mirrors.push(self._groups.shared.span)
+        network.mirrors.push(self._groups.shared.span, self._store.addresses)
         program = GpuProgram(network.scratch)
         self._add_angles(program)
         for index, layer in enumerate(network.layers[: network.on_gpu]):

@@ -109,6 +109,7 @@ class GpuTokenPlan:
         network.adopt(self._attention)
         self._positions, self._has_all = positions, self._store.is_whole
         self._recordings = []
+        network.mirrors.push(self._store.addresses)
         program = GpuProgram(network.scratch)
         self._attention.add_angles(program, 1)
         for index, layer in enumerate(network.layers[: network.on_gpu]):
