@@ -142,6 +142,22 @@ def test_strides_and_no_bos_change_the_figure(tmp_path: Path) -> None:
 
 
 @needs_jit
+def test_divergence_of_ways_to_store_the_context(tmp_path: Path) -> None:
+    where = ("--base-model", "tiny-v4", "-f", str(TEXT), "-w", "1", "-c", "256", "-q", "--json")
+
+    def divergence(kv: str, base: str) -> float:
+        options = ("--kv", kv, "--base-kv", base, "--floor-windows", "0")
+        done = run_here("eval", "kld", *where, *options, home=tmp_path)
+        assert done.code == 0, done.stderr
+        value: float = json.loads(done.stdout)["divergence"]["mean"]["value"]
+        return value
+
+    assert divergence("f32", "f32") == 0
+    assert 0 < divergence("bf16", "f32") < 0.01
+    assert 0 < divergence("compact", "f32") < 0.01
+
+
+@needs_jit
 def test_divergence_from_a_file_and_from_a_model(tmp_path: Path) -> None:
     base = tmp_path / "base"
     where = ("-f", str(TEXT), "-w", "2", "-c", "64", "-q")

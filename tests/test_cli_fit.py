@@ -67,6 +67,18 @@ def test_flash_on_machines_of_all_sizes(tmp_path: Path, ram: str, quant: str, ve
     assert (plan["paged_bytes"] == 0) == (verdict == "fits")
 
 
+def test_the_rows_of_the_context_are_planned(tmp_path: Path) -> None:
+    def state(*options: str) -> int:
+        found = document("v4-flash:q4", *LAPTOP, "-c", "1048576", *options, home=tmp_path)
+        nbytes: int = found["chosen"]["plan"]["bytes"]["decoder state"]
+        return nbytes
+
+    per_token = {"f32": 13_760, "compact": 3_514.2}
+    compact, wide = (state("--kv", name) for name in ("compact", "f32"))
+    assert wide - compact == pytest.approx((per_token["f32"] - per_token["compact"]) * 2**20, 1e-4)
+    assert state() == compact
+
+
 def test_all_forms_are_compared(tmp_path: Path) -> None:
     rows = fit("v4-flash", *LAPTOP, "--all-quants", home=tmp_path).stdout.splitlines()
     table = [line.split() for line in rows[rows.index("") + 1 :]]

@@ -4,13 +4,14 @@ import json
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from terminal import Terminal, needs_jit, needs_pty, run_here, run_localv4, start_localv4
 
 from localv4.cli import inputs
-from localv4.engine.memory import MemoryOptions, plan_memory
+from localv4.engine.memory import MemoryOptions, plan_memory, row_format
 from localv4.library.installed import embedded_model_path
 from localv4.paging.trace import read_trace
 from localv4.planning.header_facts import facts_of_checkpoint
@@ -51,7 +52,9 @@ def test_answer_on_stdout_and_notes_on_stderr(tmp_path: Path) -> None:
 def test_experts_are_paged_within_a_budget(tmp_path: Path) -> None:
     with open_checkpoint(embedded_model_path()) as checkpoint:
         facts = facts_of_checkpoint("tiny-v4", "", checkpoint)
-    plan = plan_memory(facts, MemoryOptions(), None, 2)
+    memory = MemoryOptions()
+    facts = replace(facts, rows=row_format(memory))
+    plan = plan_memory(facts, memory, None, 2)
     budget = plan.total - plan.expert_bytes + int(0.7 * plan.all_experts)
     trace = tmp_path / "routes"
     options = ("-t", "2", "--ram", str(budget), "--io", "direct", "--stats")

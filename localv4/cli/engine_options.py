@@ -130,7 +130,7 @@ KvRows = Annotated[
     option(
         "--kv",
         panel="Memory",
-        help="How the compressed context is stored; compact: FP8 and FP4. Default: f32.",
+        help="How the compressed context is stored. Default: compact (FP8, FP4); f32 with exact.",
     ),
 ]
 KvDir = Annotated[

@@ -55,6 +55,8 @@ def kld(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    kv: engine_options.KvRows = None,
+    base_kv: evaluation.BaseKv = None,
     device: engine_options.Device = "auto",
     gpu_mem: engine_options.GpuMem = None,
     as_json: options.Json = False,
@@ -68,7 +70,7 @@ def kld(
     """
     if (base is None) == (base_model is None):
         raise UsageError("give the base: either --base FILE or --base-model MODEL")
-    if base is not None and (file, context, bos, base_numerics) != (None, None, None, None):
+    if base is not None and {file, context, bos, base_numerics, base_kv} != {None}:
         raise UsageError("--base FILE holds the text and its windows: leave -f, -c and --bos out")
     if base is not None and not base.is_file():
         raise NotFoundError(f"no such file: {base}")
@@ -78,7 +80,7 @@ def kld(
     from localv4.engine.divergence import LiveBase
 
     gpu = engine_options.gpu_options(device, gpu_mem)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, gpu)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
     engine = loaded.engine
     with ExitStack() as stack:
         about: dict[str, Any]
@@ -88,9 +90,11 @@ def kld(
             about = {"file": base.name}
         else:
             numerics = base_numerics or numerics
-            is_fast = numerics is engine_options.Arithmetic.FAST
-            base_gpu = gpu if is_fast else None
-            other = evaluation.load(base_model, threads, pin, numerics, quiet, no_color, base_gpu)
+            rows = evaluation.base_rows(kv, base_kv, numerics)
+            base_gpu = gpu if numerics is engine_options.Arithmetic.FAST else None
+            other = evaluation.load(
+                base_model, threads, pin, numerics, quiet, no_color, rows, base_gpu
+            )
             tokens = evaluation.tokenize(engine, text, file)
             evaluation.check_same_tokens(engine, other.engine, tokens)
             size = context or evaluation.WINDOW

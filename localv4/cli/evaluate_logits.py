@@ -66,6 +66,7 @@ def logits(
     threads: engine_options.Threads = None,
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
+    kv: engine_options.KvRows = None,
     device: engine_options.Device = "auto",
     gpu_mem: engine_options.GpuMem = None,
     quiet: options.Quiet = False,
@@ -88,7 +89,7 @@ def logits(
     from localv4.cli.progress import Progress
 
     gpu = engine_options.gpu_options(device, gpu_mem)
-    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color, gpu).engine
+    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu).engine
     with Progress(quiet=quiet, no_color=no_color) as progress:
 
         def report(done: int, total: int) -> None:

@@ -57,7 +57,7 @@ def ppl(
     from localv4.cli.progress import Progress
 
     gpu = engine_options.gpu_options(device, gpu_mem)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, gpu, kv)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
     engine = loaded.engine
     tokens = evaluation.tokenize(engine, text, file)
     cuts = [evaluation.cut_text(engine, tokens, size, windows, bos, stride) for size in sizes]

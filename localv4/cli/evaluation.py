@@ -76,6 +76,15 @@ FloorWindows = Annotated[
     ),
 ]
 
+BaseKv = Annotated[
+    engine_options.Kv | None,
+    _option(
+        "--base-kv",
+        panel="Base",
+        help="How the base stores its context. Default: as the model, f32 with exact.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -183,6 +192,16 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def base_rows(
+    kv: "engine_options.Kv | None",
+    base_kv: "engine_options.Kv | None",
+    numerics: "engine_options.Arithmetic",
+) -> "engine_options.Kv | None":
+    """Return how a base that is computed in `numerics` stores its context."""
+    is_exact = numerics is engine_options.Arithmetic.EXACT
+    return base_kv or (None if is_exact else kv)
+
+
 def load(
     model: str | None,
     threads: int | None,
@@ -190,8 +209,8 @@ def load(
     numerics: "engine_options.Arithmetic",
     quiet: bool,
     no_color: bool,
-    gpu: "GpuOptions | None" = None,
     kv: "engine_options.Kv | None" = None,
+    gpu: "GpuOptions | None" = None,
 ) -> "Loaded":
     """Load a model with the whole context that it allows."""
     from localv4.cli import loading

@@ -105,6 +105,7 @@ def fit(
     reserve: engine_options.Reserve = None,
     ctx_size: PlannedContext = None,
     io: engine_options.Io = engine_options.IoWay.AUTO,
+    kv: engine_options.KvRows = None,
     device: engine_options.Device = "auto",
     gpu_mem: engine_options.GpuMem = None,
     assume_ram: options.AssumeRam = None,
@@ -125,6 +126,7 @@ def fit(
 
     Nothing is downloaded. Exit code 4 if it does not fit.
     """
+    from localv4.engine.memory import MemoryOptions, row_format
     from localv4.planning.assessment import Request
     from localv4.planning.plan import DEFAULT_CTX
 
@@ -141,10 +143,11 @@ def fit(
         *(assume_ram, assume_bandwidth, assume_disk, assume_cores),
         *(assume_gpu, assume_gpu_bandwidth),
     )
+    rows = row_format(MemoryOptions(kv=kv.value if kv is not None else None))
     bytes_s = parse_rate(rate, "--rate")
 
     def answered() -> Answer:
-        subject = _subject(reference, all_quants, quiet)
+        subject = _subject(reference, all_quants, quiet).with_rows(rows)
         return _answer(subject, request, assumed, gpu, bytes_s, routes, quiet)
 
     answer = worker.call(answered)

@@ -17,7 +17,8 @@ from localv4.storage import Checkpoint, PackedFolder
 
 KvName = Literal["f32", "bf16", "compact"]
 
-DEFAULT_KV: KvName = "f32"
+DEFAULT_KV: KvName = "compact"
+"""docs/long_context.md has the measurements that decided it."""
 
 
 @dataclass(frozen=True, slots=True)

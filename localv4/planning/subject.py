@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from localv4.errors import NotFoundError, UsageError
+from localv4.kernels.row_operations import RowFormat
 from localv4.library import installed
 from localv4.library.installed import InstalledModel
 from localv4.library.registry import ModelSpec, QuantSpec, Registry, load_registry
@@ -39,6 +40,10 @@ class Subject:
     forms: tuple[ModelFacts, ...]
     chosen: int | None = None
     path: Path | None = None
+
+    def with_rows(self, rows: RowFormat) -> "Subject":
+        """Return the same with compressed rows of the context in another format."""
+        return replace(self, forms=tuple(replace(form, rows=rows) for form in self.forms))
 
 
 def find_subject(reference: str | None) -> Subject:
