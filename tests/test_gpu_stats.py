@@ -8,6 +8,7 @@ from host_gpu import HostGpu
 
 from localv4 import paths
 from localv4.cli.generation import gpu_lines
+from localv4.cli.loading import Loaded
 from localv4.cuda import offload
 from localv4.cuda.options import GpuOptions
 from localv4.cuda.tier_counts import TierCounts
@@ -20,6 +21,7 @@ from localv4.engine.memory import MemoryOptions
 from localv4.engine.reply import Reply
 from localv4.engine.sampler import Sampling
 from localv4.errors import DoesNotFitError, UsageError
+from localv4.library import installed
 from localv4.library.installed import embedded_model_path
 from localv4.paging.paged_store import PagedStore
 from localv4.planning.gpu_plan import plan_gpu
@@ -115,6 +117,22 @@ def test_experts_on_three_tiers(facts: ModelFacts, monkeypatch: pytest.MonkeyPat
     assert engine._usage is not None
     engine._usage.keep()
     assert saved, "the experts of the host's store are remembered"
+
+
+@needs_compiler
+def test_a_gpu_that_is_full_one_day_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = HostGpu(2 * GIB)
+    monkeypatch.setattr(offload, "find_gpu", lambda _: gpu)
+    monkeypatch.setattr(devices, "has_library", lambda: True)
+    model = installed.resolve(None)
+    engine = Engine.load(model.path, ctx_size=CTX, threads=2, gpu=GpuOptions("auto"))
+    loaded = Loaded(engine, model)
+    assert loaded.fresh_notes() == []
+    gpu.total_bytes = 0
+    reply = answer(engine)
+    assert reply.stats.generated_tokens == TOKENS or reply.finish_reason == "stop"
+    assert len(loaded.fresh_notes()) == 1 and loaded.fresh_notes() == []
+    assert reply.stats.gpu is not None and "CPU goes on alone" in str(reply.stats.gpu.warning)
 
 
 def made(tiers: Tiers, **counts: float) -> GpuStats:

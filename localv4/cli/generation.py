@@ -146,7 +146,7 @@ def gpu_lines(reply: "Reply") -> list[str]:
     )
     seconds = reply.stats.decode_s
     layers = "" if gpu.layers == gpu.all_layers else f" | layers 0 to {gpu.layers - 1}"
-    lines = [
+    return [
         f"{gpu.name}: {format_bytes(gpu.used_bytes)} of {format_bytes(gpu.total_bytes)}{layers} | "
         f"experts {where}",
         f"host {1e3 * gpu.per_token(gpu.counts.host_s):.1f} ms per token | "
@@ -154,7 +154,6 @@ def gpu_lines(reply: "Reply") -> list[str]:
         f"{gpu.per_token(gpu.uploaded_bytes) / 1e9:.3f} GB uploaded per token | "
         f"bound by {BOUNDS[gpu.bound(seconds)]}",
     ]
-    return lines if gpu.warning is None else [*lines, gpu.warning]
 
 
 BOUNDS = {"GPU": "the GPU", "host": "the host", "PCIe": "PCIe", "disk": "the disk"}

@@ -158,7 +158,8 @@ class VramStore(PagedStore):
         """Bring as many records as there is room for, and wait for them: the first layers first."""
         sizes = self.nbytes.ravel().cumsum()
         count = int(np.searchsorted(sizes, self.arena.capacity, side="right"))
-        keys = [divmod(place, self.nbytes.shape[1]) for place in range(count)]
+        places = np.flatnonzero(self.nbytes.ravel()[:count])
+        keys = [divmod(place, self.nbytes.shape[1]) for place in places.tolist()]
         for layer in sorted({key[0] for key in keys}):
             numbers = [number for at, number in keys if at == layer]
             self.request(layer, numbers)

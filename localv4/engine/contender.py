@@ -96,7 +96,7 @@ class OwnEngine:
         assert self._engine is not None and self._session is not None
         parts = {
             "mapped weights": resident_file_bytes(self._engine.checkpoint.files) or 0,
-            **held_bytes(self._engine),
+            **_on_host(held_bytes(self._engine)),
             "state": self._session.state_bytes,
         }
         # the probe holds its buffer from the first test to the last: it is part of the new peak
@@ -227,6 +227,11 @@ def agreement(ours: Floats | None, theirs: Floats | None) -> float | None:
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return None
     return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+def _on_host(parts: dict[str, int]) -> dict[str, int]:
+    """Return what of an engine's memory is that of the process."""
+    return {name: nbytes for name, nbytes in parts.items() if not name.startswith("GPU ")}
 
 
 def held_bytes(engine: Engine) -> dict[str, int]:

@@ -160,11 +160,12 @@ class Engine:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how the model was loaded, a line each."""
+        """What the user should know of how the model was loaded and runs now, a line each."""
         store = self.network.host_store if isinstance(self.network, FastTransformer) else None
         refusal = store.refusal if isinstance(store, PagedStore) else None
         warning = self._usage.warning if self._usage is not None else None
-        return [line for line in (self._gpu_note, refusal, warning) if line is not None]
+        left = getattr(self.network, "warning", None)  # a GPU that has no memory left
+        return [line for line in (self._gpu_note, refusal, warning, left) if line is not None]
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for sessions and mapped files."""
