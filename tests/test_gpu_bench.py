@@ -11,15 +11,19 @@ from host_gpu import HostGpu
 from terminal import needs_jit, run_here
 
 from localv4.cli.bench_figures import figures
-from localv4.cli.bench_report import gpu_lines
-from localv4.cuda import probe
-from localv4.cuda.gpu import GpuMemoryError
+from localv4.cli.bench_report import Report, gpu_lines
+from localv4.cuda import offload, probe
+from localv4.cuda.gpu import GpuError, GpuMemoryError
+from localv4.cuda.options import GpuOptions
 from localv4.cuda.tier_counts import TierCounts
 from localv4.engine.batch_memory import BatchPlan
+from localv4.engine.benchmark import Benchmark
+from localv4.engine.engine import Engine
 from localv4.engine.gpu_measurement import GpuResult
 from localv4.engine.gpu_stats import GpuStats, Tiers
 from localv4.engine.measurement import Case, Measurement, Memory, Sample, Series
 from localv4.engine.memory import MemoryOptions
+from localv4.library.installed import embedded_model_path
 from localv4.planning.gpu_forecast import TierBytes
 from localv4.planning.gpu_plan import STATE_SHARE, GpuPlan, plan_gpu
 from localv4.planning.model_facts import facts_of_recipe
@@ -98,6 +102,32 @@ def test_reports_tell_of_a_gpu_only_where_one_helped() -> None:
     assert list(figures(prompt)) == list(own)
 
 
+@needs_compiler
+def test_a_whole_benchmark_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = TimedGpu(2 * GIB)
+    monkeypatch.setattr(offload, "find_gpu", lambda _: gpu)
+    monkeypatch.setattr(probe, "COPY_BYTES", 1 << 22)
+    monkeypatch.setattr(probe, "LEAST_BYTES", 1 << 20)
+    options = GpuOptions("cuda")
+    engine = Engine.load(embedded_model_path(), ctx_size=64, threads=2, gpu=options)
+    assert engine.facts is not None
+    need = engine.facts.weight_bytes_per_token + engine.facts.state_read_bytes(1)
+    benchmark = Benchmark(engine, repeats=1, roof_bytes=1 << 20)
+    reads, generates = benchmark.run([Case("pp", 2, 0), Case("tg", 2, 0)])
+    assert reads.gpu is not None and reads.gpu.token_bytes is None
+    assert generates.gpu is not None and generates.gpu.copy_bytes_s == 2 * (1 << 22) / 1e-3
+    assert generates.gpu.token_bytes == TierBytes(need, 0, 0)
+    assert generates.gpu.stats.counts.tokens == 2
+    assert not [name for name in generates.memory.parts if name.startswith("GPU")]
+    report = Report("tiny", benchmark, (), None)
+    report.measurements += [reads, generates]
+    text = report.markdown()
+    assert "| limited by |" in text and "copies 8 to 8 GB/s" in text
+    document = json.loads(report.json())
+    assert document["tests"][1]["experts_gpu_share"] == 1
+    assert report.csv().splitlines()[0].count("gpu_copy_bytes_s") == 1
+
+
 def batch_gpu(states: int | None, gib: float = 16) -> GpuPlan:
     facts = facts_of_recipe("v4-flash", flash_network(), load_recipes().by_name["q4"])
     return plan_gpu(facts, "a GPU", int(gib * GIB), memory=None, ctx=4096, states=states)
@@ -161,3 +191,32 @@ def test_what_fit_does_not_understand(
 ) -> None:
     done = run_here("fit", "v4-flash", *LAPTOP, *arguments, home=tmp_path)
     assert done.code == 2 and said in done.stderr
+
+
+@needs_jit
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "-q", "Hi"),
+        ("bench", "-q"),
+        ("batch", "-q", "-i", "rows.txt", "-o", "out.jsonl"),
+        ("eval", "ppl", "-q", "-f", "rows.txt"),
+        ("eval", "kld", "-q", "-f", "rows.txt", "--base-model", "tiny-v4"),
+        ("eval", "logits", "-q", "-f", "rows.txt", "--save-base", "out.bin"),
+        ("eval", "card", "-q", "-f", "rows.txt", "-o", "card"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_device_that_is_not_there_ends_every_command_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    def none_found(options: GpuOptions) -> None:
+        assert (options.number, options.memory) == (1, 8 * GIB)
+        raise GpuError("there is no CUDA device 1: 0 found")
+
+    monkeypatch.setattr(offload, "find_gpu", none_found)
+    monkeypatch.chdir(tmp_path)
+    Path("rows.txt").write_text("Hi\n")
+    done = run_here(*command, "--device", "cuda:1", "--gpu-mem", "8GiB", home=tmp_path)
+    assert done.code == 4 and done.stdout == ""
+    assert done.stderr.splitlines()[0] == "error: there is no CUDA device 1: 0 found"

@@ -157,7 +157,7 @@ Device = Annotated[
         "--device",
         panel="Model",
         metavar="DEVICE",
-        help="auto: a GPU if there is one and localv4[cuda] is installed; cpu; cuda; cuda:1.",
+        help="auto: a GPU if there is one and the extra `cuda` is installed; cpu; cuda; cuda:1.",
     ),
 ]
 GpuMem = Annotated[
