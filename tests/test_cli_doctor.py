@@ -8,8 +8,9 @@ import pytest
 from terminal import needs_jit, run_here
 
 from localv4 import paths
+from localv4.cuda.speed import GpuSpeed
 from localv4.planning import history, measuring, problems, system
-from localv4.planning.machine import DiskFacts, KernelShares, Machine
+from localv4.planning.machine import DiskFacts, GpuFacts, KernelShares, Machine
 from localv4.planning.memory import Memory
 from localv4.planning.plan import GIB
 
@@ -61,6 +62,20 @@ def test_json_holds_no_names_of_folders(tmp_path: Path) -> None:
     assert found["machine"]["read_bytes_s_by_threads"] == {"1": 30e9, "8": 90e9}
     assert found["models"][0]["assessment"]["verdict"] == "fits"
     assert str(Path.home()) not in text and str(tmp_path) not in text
+
+
+def test_a_gpu_is_told_of_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "GPU" not in doctor(home=tmp_path)
+    card = GpuFacts("Some GPU", 16 * GIB, 15 * GIB, GpuSpeed(500e9, 20e9, 40e12))
+    found = replace(MACHINE, gpu=card, gpus=("Some GPU, 16384 MiB", "Intel graphics"))
+    monkeypatch.setattr(measuring, "measured_machine", lambda *_: found)
+    text = doctor(home=tmp_path)
+    assert "Some GPU: 16.0 GiB, 15.0 GiB free; copies 500 GB/s, PCIe 20.0 GB/s" in text
+    assert "Intel graphics (not used)" in text and "16384 MiB (not used)" not in text
+    model = json.loads(doctor("--json", home=tmp_path))["models"][0]["assessment"]
+    assert model["gpu_plan"]["fits"] and model["gpu_forecast"]["experts_by_tier"]["gpu"] == 1
 
 
 def test_another_machine(tmp_path: Path) -> None:

@@ -208,7 +208,11 @@ def test_what_would_change_is_computed_and_faster() -> None:
     assert by_name["64 GiB more memory"].tok_s == assess(flash("q4"), more).tok_s
     assert by_name["an SSD of 14 GB/s"].tok_s == assess(flash("q4"), machine(64, disk=14)).tok_s
     fitting = assess(flash("q2"), machine(128), request)
-    assert not what_would_change(fitting, machine(128), request)
+    changes = what_would_change(fitting, machine(128), request)
+    assert [change.what.partition(",")[0] for change in changes] == [
+        "a GPU of 16 GiB",
+        "a GPU of 24 GiB",
+    ]
 
 
 def test_what_does_not_fit_is_a_result() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from terminal import ROOT, environment, needs_jit, run_here
 
+from localv4.cuda.options import GpuOptions
 from localv4.engine.batch_input import BatchInput, Place, parse_row, scan
 from localv4.engine.batch_request import BatchSettings
 from localv4.engine.batch_results import Document
@@ -57,6 +58,7 @@ def order(**changes: Any) -> EngineOrder:
         "pin": False,
         "numerics": "fast",
         "memory": MemoryOptions(),
+        "gpu": GpuOptions("cpu"),
     }
     return EngineOrder(**(facts | changes))
 

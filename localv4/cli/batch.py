@@ -5,7 +5,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,7 @@ from localv4.errors import Cancelled, UsageError
 if TYPE_CHECKING:
     from localv4.cli.batch_report import Report
     from localv4.cli.settings import Settings
+    from localv4.cuda.options import GpuOptions
     from localv4.engine.batch_input import BatchInput, Place, Row
     from localv4.engine.batch_request import BatchSettings
     from localv4.engine.batch_results import Document, ResultFile, Results
@@ -102,6 +103,7 @@ class Machine:
     pin: bool
     numerics: Arithmetic
     memory: "MemoryOptions"
+    gpu: "GpuOptions"
     parallel: int | None
     ray: str | None
 
@@ -181,7 +183,8 @@ def batch(
         raise UsageError("--raw has no chat format: no system prompt and no thinking")
     values = sampling.values()
     machine = Machine(
-        ctx_size, engine.threads, engine.pin, engine.numerics, engine.memory(), parallel, ray
+        *(ctx_size, engine.threads, engine.pin, engine.numerics),
+        *(engine.memory(), engine.gpu(), parallel, ray),
     )
     part = parse_shard(shard)
     job = Job(
@@ -314,11 +317,13 @@ def _on_this_machine(
         pin=machine.pin,
         numerics=machine.numerics.value,
         memory=plan.memory,
+        gpu=replace(machine.gpu, state_bytes=plan.room),
         quiet=job.quiet,
         no_color=job.no_color,
     )
     if not settings.raw and not loaded.knows_chat and not job.quiet:
         loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
+    plan = plan.within(loaded.engine.gpu_plan)
     run = make_run(
         loaded.engine, settings, asked.results, rows=plan.rows, room=plan.room, cancelled=cancelled
     )
@@ -351,6 +356,7 @@ def _on_cluster(
         pin=machine.pin,
         numerics=machine.numerics.value,
         memory=machine.memory,
+        gpu=machine.gpu,
     )
     cluster = RayCluster(address, order, job.rows.is_text, report.tell, cancelled)
     return cluster.answer(job.rows.lines(todo))

@@ -184,6 +184,9 @@ class Report:
                 f"{self._prompt_tokens} prompt tokens, {self._completion_tokens} answer tokens, "
                 f"{self._speed():.1f} tok/s"
             )
+        gpu = self._meter.gpu_stats() if self._meter is not None else None
+        if gpu is not None and gpu.warning is not None:
+            lines.append(gpu.warning)
         cost, price = self._cost(), _price(self._spec)
         if cost is not None and price is not None and self._answered:
             lines.append(
@@ -214,7 +217,18 @@ class Report:
         if paging is not None and bytes_per_token is not None:
             room = f"{format_bytes(paging.resident_bytes)} of {format_bytes(paging.capacity_bytes)}"
             lines.append(f"experts {room} | read {bytes_per_token / 1e9:.3f} GB per token")
-        return lines
+        return lines + self._gpu_details(stats.decoded_tokens)
+
+    def _gpu_details(self, tokens: int) -> list[str]:
+        """Return what a GPU did; nothing where none helps."""
+        from localv4.cli.generation import format_bytes
+
+        gpu = self._meter.gpu_stats() if self._meter is not None else None
+        if gpu is None:
+            return []
+        taken = f"{format_bytes(gpu.used_bytes)} of {format_bytes(gpu.total_bytes)}"
+        uploaded = gpu.uploaded_bytes / max(1, tokens) / 1e9
+        return [f"{gpu.name}: {taken} | {uploaded:.3f} GB of experts uploaded per token"]
 
     def _cost(self) -> float | None:
         """Return what the maker's API would have asked in US dollars, None if unknown."""

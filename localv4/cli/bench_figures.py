@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from localv4.engine.gpu_measurement import GpuResult
 from localv4.engine.measurement import Measurement, PeerResult, Series
 
 
@@ -19,6 +20,25 @@ def figures(measurement: Measurement) -> dict[str, Any]:
         "read_roof_share": measurement.read_share,
         "int8_peak_share": measurement.int8_share,
         "peak_rss_bytes": measurement.memory.peak,
+        **({} if measurement.gpu is None else _gpu_figures(measurement, measurement.gpu)),
+    }
+
+
+def _gpu_figures(measurement: Measurement, gpu: GpuResult) -> dict[str, Any]:
+    """Return the columns of runs with a GPU; what only generating has is empty for prompts."""
+    nbytes, shares = gpu.token_bytes, gpu.stats.tiers.shares()
+    seconds = sum(sample.seconds for sample in measurement.own.samples)
+    return {
+        "gpu": gpu.stats.name,
+        "gpu_copy_bytes_s": gpu.copy_bytes_s,
+        "gpu_used_bytes": gpu.stats.used_bytes,
+        "gpu_layers": gpu.stats.layers,
+        **{f"{tier}_token_bytes": getattr(nbytes, tier, None) for tier in shares},
+        **{f"experts_{tier}_share": None if nbytes is None else n for tier, n in shares.items()},
+        "uploaded_bytes": gpu.stats.uploaded_bytes,
+        "bound_tok_s": gpu.bound(measurement.read_roof),
+        "bound_share": measurement.bound_share,
+        "bound_by": gpu.stats.bound(seconds),
     }
 
 

@@ -57,6 +57,7 @@ class Report:
             f"Roofs with {self.benchmark.threads} threads: read {min(reads):.1f} to "
             f"{max(reads):.1f} GB/s, int8 {min(peaks):.2f} to {max(peaks):.2f} Tops/s"
         )
+        lines += gpu_lines(self.measurements)
         if self.rival is not None:
             lines += ["", *self._peer_lines(self.rival)]
         lines += ["", *self._traffic_table(), "", *self._memory_table()]
@@ -244,6 +245,44 @@ def _table(
         for column, width in enumerate(widths)
     )
     return [lines[0], f"|{'|'.join(marks)}|", *lines[1:]]
+
+
+GPU_HEADER = (
+    *("test", "GPU, MB/token", "memory", "disk", "experts on the GPU", "in memory", "on disk"),
+    *("bound t/s", "% of bound", "limited by"),
+)
+
+
+def gpu_lines(measurements: Sequence[Measurement]) -> list[str]:
+    """Return the GPU's roof, and for generated tokens the bound of the tiers; nothing without."""
+    found = [(m, m.gpu) for m in measurements if m.gpu is not None]
+    if not found:
+        return []
+    copies = [gpu.copy_bytes_s / 1e9 for _, gpu in found]
+    stats = found[-1][1].stats
+    text = (
+        f"{stats.name}: copies {min(copies):.0f} to {max(copies):.0f} GB/s; "
+        f"{format_bytes(stats.used_bytes)} of {format_bytes(stats.total_bytes)} taken, "
+        f"{stats.layers} of {stats.all_layers} layers"
+    )
+    rows = []
+    for measurement, gpu in found:
+        nbytes, bound = gpu.token_bytes, gpu.bound(measurement.read_roof)
+        if nbytes is None or bound is None:
+            continue
+        seconds = sum(sample.seconds for sample in measurement.own.samples)
+        rows.append(
+            (
+                measurement.case.name,
+                *(f"{part / 1e6:.2f}" for part in (nbytes.gpu, nbytes.memory, nbytes.disk)),
+                *(f"{100 * share:.1f} %" for share in gpu.stats.tiers.shares().values()),
+                f"{bound:.2f}",
+                _percent(measurement.bound_share),
+                gpu.stats.bound(seconds),
+            )
+        )
+    table = _table(GPU_HEADER, rows, frozenset(range(1, len(GPU_HEADER) - 1))) if rows else []
+    return [text, *([""] if table else []), *table]
 
 
 def _cell(text: str) -> str:

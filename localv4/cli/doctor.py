@@ -55,6 +55,8 @@ def doctor(
     assume_bandwidth: options.AssumeBandwidth = None,
     assume_disk: options.AssumeDisk = None,
     assume_cores: options.AssumeCores = None,
+    assume_gpu: options.AssumeGpu = None,
+    assume_gpu_bandwidth: options.AssumeGpuBandwidth = None,
     output_format: options.Format = options.OutputFormat.AUTO,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -64,7 +66,10 @@ def doctor(
 
     Takes half a minute; what was measured is kept for `fit` and for loading models.
     """
-    assumed = assumptions(assume_ram, assume_bandwidth, assume_disk, assume_cores)
+    assumed = assumptions(
+        *(assume_ram, assume_bandwidth, assume_disk, assume_cores),
+        *(assume_gpu, assume_gpu_bandwidth),
+    )
     found = worker.call(lambda: _examine(model, quick, assumed, quiet))
     if options.wants_json(output_format, as_json):
         from localv4.cli.show import print_json
@@ -81,16 +86,15 @@ def _examine(reference: str | None, quick: bool, assumed: Assumed, quiet: bool) 
 
     models = [installed.resolve(reference)] if reference else installed.list_installed()
     place = models[0].path if reference else paths.models_dir()
-    own = _measure(place, quick or assumed.is_whole, quiet)
+    own = _measure(place, quick or assumed.is_whole, assumed.gpu is None, quiet)
     problems = find_problems(own)
-    machine = own.with_assumptions(
-        ram=assumed.ram, bandwidth=assumed.bandwidth, disk=assumed.disk, cores=assumed.cores
-    )
+    machine = assumed.instead_of(own)
     return Examination(machine, problems, [_look_at(model, machine) for model in models])
 
 
-def _measure(place: Any, quick: bool, quiet: bool) -> "Machine":
+def _measure(place: Any, quick: bool, gpu: bool, quiet: bool) -> "Machine":
     from localv4.cli.loading import note
+    from localv4.cuda.options import GpuOptions
     from localv4.planning.measuring import Wanted, measured_machine
     from localv4.planning.recipes import load_recipes
     from localv4.planning.subject import flash_network
@@ -100,7 +104,8 @@ def _measure(place: Any, quick: bool, quiet: bool) -> "Machine":
             note(f"measuring {what}")
 
     kernels = None if quick else (flash_network(), load_recipes().by_name["lossless"])
-    return measured_machine(Wanted(place, kernels=kernels, anew=not quick), tell)
+    asked = GpuOptions("auto" if gpu else "cpu")
+    return measured_machine(Wanted(place, kernels=kernels, anew=not quick, gpu=asked), tell)
 
 
 def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
@@ -123,7 +128,8 @@ def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
     routing = earlier_routing(model.path, facts.config)
     one = assess(facts, machine, routing=routing)
     if runs and one.plan is not None:
-        one = assess(facts, machine, routing=routing, correction=correction(runs, one.plan))
+        known = correction(runs, one.plan, one.gpu)
+        one = assess(facts, machine, routing=routing, correction=known)
     return Examined(name, one, None, runs)
 
 
@@ -150,7 +156,7 @@ def _row(model: Examined) -> tuple[str, ...]:
     one = model.assessment
     if one is None:
         return model.name, f"cannot be read: {model.problem}", "", "", "", "", ""
-    plan, forecast = one.plan, one.forecast
+    plan, forecast = one.plan, one.used_forecast
     verdict: str = one.verdict
     if plan is not None and not plan.fits:
         verdict = f"pages {format_bytes(plan.paged_bytes)}"
@@ -160,7 +166,7 @@ def _row(model: Examined) -> tuple[str, ...]:
         format_bytes(plan.total) if plan else "",
         report.range_text(forecast.decode) if forecast else "",
         report.range_text(forecast.prefill) if forecast else "",
-        report.BOTTLENECKS[forecast.bottleneck] if forecast else "",
+        report.bottleneck_of(forecast) if forecast else "",
         report.run_rows(model.runs[-1:])[0][1] if model.runs else "",
     )
 

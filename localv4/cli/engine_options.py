@@ -157,7 +157,7 @@ Device = Annotated[
         "--device",
         panel="Model",
         metavar="DEVICE",
-        help="auto: a GPU if there is one and localv4[cuda] is installed; cpu; cuda; cuda:1.",
+        help="auto: a GPU if there is one and the extra `cuda` is installed; cpu; cuda; cuda:1.",
     ),
 ]
 GpuMem = Annotated[
@@ -181,6 +181,15 @@ TraceRoutes = Annotated[
 ]
 
 
+def gpu_options(device: str, gpu_mem: str | None) -> "GpuOptions":
+    """Return what was said about GPUs. Raises UsageError for what is no device or no size."""
+    from localv4.cli.sizes import parse_bytes
+    from localv4.cuda.options import GpuOptions
+
+    memory = parse_bytes(gpu_mem, "--gpu-mem") if gpu_mem is not None else None
+    return GpuOptions.parse(device, memory)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """The options of all commands that load a model."""
@@ -202,11 +211,7 @@ class EngineOptions:
 
     def gpu(self) -> "GpuOptions":
         """Return what was said about GPUs. Raises UsageError for what is no device or no size."""
-        from localv4.cli.sizes import parse_bytes
-        from localv4.cuda.options import GpuOptions
-
-        memory = parse_bytes(self.gpu_mem, "--gpu-mem") if self.gpu_mem is not None else None
-        return GpuOptions.parse(self.device, memory)
+        return gpu_options(self.device, self.gpu_mem)
 
     def memory(self) -> "MemoryOptions":
         """Return what was said about memory. Raises UsageError for what is no size."""

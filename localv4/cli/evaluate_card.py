@@ -62,6 +62,8 @@ def card(
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
     kv: engine_options.KvRows = None,
     base_kv: evaluation.BaseKv = None,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -85,14 +87,18 @@ def card(
         )
     folder = out or quality_card.card_folder(found.path)
     _check_target(folder)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv)
+    gpu = engine_options.gpu_options(device, gpu_mem)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
     tokens = evaluation.tokenize(loaded.engine, text, file)
     cuts = [evaluation.cut_text(loaded.engine, tokens, size, windows, bos) for size in sizes]
     base = None
     if base_model is not None:
         arithmetic = base_numerics or numerics
         rows = evaluation.base_rows(kv, base_kv, arithmetic)
-        base = evaluation.load(base_model, threads, pin, arithmetic, quiet, no_color, rows)
+        base_gpu = gpu if arithmetic is engine_options.Arithmetic.FAST else None
+        base = evaluation.load(
+            base_model, threads, pin, arithmetic, quiet, no_color, rows, base_gpu
+        )
         evaluation.check_same_tokens(loaded.engine, base.engine, tokens)
     with Progress(quiet=quiet, no_color=no_color) as progress:
         document = _document(loaded, tokens, cuts, base, floor_windows, progress)

@@ -57,6 +57,8 @@ def kld(
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
     kv: engine_options.KvRows = None,
     base_kv: evaluation.BaseKv = None,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -77,7 +79,8 @@ def kld(
     from localv4.cli.progress import Progress
     from localv4.engine.divergence import LiveBase
 
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv)
+    gpu = engine_options.gpu_options(device, gpu_mem)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
     engine = loaded.engine
     with ExitStack() as stack:
         about: dict[str, Any]
@@ -88,7 +91,10 @@ def kld(
         else:
             numerics = base_numerics or numerics
             rows = evaluation.base_rows(kv, base_kv, numerics)
-            other = evaluation.load(base_model, threads, pin, numerics, quiet, no_color, rows)
+            base_gpu = gpu if numerics is engine_options.Arithmetic.FAST else None
+            other = evaluation.load(
+                base_model, threads, pin, numerics, quiet, no_color, rows, base_gpu
+            )
             tokens = evaluation.tokenize(engine, text, file)
             evaluation.check_same_tokens(engine, other.engine, tokens)
             size = context or evaluation.WINDOW

@@ -67,6 +67,8 @@ def logits(
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
     kv: engine_options.KvRows = None,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -86,7 +88,8 @@ def logits(
 
     from localv4.cli.progress import Progress
 
-    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv).engine
+    gpu = engine_options.gpu_options(device, gpu_mem)
+    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu).engine
     with Progress(quiet=quiet, no_color=no_color) as progress:
 
         def report(done: int, total: int) -> None:

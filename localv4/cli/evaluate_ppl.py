@@ -40,6 +40,8 @@ def ppl(
     pin: engine_options.Pin = False,
     numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
     kv: engine_options.KvRows = None,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -54,7 +56,8 @@ def ppl(
 
     from localv4.cli.progress import Progress
 
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv)
+    gpu = engine_options.gpu_options(device, gpu_mem)
+    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
     engine = loaded.engine
     tokens = evaluation.tokenize(engine, text, file)
     cuts = [evaluation.cut_text(engine, tokens, size, windows, bos, stride) for size in sizes]

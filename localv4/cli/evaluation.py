@@ -13,6 +13,7 @@ from localv4.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
+    from localv4.cuda.options import GpuOptions
     from localv4.engine.engine import Engine
     from localv4.engine.scoring import Estimate
     from localv4.engine.windows import Windows
@@ -209,6 +210,7 @@ def load(
     quiet: bool,
     no_color: bool,
     kv: "engine_options.Kv | None" = None,
+    gpu: "GpuOptions | None" = None,
 ) -> "Loaded":
     """Load a model with the whole context that it allows."""
     from localv4.cli import loading
@@ -221,6 +223,7 @@ def load(
         pin=pin,
         numerics=numerics.value,
         memory=MemoryOptions(kv=kv.value if kv is not None else None),
+        gpu=gpu,
         quiet=quiet,
         no_color=no_color,
     )

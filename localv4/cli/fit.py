@@ -15,6 +15,7 @@ from localv4.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from localv4.cuda.options import GpuOptions
     from localv4.planning.assessment import Assessment, Request
     from localv4.planning.hit_rate import Routing
     from localv4.planning.machine import Machine
@@ -64,11 +65,24 @@ class Assumed:
     bandwidth: float | None
     disk: float | None
     cores: int | None
+    gpu: int | None = None
+    gpu_bandwidth: float | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether nothing of this machine matters."""
         return None not in (self.ram, self.bandwidth, self.disk)
+
+    def instead_of(self, machine: "Machine") -> "Machine":
+        """Return a machine with what is assumed in the place of what was measured."""
+        return machine.with_assumptions(
+            ram=self.ram,
+            bandwidth=self.bandwidth,
+            disk=self.disk,
+            cores=self.cores,
+            gpu=self.gpu,
+            gpu_bandwidth=self.gpu_bandwidth,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +106,14 @@ def fit(
     ctx_size: PlannedContext = None,
     io: engine_options.Io = engine_options.IoWay.AUTO,
     kv: engine_options.KvRows = None,
+    device: engine_options.Device = "auto",
+    gpu_mem: engine_options.GpuMem = None,
     assume_ram: options.AssumeRam = None,
     assume_bandwidth: options.AssumeBandwidth = None,
     assume_disk: options.AssumeDisk = None,
     assume_cores: options.AssumeCores = None,
+    assume_gpu: options.AssumeGpu = None,
+    assume_gpu_bandwidth: options.AssumeGpuBandwidth = None,
     all_quants: AllQuants = False,
     routes: Routes = None,
     rate: DownloadRate = TYPICAL_RATE,
@@ -113,19 +131,24 @@ def fit(
     from localv4.planning.plan import DEFAULT_CTX
 
     reference = options.one_of(model_argument, model, "--model")
+    gpu = engine_options.gpu_options(device, gpu_mem)
     request = Request(
         ram=parse_bytes(ram, "--ram") if ram else None,
         reserve=parse_bytes(reserve, "--reserve") if reserve else None,
         ctx=DEFAULT_CTX if ctx_size is None else ctx_size,
         io=io.value,
+        gpu_memory=gpu.memory,
+    )
+    assumed = assumptions(
+        *(assume_ram, assume_bandwidth, assume_disk, assume_cores),
+        *(assume_gpu, assume_gpu_bandwidth),
     )
     rows = row_format(MemoryOptions(kv=kv.value if kv is not None else None))
-    assumed = assumptions(assume_ram, assume_bandwidth, assume_disk, assume_cores)
     bytes_s = parse_rate(rate, "--rate")
 
     def answered() -> Answer:
         subject = _subject(reference, all_quants, quiet).with_rows(rows)
-        return _answer(subject, request, assumed, bytes_s, routes, quiet)
+        return _answer(subject, request, assumed, gpu, bytes_s, routes, quiet)
 
     answer = worker.call(answered)
     if options.wants_json(output_format, as_json):
@@ -144,20 +167,32 @@ def fit(
 
 
 def assumptions(
-    ram: str | None, bandwidth: str | None, disk: str | None, cores: int | None
+    ram: str | None,
+    bandwidth: str | None,
+    disk: str | None,
+    cores: int | None,
+    gpu: str | None,
+    gpu_bandwidth: str | None,
 ) -> Assumed:
     """Read the options that describe another machine. Raises UsageError."""
+    if gpu_bandwidth is not None and gpu is None:
+        raise UsageError("--assume-gpu-bandwidth needs --assume-gpu, the memory of the GPU")
     return Assumed(
         parse_bytes(ram, "--assume-ram") if ram else None,
         parse_rate(bandwidth, "--assume-bandwidth") if bandwidth else None,
         parse_rate(disk, "--assume-disk") if disk else None,
         cores,
+        parse_bytes(gpu, "--assume-gpu") if gpu else None,
+        parse_rate(gpu_bandwidth, "--assume-gpu-bandwidth") if gpu_bandwidth else None,
     )
 
 
-def describe_machine(assumed: Assumed, place: Any, record_bytes: int, quiet: bool) -> "Machine":
+def describe_machine(
+    assumed: Assumed, place: Any, record_bytes: int, gpu: "GpuOptions", quiet: bool
+) -> "Machine":
     """Return this machine, measured where it has to be, with what is assumed in its place."""
     from localv4.cli.loading import note
+    from localv4.cuda.options import GpuOptions
     from localv4.planning.measuring import Wanted, known_machine, measured_machine
 
     def tell(what: str) -> None:
@@ -168,17 +203,17 @@ def describe_machine(assumed: Assumed, place: Any, record_bytes: int, quiet: boo
         machine = known_machine(None)
     else:
         needs_disk = assumed.disk is None
-        wanted = Wanted(place if needs_disk else None, record_bytes)
+        own_gpu = gpu if assumed.gpu is None else GpuOptions("cpu")
+        wanted = Wanted(place if needs_disk else None, record_bytes, gpu=own_gpu)
         machine = measured_machine(wanted, tell)
-    return machine.with_assumptions(
-        ram=assumed.ram, bandwidth=assumed.bandwidth, disk=assumed.disk, cores=assumed.cores
-    )
+    return assumed.instead_of(machine)
 
 
 def _answer(
     subject: "Subject",
     request: "Request",
     assumed: Assumed,
+    gpu: "GpuOptions",
     rate: float,
     routes: Path | None,
     quiet: bool,
@@ -192,13 +227,13 @@ def _answer(
         raise UsageError(f"no form of {subject.name} has a known size")
     place = subject.path or paths.models_dir()
     record = max(facts.largest_expert_bytes for facts in subject.forms)
-    machine = describe_machine(assumed, place, record, quiet)
+    machine = describe_machine(assumed, place, record, gpu, quiet)
     runs = [] if machine.assumed else past_runs(subject.name)
     routing, found = _routing(subject, routes), []
     for facts in subject.forms:
         one = assess(facts, machine, request, routing=routing)
         if runs and one.plan is not None:
-            known = correction(runs, one.plan)
+            known = correction(runs, one.plan, one.gpu)
             one = assess(facts, machine, request, routing=routing, correction=known)
         found.append(one)
     is_free = subject.chosen is None
@@ -241,6 +276,7 @@ def _print_answer(console: "Console", answer: Answer) -> None:
     from rich.text import Text
 
     from localv4.cli import plan_report as report
+    from localv4.cli.gpu_report import gpu_memory_rows
     from localv4.cli.tables import print_section, print_table
     from localv4.planning.assessment import what_would_change
     from localv4.planning.history import past_runs
@@ -259,6 +295,8 @@ def _print_answer(console: "Console", answer: Answer) -> None:
         rows = [(f"  {name}", size, remark) for name, size, remark in report.memory_rows(one.plan)]
         print_table(console, rows, numbers=frozenset({1}))
         console.print()
+    if one.gpu is not None:
+        print_section(console, "GPU memory", gpu_memory_rows(one.gpu))
     free = None if "disk" in machine.assumed else machine.disk_free
     print_section(console, "Disk", report.disk_rows(one, answer.rate, free))
     forms = [other.facts for other in answer.found]
@@ -279,7 +317,7 @@ def _print_forms(console: "Console", answer: Answer) -> None:
     print_section(console, "Machine", report.machine_rows(answer.machine))
     rows = []
     for one in answer.found:
-        plan, forecast = one.plan, one.forecast
+        plan, forecast = one.plan, one.used_forecast
         rows.append(
             (
                 one.facts.quant or "as it is",

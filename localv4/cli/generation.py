@@ -134,6 +134,31 @@ def paging_lines(reply: "Reply") -> list[str]:
     return lines
 
 
+def gpu_lines(reply: "Reply") -> list[str]:
+    """Return what a GPU did for a finished reply; nothing where none helps."""
+    gpu = reply.stats.gpu
+    if gpu is None or not gpu.counts.tokens:
+        return []
+    shares = gpu.tiers.shares()
+    where = " | ".join(
+        f"{shares[tier]:.1%} {what}"
+        for tier, what in (("gpu", "on the GPU"), ("memory", "in memory"), ("disk", "on disk"))
+    )
+    seconds = reply.stats.decode_s
+    layers = "" if gpu.layers == gpu.all_layers else f" | layers 0 to {gpu.layers - 1}"
+    return [
+        f"{gpu.name}: {format_bytes(gpu.used_bytes)} of {format_bytes(gpu.total_bytes)}{layers} | "
+        f"experts {where}",
+        f"host {1e3 * gpu.per_token(gpu.counts.host_s):.1f} ms per token | "
+        f"{gpu.per_token(gpu.promotions):.2f} experts promoted, "
+        f"{gpu.per_token(gpu.uploaded_bytes) / 1e9:.3f} GB uploaded per token | "
+        f"bound by {BOUNDS[gpu.bound(seconds)]}",
+    ]
+
+
+BOUNDS = {"GPU": "the GPU", "host": "the host", "PCIe": "PCIe", "disk": "the disk"}
+
+
 def format_bytes(count: int) -> str:
     """Write a number of bytes with three digits: 25.5 MB is `24.3 MiB`."""
     value = float(count)

@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from localv4 import paths
@@ -34,6 +34,7 @@ class Loaded:
 
     engine: "Engine"
     model: "InstalledModel"
+    _told: set[str] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -49,6 +50,12 @@ class Loaded:
         """Return the settings that come with the model, with those changed that are not None."""
         own = recommended(self.model.path, self.engine.checkpoint.metadata)
         return own.with_values(changes)
+
+    def fresh_notes(self) -> list[str]:
+        """Return what the user should know of the engine and has not been told yet."""
+        fresh = [line for line in self.engine.notes if line not in self._told]
+        self._told.update(fresh)
+        return fresh
 
     def record_routes(self, path: "Path") -> "TraceWriter":
         """Write the experts that all further tokens choose to a file, for `localv4 tune`."""
@@ -107,7 +114,7 @@ def load_engine(
 
     with Progress(quiet=quiet, no_color=no_color) as progress:
         loaded = Loaded(worker.call(load), model)
-    for line in loaded.engine.notes if not quiet else ():
+    for line in loaded.fresh_notes() if not quiet else ():
         note(line)
     return loaded
 

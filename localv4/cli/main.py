@@ -44,7 +44,7 @@ SPELLINGS = {
 
 app = typer.Typer(
     name="localv4",
-    help="Run DeepSeek-V4 models on this computer, without a GPU.",
+    help="Run DeepSeek-V4 models on this computer; a GPU helps where there is one.",
     epilog="Most options have a twin in the environment: --ctx-size is LOCALV4_CTX_SIZE.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

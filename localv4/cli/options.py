@@ -54,6 +54,11 @@ AssumeCores = Annotated[
     ),
 ]
 
+AssumeGpu = Annotated[str | None, _assumed("gpu", "Memory of a GPU in it: 24GiB.")]
+AssumeGpuBandwidth = Annotated[
+    str | None, _assumed("gpu-bandwidth", "Of the GPU's memory: 900GB/s. Default: 450GB/s.")
+]
+
 Prompt = Annotated[
     str | None, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
 ]

@@ -4,8 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from localv4.cli.generation import format_bytes
+from localv4.cli.gpu_report import (
+    SHORT_BOTTLENECKS,
+    gpu_document,
+    gpu_forecast_document,
+    gpu_plan_document,
+    gpu_speed_rows,
+    gpu_text,
+)
 from localv4.planning.assessment import Assessment, Change
 from localv4.planning.forecast import PROMPT_TOKENS, Forecast
+from localv4.planning.gpu_forecast import GpuForecast
 from localv4.planning.history import Run
 from localv4.planning.hit_rate import Bounds
 from localv4.planning.machine import Machine
@@ -33,6 +42,13 @@ BOTTLENECKS = {
 }
 
 
+def bottleneck_of(forecast: Forecast | GpuForecast) -> str:
+    """Name what bounds decoding, in a word or two."""
+    if isinstance(forecast, GpuForecast):
+        return SHORT_BOTTLENECKS[forecast.bottleneck]
+    return BOTTLENECKS[forecast.bottleneck]
+
+
 COLOURS = {"fits": "green", "pages": "yellow", "does not fit": "red"}
 
 
@@ -50,6 +66,8 @@ def speed_rows(one: Assessment) -> Rows:
     forecast, plan = one.forecast, one.plan
     if forecast is None or plan is None:
         return [("decode", "unknown: the machine was not measured")]
+    if one.gpu_forecast is not None:
+        return gpu_speed_rows(one.gpu_forecast, forecast)
     rows = [
         ("decode", f"{bounds_text(forecast.decode)} tokens/s"),
         *(("", line) for line in formula(forecast)),
@@ -133,7 +151,7 @@ def run_rows(runs: Sequence[Run]) -> Rows:
         (
             run.at.date().isoformat(),
             f"predicted {run.predicted:.2f}, achieved {run.achieved:.2f} tokens/s "
-            f"({100 * run.error:+.0f} %)",
+            f"({100 * run.error:+.0f} %)" + (" with the GPU" if run.gpu is not None else ""),
         )
         for run in runs[-SHOWN_RUNS:]
     ]
@@ -178,11 +196,18 @@ def machine_rows(machine: Machine) -> Rows:
         kind = ", compressed memory" if machine.swap_is_compressed else ""
         used = f"{format_bytes(memory.swap_used)} of {format_bytes(memory.swap_total)} used"
         rows.append(("swap", used + kind))
-    for card in machine.gpus:
-        rows.append(("graphics", f"{card} (not used)"))
+    rows += _graphics_rows(machine)
     if machine.measured_on is not None and "bandwidth" not in machine.assumed:
         rows.append(("measured", machine.measured_on))
     return rows
+
+
+def _graphics_rows(machine: Machine) -> Rows:
+    """Return the GPU that helps, and the cards that do not."""
+    card = machine.gpu
+    used = [] if card is None else [("GPU", _marked(gpu_text(card), "gpu", machine))]
+    others = [name for name in machine.gpus if card is None or card.name not in name]
+    return used + [("graphics", f"{name} (not used)") for name in others]
 
 
 def _marked(text: str, name: str, machine: Machine) -> str:
@@ -229,6 +254,12 @@ def assessment_document(one: Assessment) -> dict[str, Any]:
         "context_bytes_per_token": facts.state_bytes_per_token,
         "plan": None if plan is None else _plan_document(plan),
         "forecast": None if forecast is None else _forecast_document(forecast),
+        **({} if one.gpu is None else {"gpu_plan": gpu_plan_document(one.gpu)}),
+        **(
+            {}
+            if one.gpu_forecast is None
+            else {"gpu_forecast": gpu_forecast_document(one.gpu_forecast)}
+        ),
         "refusal": None
         if one.refusal is None
         else {"message": one.refusal.message, "hint": one.refusal.hint},
@@ -299,6 +330,7 @@ def machine_document(machine: Machine) -> dict[str, Any]:
         else {"random_read_bytes_s": disk.bytes_s, "cpu_s_per_gb": disk.cpu_s_per_gb},
         "disk_free_bytes": machine.disk_free,
         "gpus": list(machine.gpus),
+        **({} if machine.gpu is None else {"gpu": gpu_document(machine.gpu)}),
         "measured_on": machine.measured_on,
         "assumed": sorted(machine.assumed),
     }

@@ -132,6 +132,8 @@ class Chat:
                 view.tick(running)
             view.finish(running.finished())
         self._keep(running.finished())
+        for line in self.loaded.fresh_notes():
+            self.say(line)
         if self.stats:
             self.tell_statistics()
 

@@ -151,6 +151,8 @@ def _answer(loaded: "Loaded", request: Request, settings: "Settings", output: Ou
         archive.release()
         for warning in archive.take_warnings():
             warn(warning)
+    for line in loaded.fresh_notes() if not output.quiet else ():
+        warn(line)
     if output.stats and not output.quiet:
         sys.stdout.flush()
         sys.stderr.write("\n".join(statistics_lines(loaded, reply)) + "\n")

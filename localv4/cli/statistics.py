@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from localv4.cli.generation import paging_lines, stats_line
+from localv4.cli.generation import gpu_lines, paging_lines, stats_line
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 def statistics_lines(loaded: "Loaded", reply: "Reply") -> list[str]:
     """Return all lines about a finished reply; what was achieved is kept for later forecasts."""
-    return [stats_line(reply), *paging_lines(reply), *_forecast_lines(loaded, reply)]
+    return [
+        stats_line(reply),
+        *gpu_lines(reply),
+        *paging_lines(reply),
+        *_forecast_lines(loaded, reply),
+    ]
 
 
 def forecast_line(comparison: "Comparison") -> str:
@@ -27,11 +32,13 @@ def _forecast_lines(loaded: "Loaded", reply: "Reply") -> list[str]:
     from localv4.engine.expectation import LEAST_TOKENS, compare, expect
 
     engine, stats = loaded.engine, reply.stats
+    if stats.gpu is not None and stats.gpu.warning is not None:
+        return []  # the CPU went on alone: neither of two forecasts holds
     if engine.facts is None or engine.plan is None or stats.generated_tokens < LEAST_TOKENS:
         return []
-    name = loaded.model.name
-    forecast = expect(name, engine.facts, engine.plan, loaded.model.path, stats.prompt_tokens)
+    name, gpu = loaded.model.name, engine.gpu_plan
+    forecast = expect(name, engine.facts, engine.plan, loaded.model.path, stats.prompt_tokens, gpu)
     if forecast is None:
         return ["no forecast: localv4 doctor measures this machine"]
-    comparison = compare(name, engine.plan, forecast, stats)
+    comparison = compare(name, engine.plan, forecast, stats, gpu)
     return [forecast_line(comparison)] if comparison is not None else []

@@ -105,6 +105,7 @@ class JsonView(_QuietView):
                 "decode_s": stats.decode_s,
                 "prefill_tok_s": stats.prefill_tok_s,
                 "decode_tok_s": stats.decode_tok_s,
+                **({} if stats.gpu is None else {"gpu": stats.gpu.document(stats.decode_s)}),
                 "paging": stats.paging.document() if stats.paging is not None else None,
             },
         }

@@ -1,5 +1,7 @@
 """The layers behind those of the GPU, for one token: the host computes them."""
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,13 +39,16 @@ class HostLayers:
     def run(self) -> None:
         """Run all layers and the collapse of the streams."""
         network, store = self._network, self._network.store.host
+        start = time.perf_counter()
         for layer, (before, experts) in enumerate(self._programs, start=network.on_gpu):
             network.check_cancelled()
             network.team.run(before)
             wanted = self._chunk.chosen[0].tolist()
+            store.count_misses(layer, wanted)
             store.request(layer, wanted)
             while (store.addresses[layer, wanted] <= 0).any():
                 network.check_cancelled()
                 store.wait(layer, wanted)
             network.team.run(experts)
         network.team.run(self._head)
+        network.store.counts.host_s += time.perf_counter() - start

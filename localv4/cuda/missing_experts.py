@@ -3,6 +3,7 @@
 Both devices get the same bits for an expert (`cuda.twin`), so nobody can tell who it was.
 """
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -55,7 +56,14 @@ class MissingExperts:
         missing = np.flatnonzero(self._store.addresses[layer, numbers] <= 0).tolist()
         if not missing:
             return
-        network, host = self._network, self._store.host
+        start = time.perf_counter()
+        self._store.count_misses(layer, numbers.tolist())
+        self._compute_all(layer, missing)
+        self._store.counts.host_s += time.perf_counter() - start
+
+    def _compute_all(self, layer: int, missing: list[int]) -> None:
+        """Compute with experts at some places, first those that are in the host's memory."""
+        network, host, numbers = self._network, self._store.host, self._chunk.chosen[0]
         program = Program(network.scratch)
         program.round(self._chunk.x_rounded, self._chunk.x, 1)
         network.team.run(program.finish())

@@ -1,6 +1,7 @@
 """From what the user wants of a GPU to a network that computes there."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from localv4.cuda.gpu import Gpu, GpuError
 from localv4.cuda.options import GpuOptions, has_library
@@ -9,16 +10,20 @@ from localv4.cuda.vram_store import VramStore
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
+from localv4.model.expert_source import arena_bytes, footprints
 from localv4.model.experts import Experts
 from localv4.model.weights import Weights
 from localv4.paging.options import PolicyName
 from localv4.paging.store import ExpertStore
 
+if TYPE_CHECKING:
+    from localv4.cuda.driver import CudaGpu
+
 HostStore = Callable[[Experts], ExpertStore]
 """Makes the store of the host, which records come from."""
 
 
-def find_gpu(options: GpuOptions) -> Gpu | None:
+def find_gpu(options: GpuOptions) -> "CudaGpu | None":
     """Return the GPU that is to be used; None if there is none and nobody insists on one.
 
     Raises GpuError when a GPU that was asked for, or was found, cannot be used.
@@ -63,7 +68,8 @@ def offload(
     def make_store(experts: Experts, own: range) -> VramStore:
         nbytes = experts.nbytes.copy()
         nbytes[len(own) :] = 0
-        return VramStore(host_store(experts), nbytes, capacity, gpu, policy)
+        room = arena_bytes(nbytes, footprints(nbytes), capacity)
+        return VramStore(host_store(experts), nbytes, room, gpu, policy)
 
     network = GpuTransformer(
         config, weights, team, make_store, gpu, rows, layers=layers, falls_back=falls_back

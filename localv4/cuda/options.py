@@ -10,12 +10,14 @@ from localv4.errors import UsageError
 class GpuOptions:
     """Which device computes: `cpu`, `cuda` (its `number`), or `auto`: a GPU if one can be used.
 
-    `memory` bounds what is taken of the GPU's, in bytes.
+    `memory` bounds what is taken of the GPU's, in bytes; `state_bytes` are those of all decoder
+    states together, None: of one sequence.
     """
 
     name: str = "auto"
     number: int = 0
     memory: int | None = None
+    state_bytes: int | None = None
 
     @classmethod
     def parse(cls, device: str, memory: int | None = None) -> "GpuOptions":

@@ -88,6 +88,7 @@ class GpuTokenPlan:
         """Tell the store and whoever listens what was chosen."""
         network, store = self._network, self._store
         if self._has_all and network.on_routes is None:
+            store.end_token()
             return
         network.pull(self._chosen)
         for layer, numbers in enumerate(self._chosen):

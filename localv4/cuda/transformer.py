@@ -19,6 +19,7 @@ from localv4.model.matrix import Floats
 from localv4.model.packing import packed_bytes_of
 from localv4.model.state import State
 from localv4.model.weights import Weights
+from localv4.paging.store import ExpertStore
 
 
 class GpuTransformer(FastTransformer):
@@ -58,6 +59,22 @@ class GpuTransformer(FastTransformer):
     def vram(self) -> VramStore:
         """The experts on the GPU."""
         return self._on_gpu.store
+
+    @property
+    def host_store(self) -> ExpertStore:
+        """The experts in the memory of the host."""
+        return self.vram.host
+
+    @property
+    def gpu_layers(self) -> int:
+        """How many layers the GPU computes, from the first on."""
+        return self._on_gpu.on_gpu
+
+    @property
+    def gpu_bytes(self) -> int:
+        """What is taken of the GPU's memory: weights, states, buffers, and the room for experts."""
+        network = self._on_gpu
+        return network.mirrors.nbytes + network.translator.nbytes + self.vram.arena.capacity
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for decoder state and mapped files.

@@ -7,12 +7,14 @@ the GPU computes meanwhile. What is given up is chosen as in the host's arena, b
 
 import ctypes
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.cuda.gpu import Gpu
+from localv4.cuda.gpu import Gpu, GpuError
+from localv4.cuda.tier_counts import TierCounts
 from localv4.paging.arena import GRANULE_BYTES, Arena
 from localv4.paging.options import PolicyName
 from localv4.paging.paged_store import PagedStore
@@ -75,6 +77,7 @@ class VramStore(PagedStore):
         readers = Readers(self._load, COPY_THREADS)
         shared = host.policy if isinstance(host, PagedStore) else make_policy(policy, host.uses)
         super().__init__(sizes, arena, readers, shared, host.uses)
+        self.counts: TierCounts = TierCounts(len(nbytes))
 
     @property
     def is_whole(self) -> bool:
@@ -82,10 +85,31 @@ class VramStore(PagedStore):
         return bool((self.resident | (self.nbytes == 0)).all())
 
     def _load(self, key: Key, address: int) -> int:
-        """Copy a record that the host has."""
-        nbytes = int(self._lengths[key])
-        self._copier.copy(address, int(self.host.addresses[key]), nbytes)
+        """Copy a record that the host has; it may be given up there meanwhile, for want of memory.
+
+        Raises GpuError in that case.
+        """
+        nbytes, source = int(self._lengths[key]), int(self.host.addresses[key])
+        if source > 0:
+            self._copier.copy(address, source, nbytes)
+        if source <= 0 or self.host.addresses[key] != source:
+            raise GpuError(f"expert {key[1]} of layer {key[0]} left memory while it was copied")
         return nbytes
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the records of both tiers while tokens run."""
+        with super().in_use(), self.host.in_use():
+            yield
+
+    def end_token(self) -> None:
+        """Let both tiers learn from a token; they share uses and policy."""
+        self.host.end_token()
+        super().end_token()
+
+    def _observe(self) -> None:
+        if not (isinstance(self.host, PagedStore) and self.host.pages):  # it has done so
+            super()._observe()
 
     def _submit(self, placed: Sequence[tuple[Key, int]], urgent: bool) -> None:
         for key, address in placed:
@@ -134,7 +158,8 @@ class VramStore(PagedStore):
         """Bring as many records as there is room for, and wait for them: the first layers first."""
         sizes = self.nbytes.ravel().cumsum()
         count = int(np.searchsorted(sizes, self.arena.capacity, side="right"))
-        keys = [divmod(place, self.nbytes.shape[1]) for place in range(count)]
+        places = np.flatnonzero(self.nbytes.ravel()[:count])
+        keys = [divmod(place, self.nbytes.shape[1]) for place in places.tolist()]
         for layer in sorted({key[0] for key in keys}):
             numbers = [number for at, number in keys if at == layer]
             self.request(layer, numbers)
@@ -157,6 +182,7 @@ class VramStore(PagedStore):
             address = self._place(key, {key}, self._claimed)
             if address is None:
                 return
+            self._warming.add(key)
             self._submit([(key, address)], urgent=True)
 
 

@@ -13,6 +13,7 @@ from localv4.engine.memory import MemoryOptions, plan_memory, row_format
 from localv4.kernels.row_operations import F32
 from localv4.kernels.threads import default_threads
 from localv4.model.fast import SLACK_TOKENS, FastTransformer
+from localv4.planning.gpu_plan import GpuPlan
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import read_memory
 from localv4.planning.model_facts import held_state_bytes
@@ -27,11 +28,24 @@ STATE_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """`rows` at a time, whose states get `room` bytes; `memory` keeps that much from experts."""
+    """`rows` at a time, whose states get `room` bytes; `memory` keeps that much from experts.
+
+    A row is expected to take `row_bytes`.
+    """
 
     rows: int
     room: int
     memory: MemoryOptions
+    row_bytes: int
+
+    def within(self, gpu: GpuPlan | None) -> "BatchPlan":
+        """Return the plan with no more states than a GPU has room for, if one has them."""
+        if gpu is None:
+            return self
+        room = gpu.state * gpu.all_layers // gpu.layers  # the host has the states of its layers
+        if room >= self.room:
+            return self
+        return replace(self, rows=max(1, min(self.rows, room // self.row_bytes)), room=room)
 
 
 def plan_batch(
@@ -59,7 +73,7 @@ def plan_batch(
     row_bytes = held_state_bytes(config, tokens, SLACK_TOKENS, stored)
     if exact:
         room = int(STATE_SHARE * read_memory().available)
-        return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options)
+        return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options, row_bytes)
     plan = plan_memory(replace(facts, rows=stored), options, ctx_size, threads)
     own = plan.fixed["decoder state"]
     beyond = plan.usable - plan.total  # what neither the model nor one row takes
@@ -71,7 +85,7 @@ def plan_batch(
         kept = replace(options, ram=options.ram - extra)
     else:
         kept = replace(options, reserve=plan.reserve + extra)
-    return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, kept)
+    return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, kept, row_bytes)
 
 
 def _rows(wanted: int, room: int, row_bytes: int, parallel: int | None) -> int:

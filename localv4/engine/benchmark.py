@@ -152,13 +152,16 @@ class Benchmark:
         self, case: Case, tokens: Sequence[int], stints: Sequence[Sequence[Contender]]
     ) -> Measurement:
         roofs = []
-        memory = None
+        memory, gpu = None, None
         for stint in stints:
             self._make_room(stint)
             for contender in stint:
                 contender.open(case, tokens)
             roofs.append(self._roof())
+            watch = self._own.watch_gpu() if self._own in stint else None
             self._take_samples(case, stint)
+            if watch is not None:
+                gpu = watch.result(case.kind == "tg")
             if self._own in stint:
                 memory = self._own.memory(self._peak_bytes, self.roof_bytes)
         roofs.append(self._roof())
@@ -174,6 +177,7 @@ class Benchmark:
             state_bytes=state,
             token_macs=self._macs + self._head_macs // case.tokens,
             memory=memory,
+            gpu=gpu,
             peer=self._peer.result(self._own.logits) if self._peer is not None else None,
         )
 

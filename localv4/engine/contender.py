@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from localv4.engine.engine import Engine
+from localv4.engine.gpu_measurement import GpuWatch, watch_gpu
 from localv4.engine.machine import (
     cpu_times,
     foreign_cores,
@@ -80,6 +81,11 @@ class OwnEngine:
         assert self._engine is not None and self._session is not None
         self.samples.append(self._run(self._engine, self._session))
 
+    def watch_gpu(self) -> GpuWatch | None:
+        """Count from now on what a GPU does; None where none helps."""
+        assert self._engine is not None
+        return watch_gpu(self._engine, self._case.depth + self._case.tokens // 2)
+
     def unload(self) -> None:
         """Forget engine and session; nobody else may hold them."""
         self._engine = self._session = None
@@ -90,7 +96,7 @@ class OwnEngine:
         assert self._engine is not None and self._session is not None
         parts = {
             "mapped weights": resident_file_bytes(self._engine.checkpoint.files) or 0,
-            **held_bytes(self._engine),
+            **_on_host(held_bytes(self._engine)),
             "state": self._session.state_bytes,
         }
         # the probe holds its buffer from the first test to the last: it is part of the new peak
@@ -221,6 +227,11 @@ def agreement(ours: Floats | None, theirs: Floats | None) -> float | None:
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return None
     return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+def _on_host(parts: dict[str, int]) -> dict[str, int]:
+    """Return what of an engine's memory is that of the process."""
+    return {name: nbytes for name, nbytes in parts.items() if not name.startswith("GPU ")}
 
 
 def held_bytes(engine: Engine) -> dict[str, int]:

@@ -85,7 +85,12 @@ def _on_gpu(
     gpu = find_gpu(options)
     if gpu is None:
         return None
-    plan = plan_gpu(facts, gpu.name, gpu.free_bytes(), memory=options.memory, ctx=ctx_size)
+    plan = plan_gpu(
+        *(facts, gpu.name, gpu.free_bytes()),
+        memory=options.memory,
+        ctx=ctx_size,
+        states=options.state_bytes,
+    )
     network = offload(
         gpu,
         config,
@@ -94,7 +99,7 @@ def _on_gpu(
         partial(open_store, options=paging, checkpoint=checkpoint),
         rows,
         layers=plan.layers,
-        capacity=min(plan.experts, plan.all_experts),
+        capacity=plan.experts,
         policy=paging.policy,
         falls_back=options.name == "auto",
     )

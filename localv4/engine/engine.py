@@ -137,6 +137,11 @@ class Engine:
                 f"--kv {memory.kv} needs --numerics fast, and dimensions that it can compute",
                 hint="leave --kv out: exact keeps float32",
             )
+        if gpu is not None and gpu.name == "cuda":
+            raise UsageError(
+                "--device cuda needs --numerics fast, and dimensions that it can compute",
+                hint="leave --device out: exact is computed by the CPU",
+            )
         _make_kernels({EXACT}, on_progress)
         exact = Numerics(Team(count, pin), weights.widest)
         return cls(
@@ -147,7 +152,7 @@ class Engine:
         )
 
     def _begin_usage(self) -> None:
-        store = self.network.store if isinstance(self.network, FastTransformer) else None
+        store = self.network.host_store if isinstance(self.network, FastTransformer) else None
         if isinstance(store, PagedStore) and store.pages:
             self._usage = ExpertUsage(store, self.checkpoint)
             self._usage.begin()
@@ -155,11 +160,12 @@ class Engine:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how the model was loaded, a line each."""
-        store = self.network.store if isinstance(self.network, FastTransformer) else None
+        """What the user should know of how the model was loaded and runs now, a line each."""
+        store = self.network.host_store if isinstance(self.network, FastTransformer) else None
         refusal = store.refusal if isinstance(store, PagedStore) else None
         warning = self._usage.warning if self._usage is not None else None
-        return [line for line in (self._gpu_note, refusal, warning) if line is not None]
+        left = getattr(self.network, "warning", None)  # a GPU that has no memory left
+        return [line for line in (self._gpu_note, refusal, warning, left) if line is not None]
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for sessions and mapped files."""

@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
+from localv4.engine.gpu_measurement import GpuResult
 from localv4.engine.peer import PeerContext
 from localv4.planning.roofs import Roof
 
@@ -127,6 +128,8 @@ class PeerResult:
 class Measurement:
     """A test with all its samples, and the roofs measured before, between and after them.
 
+    `gpu` is the part of a GPU in it, if one helps.
+
     `token_bytes` are the weights and the state that one decoded token reads at this depth, the
     mean over the test; `token_macs` the multiply-adds of one token, the mean over the prompt.
     """
@@ -138,6 +141,7 @@ class Measurement:
     state_bytes: int
     token_macs: int
     memory: Memory
+    gpu: GpuResult | None = None
     peer: PeerResult | None = None
 
     @property
@@ -152,8 +156,10 @@ class Measurement:
 
     @property
     def read_share(self) -> float | None:
-        """Part of the read roof that generating reaches."""
-        return None if self.read_bytes_s is None else self.read_bytes_s / self.read_roof
+        """Part of the read roof that generating reaches; a GPU has a roof of its own."""
+        if self.read_bytes_s is None or self.gpu is not None:
+            return None
+        return self.read_bytes_s / self.read_roof
 
     @property
     def roof_rate(self) -> float | None:
@@ -163,10 +169,16 @@ class Measurement:
     @property
     def int8_share(self) -> float | None:
         """Part of the integer peak that reading a prompt reaches, of the highest measured."""
-        if self.case.kind == "tg":
+        if self.case.kind == "tg" or self.gpu is not None:
             return None
         operations_s = self.own.median * self.token_macs * OPERATIONS
         return operations_s / max(roof.int8_ops_s for roof in self.roofs)
+
+    @property
+    def bound_share(self) -> float | None:
+        """Part of what both memories allow that generating with a GPU reaches."""
+        bound = self.gpu.bound(self.read_roof) if self.gpu is not None else None
+        return None if bound is None else self.own.median / bound
 
     @property
     def ratio(self) -> float | None:

@@ -6,8 +6,9 @@ A single thread works, on all rows that have come by then; each caller waits for
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from localv4.cuda.options import GpuOptions
 from localv4.engine.batch_input import Row, parse_row
 from localv4.engine.batch_memory import plan_batch
 from localv4.engine.batch_request import BatchSettings
@@ -39,6 +40,7 @@ class EngineOrder:
     pin: bool
     numerics: NumericsName
     memory: MemoryOptions
+    gpu: GpuOptions
 
     def load(self) -> BatchRun:
         """Load the model of this machine. Raises what `Engine.load` raises, and UsageError."""
@@ -62,7 +64,9 @@ class EngineOrder:
             pin=self.pin,
             numerics=self.numerics,
             memory=plan.memory,
+            gpu=replace(self.gpu, state_bytes=plan.room),
         )
+        plan = plan.within(engine.gpu_plan)
         results = Results(self.identity, self.settings.model)
         return make_run(
             engine, self.settings, results, rows=plan.rows, room=plan.room, cancelled=None

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from localv4.engine.gpu_stats import GpuStats, gpu_meter
 from localv4.engine.session import Network
 from localv4.model.fast import FastTransformer
 from localv4.paging.counts import PagingCounts
@@ -77,8 +78,9 @@ class PagingMeter:
     """Reads off what a network pages, from the moment it is made until it is stopped."""
 
     def __init__(self, network: Network) -> None:
-        store = network.store if isinstance(network, FastTransformer) else None
+        store = network.host_store if isinstance(network, FastTransformer) else None
         self._store = store if isinstance(store, PagedStore) and store.pages else None
+        self._gpu = gpu_meter(network)
         self._k = network.config.experts_per_token
         self._final: PagingStats | None = None
         if self._store is not None:
@@ -99,9 +101,15 @@ class PagingMeter:
             store.arena.capacity,
         )
 
+    def gpu_stats(self) -> GpuStats | None:
+        """Return what a GPU has done so far; None where none helps."""
+        return self._gpu.stats() if self._gpu is not None else None
+
     def stop(self) -> None:
         """Keep what has happened; what comes later does not count."""
         self._final = self.stats()
+        if self._gpu is not None:
+            self._gpu.stop()
 
 
 def bound_of(seconds: float, wait_s: float, read_share: float | None) -> Bound:

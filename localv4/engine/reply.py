@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from localv4.engine.gpu_stats import GpuStats
 from localv4.engine.growing_answer import REPEAT_WINDOW, FinishReason, GrowingAnswer, ReplyOptions
 from localv4.engine.paging_stats import PagingMeter, PagingStats
 from localv4.engine.session import Progress, Session
@@ -32,6 +33,11 @@ class ReplyStats:
     def paging(self) -> PagingStats | None:
         """What decoding has paged, None where everything is in memory."""
         return self.meter.stats() if self.meter is not None else None
+
+    @property
+    def gpu(self) -> GpuStats | None:
+        """What a GPU did for decoding, None where none helps."""
+        return self.meter.gpu_stats() if self.meter is not None else None
 
     @property
     def prefill_tok_s(self) -> float:

@@ -44,7 +44,7 @@ def open_store(
     start = options.faults.readers if options.faults else Readers
     sizes = np.maximum(footprints(experts.nbytes), GRANULE_BYTES)
     readers = start(load, options.readers, split)
-    arena = Arena(_capacity(experts.nbytes, footprints(experts.nbytes), options.capacity_bytes))
+    arena = Arena(arena_bytes(experts.nbytes, footprints(experts.nbytes), options.capacity_bytes))
     uses = Uses(*sizes.shape)
     store = PagedStore(sizes, arena, readers, make_policy(options.policy, uses), uses)
     store.refusal = refusal
@@ -62,7 +62,7 @@ def footprints(nbytes: NDArray[np.int64]) -> NDArray[np.int64]:
     return -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
 
 
-def _capacity(nbytes: NDArray[np.int64], sizes: NDArray[np.int64], capacity_bytes: int) -> int:
+def arena_bytes(nbytes: NDArray[np.int64], sizes: NDArray[np.int64], capacity_bytes: int) -> int:
     """Return the size of an arena for the same share of all records.
 
     Records of released models are whole granules; those of toys are smaller than one.

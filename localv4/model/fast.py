@@ -140,6 +140,11 @@ class FastTransformer:
         """Where the records of the experts are."""
         return self._network.store
 
+    @property
+    def host_store(self) -> ExpertStore:
+        """Where they are in the memory of this machine; a GPU has a store of its own."""
+        return self.store
+
     def close(self) -> None:
         """Stop reading experts."""
         self.store.close()

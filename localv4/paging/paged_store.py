@@ -268,14 +268,18 @@ class PagedStore:
         """Learn what became of guesses: wrong ones are the first to go."""
         clock = int(self.uses.clock[0])
         self.counts.tokens += 1
-        if self.pages:  # else nothing is given up, and observing takes a part of a millisecond
-            self.policy.observe(self.uses)
+        self._observe()
         for key in [key for key in self._guessed if self.addresses[key] != ON_ITS_WAY]:
             self._guessed.discard(key)
             if self.uses.last[key] == clock:
                 self.counts.guesses_used += 1
             else:
                 self._departures.add(key)
+
+    def _observe(self) -> None:
+        """Let the policy learn, which takes a part of a millisecond, where anything is given up."""
+        if self.pages:
+            self.policy.observe(self.uses)
 
     def begin_prompt(self, layer: int, chosen: NDArray[np.int64]) -> None:
         """Be told which experts (tokens, k) of a layer some tokens of a prompt use."""

@@ -6,8 +6,10 @@ from typing import Literal
 
 from localv4.errors import DoesNotFitError
 from localv4.planning.forecast import Forecast, make_forecast
+from localv4.planning.gpu_forecast import GpuForecast, make_gpu_forecast
+from localv4.planning.gpu_plan import GpuPlan, plan_gpu
 from localv4.planning.hit_rate import Routing
-from localv4.planning.machine import Machine
+from localv4.planning.machine import GpuFacts, Machine
 from localv4.planning.memory import Memory
 from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import DEFAULT_CTX, GIB, Io, Plan, make_plan
@@ -23,6 +25,9 @@ WORTH_TELLING = 1.05
 MODULES_GIB = (16, 32, 64)
 """Memory that can be added."""
 
+CARDS = ((16, 450e9), (24, 900e9))
+"""GPUs that can be added: GiB, and bytes per second of their memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -33,16 +38,22 @@ class Request:
     ctx: int = DEFAULT_CTX
     io: Io = "auto"
     position: int = 512
+    gpu_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """A model in one form: its plan and forecast, or why it does not fit."""
+    """A model in one form: its plan and forecast, or why it does not fit.
+
+    `gpu` and `gpu_forecast` are those with the GPU of the machine, if it has one that can help.
+    """
 
     facts: ModelFacts
     plan: Plan | None = None
     forecast: Forecast | None = None
     refusal: DoesNotFitError | None = None
+    gpu: GpuPlan | None = None
+    gpu_forecast: GpuForecast | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -54,7 +65,13 @@ class Assessment:
     @property
     def tok_s(self) -> float:
         """The likely speed of decoding; 0 if the model cannot run."""
-        return self.forecast.decode.likely if self.forecast is not None else 0.0
+        used = self.used_forecast
+        return used.decode.likely if used is not None else 0.0
+
+    @property
+    def used_forecast(self) -> Forecast | GpuForecast | None:
+        """The forecast of the device that will compute: the GPU, where it can help."""
+        return self.gpu_forecast or self.forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +110,27 @@ def assess(
     forecast = make_forecast(
         facts, plan, machine, routing=routing, position=asked.position, correction=correction
     )
-    return Assessment(facts, plan, forecast)
+    gpu = _gpu_plan(facts, plan, machine, asked)
+    if gpu is None:
+        return Assessment(facts, plan, forecast)
+    with_gpu = make_gpu_forecast(
+        *(facts, plan, gpu, machine),
+        routing=routing,
+        position=asked.position,
+        correction=correction,
+    )
+    return Assessment(facts, plan, forecast, gpu=gpu, gpu_forecast=with_gpu)
+
+
+def _gpu_plan(facts: ModelFacts, plan: Plan, machine: Machine, asked: Request) -> GpuPlan | None:
+    """Return the plan for the GPU of a machine; None without one, or where it has too little."""
+    card = machine.gpu
+    if card is None:
+        return None
+    try:
+        return plan_gpu(facts, card.name, card.free, memory=asked.gpu_memory, ctx=plan.ctx_size)
+    except DoesNotFitError:
+        return None
 
 
 def choose(found: Sequence[Assessment], default: str) -> Assessment:
@@ -134,6 +171,7 @@ def what_would_change(
         gb_s = faster.bytes_s / 1e9
         twice = replace(machine, disk=faster)
         options.append((f"an SSD of {gb_s:.3g} GB/s", chosen.facts, twice, request))
+    options += _cards(chosen, machine, request)
     for facts in forms:
         if facts.weight_bytes_per_token < chosen.facts.weight_bytes_per_token:
             options.append((f"{facts.quant}: fewer bits", facts, machine, request))
@@ -143,3 +181,21 @@ def what_would_change(
         if found.tok_s > WORTH_TELLING * chosen.tok_s:
             changes.append(Change(what, found.tok_s, found.verdict == "fits"))
     return changes
+
+
+def _cards(
+    chosen: Assessment, machine: Machine, request: Request
+) -> list[tuple[str, ModelFacts, Machine, Request]]:
+    """Return the GPUs with more memory than the machine's has, each as a change."""
+    own = machine.gpu.total if machine.gpu is not None else 0
+    freed = replace(request, gpu_memory=None)
+    return [
+        (
+            f"a GPU of {size} GiB, {rate / 1e9:.0f} GB/s",
+            chosen.facts,
+            replace(machine, gpu=GpuFacts.assumed(size * GIB, rate)),
+            freed,
+        )
+        for size, rate in CARDS
+        if size * GIB > 1.25 * own
+    ]

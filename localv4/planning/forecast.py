@@ -129,7 +129,7 @@ def make_forecast(
     else:
         known = routing or TypicalText(config.experts_per_token / config.n_experts)
         hits, source = known.hit_rate(plan.resident_share), known.source
-    shares = _decode_shares(facts, machine)
+    shares = decode_shares(facts, machine)
     layer_s = machine.kernels.layer_s if machine.kernels is not None else LAYER_S
     nbytes = facts.weight_bytes_per_token + facts.state_read_bytes(position)
     core_rate = machine.cores * machine.core_read_bytes_s
@@ -165,7 +165,7 @@ def make_forecast(
     )
 
 
-def _decode_shares(facts: ModelFacts, machine: Machine) -> Bounds:
+def decode_shares(facts: ModelFacts, machine: Machine) -> Bounds:
     """Return what kernels reach of the read roof with the formats of a model."""
     read = facts.read_by_format()
     seconds = sum(

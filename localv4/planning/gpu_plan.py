@@ -25,6 +25,10 @@ LEAST_EXPERTS = 12
 """Records of one layer that are brought to the GPU for a prompt at a time, at least."""
 
 
+STATE_SHARE = 0.25
+"""The most of the memory that goes to the decoder states of many sequences."""
+
+
 @dataclass(frozen=True, slots=True)
 class GpuPlan:
     """Bytes of a GPU's memory by component; `layers` of all are computed there.
@@ -53,6 +57,11 @@ class GpuPlan:
         """The part of the experts of its layers that the GPU holds."""
         return min(1.0, self.experts / self.all_experts) if self.all_experts else 1.0
 
+    @property
+    def total(self) -> int:
+        """All memory that is taken of the GPU."""
+        return sum(self.components().values())
+
     def components(self) -> dict[str, int]:
         """Return the memory by component."""
         return {
@@ -65,11 +74,19 @@ class GpuPlan:
 
 
 def plan_gpu(
-    facts: ModelFacts, name: str, free_bytes: int, *, memory: int | None, ctx: int
+    facts: ModelFacts,
+    name: str,
+    free_bytes: int,
+    *,
+    memory: int | None,
+    ctx: int,
+    states: int | None = None,
 ) -> GpuPlan:
     """Share out the memory of a GPU of which `free_bytes` are free; `memory` bounds what is taken.
 
-    Raises UsageError for a bound that makes no sense, DoesNotFitError when not one layer fits.
+    `states` are the bytes that all decoder states want, of which they get a part of the memory;
+    None: one sequence of `ctx` tokens. Raises UsageError for a bound that makes no sense,
+    DoesNotFitError when not one layer fits.
     """
     if memory is not None and memory < 1:
         raise UsageError(f"--gpu-mem is {memory}, expected a number of bytes above 0")
@@ -79,6 +96,8 @@ def plan_gpu(
     count = facts.config.n_layers
     workspace = workspace_bytes(facts.config, ctx, 1) + SCRATCH_BYTES
     state, dense, head = facts.state_bytes(ctx), facts.dense_bytes, facts.head_bytes
+    if states is not None:
+        state = min(states, int(STATE_SHARE * budget))
     floor = LEAST_EXPERTS * facts.largest_expert_bytes
     room = budget - workspace - floor
     if room >= dense + head + state:

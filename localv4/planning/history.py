@@ -14,6 +14,8 @@ from localv4 import paths
 from localv4.errors import LocalV4Error
 from localv4.finished_file import finished_file
 from localv4.planning.forecast import Forecast
+from localv4.planning.gpu_forecast import GpuForecast
+from localv4.planning.gpu_plan import GpuPlan
 from localv4.planning.plan import Plan
 from localv4.planning.profile import Identity, this_machine
 from localv4.small_file import read_small_file
@@ -37,7 +39,10 @@ Rate = Annotated[float, Field(gt=0, lt=1e9)]
 
 
 class Run(BaseModel):
-    """One run: tokens per second that were predicted, without any correction, and achieved."""
+    """One run: tokens per second that were predicted, without any correction, and achieved.
+
+    `gpu` names the GPU that helped, which held `gpu_share` of all experts.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -48,6 +53,8 @@ class Run(BaseModel):
     resident_share: Annotated[float, Field(ge=0, le=1)]
     predicted: Rate
     achieved: Rate
+    gpu: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
+    gpu_share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @property
     def error(self) -> float:
@@ -56,7 +63,12 @@ class Run(BaseModel):
 
 
 def record_run(
-    model: str, plan: Plan, forecast: Forecast, achieved: float, tokens: int
+    model: str,
+    plan: Plan,
+    forecast: Forecast | GpuForecast,
+    achieved: float,
+    tokens: int,
+    gpu: GpuPlan | None = None,
 ) -> Run | None:
     """Keep what a run achieved; `achieved` is in generated tokens per second.
 
@@ -73,6 +85,8 @@ def record_run(
         resident_share=plan.resident_share,
         predicted=predicted,
         achieved=achieved,
+        gpu=gpu.name[:MAX_NAME_CHARS] if gpu is not None else None,
+        gpu_share=_gpu_share(gpu),
     )
     return run if _append(run) else None
 
@@ -83,23 +97,32 @@ def past_runs(model: str) -> list[Run]:
     return [run for run in read_runs(_path()) if run.model == model and run.machine == key]
 
 
-def correction(runs: Sequence[Run], plan: Plan) -> float:
+def correction(runs: Sequence[Run], plan: Plan, gpu: GpuPlan | None = None) -> float:
     """Return by what to multiply the next prediction: the mean of what the last runs were off.
 
-    Runs of the same verdict with about the same share of experts in memory count. One run is
-    trusted half, several more.
+    Runs of the same verdict on the same devices, with about the same share of experts in each
+    memory, count. One run is trusted half, several more.
     """
     verdict = "fits" if plan.fits else "pages"
+    name, share = gpu.name[:MAX_NAME_CHARS] if gpu is not None else None, _gpu_share(gpu)
     alike = [
         run.achieved / run.predicted
         for run in runs
-        if run.verdict == verdict and abs(run.resident_share - plan.resident_share) < SHARE_STEP
+        if run.verdict == verdict
+        and abs(run.resident_share - plan.resident_share) < SHARE_STEP
+        and run.gpu == name
+        and abs(run.gpu_share - share) < SHARE_STEP
     ][-LAST_RUNS:]
     if not alike:
         return 1.0
     mean = sum(map(math.log, alike)) / len(alike)
     trusted = mean * len(alike) / (len(alike) + 1)
     return min(MOST_CORRECTION, max(LEAST_CORRECTION, math.exp(trusted)))
+
+
+def _gpu_share(gpu: GpuPlan | None) -> float:
+    """Return the part of all experts that a GPU holds."""
+    return gpu.resident_share * gpu.layers / gpu.all_layers if gpu is not None else 0.0
 
 
 def machine_key(machine: Identity) -> str:

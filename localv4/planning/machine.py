@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from localv4.cuda.speed import GpuSpeed
 from localv4.planning.memory import Memory
 
 CORE_READ_BYTES_S = 15e9
@@ -50,6 +51,34 @@ class KernelShares:
     layer_s: float
 
 
+UPLOAD_BYTES_S = 22e9
+"""To an assumed GPU: PCIe 4.0 with 16 lanes gives 20 to 25 GB/s."""
+
+GPU_BYTES_S = 450e9
+"""Of the memory of an assumed GPU whose size alone is given: with 12 to 16 GiB it is 290 to 900."""
+
+PRODUCT_OPS_PER_BYTE = 100.0
+"""Operations of products of prompts that an assumed GPU does while it reads a byte: tensor cores
+promise two to eight times as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """A GPU that can help: its memory in bytes, all and what is free now, and its speed."""
+
+    name: str
+    total: int
+    free: int
+    speed: GpuSpeed
+
+    @classmethod
+    def assumed(cls, total: int, bandwidth: float | None) -> "GpuFacts":
+        """Return a GPU that somebody describes: bytes of memory, and what it reads per second."""
+        read = bandwidth or GPU_BYTES_S
+        speed = GpuSpeed(read, UPLOAD_BYTES_S, PRODUCT_OPS_PER_BYTE * read)
+        return cls("a GPU", total, total, speed)
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Memory now, speeds per second, and where the figures are from.
@@ -69,6 +98,7 @@ class Machine:
     cpu: str = ""
     isa: str = ""
     gpus: tuple[str, ...] = ()
+    gpu: GpuFacts | None = None
     swap_is_compressed: bool = False
     measured_on: str | None = None
     assumed: frozenset[str] = frozenset()
@@ -91,13 +121,17 @@ class Machine:
         bandwidth: float | None = None,
         disk: float | None = None,
         cores: int | None = None,
+        gpu: int | None = None,
+        gpu_bandwidth: float | None = None,
     ) -> "Machine":
         """Return another machine: what is named replaces what was measured.
 
         `ram` bytes are those of the whole machine, of which a twentieth is in use. With a bandwidth
-        or a number of cores that is assumed, nothing measured about cores is kept.
+        or a number of cores that is assumed, nothing measured about cores is kept. `gpu` bytes are
+        those of a GPU, `gpu_bandwidth` what its memory gives.
         """
         named: dict[str, Any] = {"ram": ram, "bandwidth": bandwidth, "disk": disk, "cores": cores}
+        named["gpu"] = gpu
         if bandwidth is not None and cores is None:
             named["cores"] = ASSUMED_CORES
         found = replace(self, assumed=frozenset(k for k, v in named.items() if v is not None))
@@ -110,4 +144,6 @@ class Machine:
             found = replace(found, read_bytes_s=bandwidth)
         if disk is not None:
             found = replace(found, disk=DiskFacts(disk))
+        if gpu is not None:
+            found = replace(found, gpu=GpuFacts.assumed(gpu, gpu_bandwidth), gpus=())
         return found

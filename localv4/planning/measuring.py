@@ -2,24 +2,28 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
 import psutil
 
+from localv4.cuda.gpu import GpuError
+from localv4.cuda.options import GpuOptions, has_library
+from localv4.cuda.speed import GpuSpeed
 from localv4.errors import DoesNotFitError, LocalV4Error
 from localv4.kernels.isa import ISA
 from localv4.kernels.threads import default_threads
 from localv4.model.config import ModelConfig
 from localv4.paging.probe import measure_disk
 from localv4.planning.kernel_probe import measure_kernels
-from localv4.planning.machine import DiskFacts, KernelShares, Machine
+from localv4.planning.machine import DiskFacts, GpuFacts, KernelShares, Machine
 from localv4.planning.memory import read_memory
 from localv4.planning.plan import READERS
 from localv4.planning.processor import cpu_name
 from localv4.planning.profile import (
     DiskProfile,
+    GpuProfile,
     KernelProfile,
     Profile,
     RoofProfile,
@@ -45,7 +49,8 @@ OnStep = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What has to be known. `place` names the disk; None: no disk matters.
+    """What has to be known. `place` names the disk; None: no disk matters. `gpu` says which GPU
+    counts, if there is one.
 
     `kernels` has a network and a recipe to run layers of; None: constants will do. `anew` measures
     again what is known.
@@ -55,6 +60,7 @@ class Wanted:
     record_bytes: int = FLASH_RECORD_BYTES
     kernels: tuple[ModelConfig, Recipe] | None = None
     anew: bool = False
+    gpu: GpuOptions = field(default_factory=lambda: GpuOptions("cpu"))
 
 
 def known_machine(place: Path | None = None) -> Machine:
@@ -91,7 +97,51 @@ def measured_machine(wanted: Wanted, on_step: OnStep | None = None) -> Machine:
             )
             profile = profile.model_copy(update={"kernels": found})
             save_profile(profile)
-    return _machine(profile, wanted.place)
+    machine = _machine(profile, wanted.place)
+    return replace(machine, gpu=_found_gpu(profile, wanted, tell))
+
+
+def known_gpu(name: str, total: int = 0, free: int = 0) -> GpuFacts | None:
+    """Return a GPU with what was measured of it before; None if nothing was."""
+    known = load_profile().gpus.get(name)
+    if known is None:
+        return None
+    speed = GpuSpeed(known.copy_bytes_s, known.upload_bytes_s, known.product_ops_s)
+    return GpuFacts(name, total, free, speed)
+
+
+def _found_gpu(profile: Profile, wanted: Wanted, tell: OnStep) -> GpuFacts | None:
+    """Return the GPU of this machine; None where there is none, or nothing to use it with.
+
+    Raises DoesNotFitError when one was asked for by name.
+    """
+    if wanted.gpu.name == "cpu" or (wanted.gpu.name == "auto" and not has_library()):
+        return None
+    from localv4.cuda.offload import find_gpu
+    from localv4.cuda.probe import measure
+
+    try:
+        gpu = find_gpu(wanted.gpu)
+    except GpuError as error:
+        if wanted.gpu.name == "cuda":
+            raise DoesNotFitError(error.message, hint=error.hint) from error
+        return None
+    if gpu is None:
+        return None
+    try:
+        memory = gpu.total_bytes, gpu.free_bytes()
+        known = None if wanted.anew else known_gpu(gpu.name, *memory)
+        if known is not None:
+            return known
+        tell("the GPU")
+        speed = measure(gpu)
+        found = GpuProfile(**asdict(speed), measured_on=date.today())
+        save_profile(profile.model_copy(update={"gpus": {**profile.gpus, gpu.name: found}}))
+        return GpuFacts(gpu.name, *memory, speed)
+    except GpuError:  # with too little memory to measure anything, it cannot help either
+        return None
+    finally:
+        gpu.close()
 
 
 def _measure_roofs() -> RoofProfile:

@@ -63,6 +63,15 @@ class RoofProfile(_Table):
     measured_on: date
 
 
+class GpuProfile(_Table):
+    """A GPU: what it copies, is sent, and multiplies per second (`cuda.speed.GpuSpeed`)."""
+
+    copy_bytes_s: float = Field(gt=0)
+    upload_bytes_s: float = Field(gt=0)
+    product_ops_s: float = Field(gt=0)
+    measured_on: date
+
+
 class Profile(_Table):
     """Everything that was measured; what is None or absent was not."""
 
@@ -71,6 +80,7 @@ class Profile(_Table):
     roofs: RoofProfile | None = None
     kernels: KernelProfile | None = None
     disks: dict[str, DiskProfile] = {}
+    gpus: dict[str, GpuProfile] = {}
 
     def with_disk(self, key: str, disk: DiskProfile) -> "Profile":
         """Return the profile with another disk; the one measured first gives way to too many."""
