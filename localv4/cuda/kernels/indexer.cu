@@ -65,7 +65,7 @@ __device__ inline void index_scores(const Words &op) {
 
 // Words: context, ratio, top_k, heads, n, scratch, chosen, counts. One block of
 // CHOOSE_THREADS.
-extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS, 1) index_select(const Words op) {
+BOUNDED_KERNEL(__launch_bounds__(CHOOSE_THREADS, 1), index_select) {
     __shared__ TopMemory memory;
     IndexScratch scratch(op.address<void>(6), op.number(4), op.number(5));
     choose(memory, op.address<int>(7), op.address<i64>(8), scratch.scores, visible_entries(op, 0), (int)op.number(3));
