@@ -31,6 +31,9 @@ PINNED_BYTES = 4 << 20
 PROMOTIONS = 2
 """Records that are brought to the GPU after a token, at most."""
 
+GPU_CLAIMS = 64
+"""Records of a prompt that are multiplied at a time, where not all are on the GPU."""
+
 WORTH = 1.25
 """So much hotter must a record be than the coldest one on the GPU to take its place."""
 
@@ -155,6 +158,13 @@ class VramStore(PagedStore):
         else:
             self.uses.record_tokens(layer, chosen)
         self._plan_prompt(layer, np.isin(np.arange(self.addresses.shape[1]), chosen))
+
+    def largest_claim(self, layer: int) -> int:
+        """Return how many records of a layer to claim at a time: a GPU takes many."""
+        if self.is_whole:
+            return int(self.addresses.shape[1])
+        fitting = self.arena.capacity // (4 * max(1, int(self.nbytes[layer].max())))
+        return max(1, min(GPU_CLAIMS, int(fitting)))
 
     def fill(self) -> None:
         """Bring as many records as there is room for, and wait for them: the first layers first."""
