@@ -19,7 +19,7 @@ RESERVE_BYTES = 512 * MIB
 """Left free on the GPU: what the driver takes for code and graphs, and the screen."""
 
 SCRATCH_BYTES = 640 * MIB
-"""What a GPU takes beside that: outputs of experts not yet summed, and more tokens of a prompt at a time."""
+"""What a GPU takes beside that: outputs of experts not yet summed, more tokens at a time."""
 
 LEAST_EXPERTS = 12
 """Records of one layer that are brought to the GPU for a prompt at a time, at least."""
