@@ -22,7 +22,7 @@ from localv4.model.weights import Weights
 from localv4.paging.store import ExpertStore
 
 GPU_TOGETHER = 480
-"""Tokens of a prompt that attention takes at a time: more fill a GPU better, and take more of its memory."""
+"""Tokens of a prompt that attention takes at a time: more of them fill a GPU better."""
 
 GPU_SLACK_TOKENS = 512
 
