@@ -18,7 +18,10 @@ constexpr int TABLE_ROWS = 4096;    // of all blocks and slots in shared memory 
 constexpr int DOWN_ROWS = 8;        // rows of a block of threads that adds up experts
 constexpr int ROW_GAP = 16;         // floats between two rows of hidden layers
 
-#define TOKEN_KERNEL(name) extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, 3) name(const Words op)
+// The two last: at how many blocks of threads of a multiprocessor a kernel aims. Those that compute
+// few rows shall fit all at once at the dimensions of a model: a few too many would take twice as long.
+#define TOKEN_KERNEL(name, most) \
+    extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, most) name(const Words op)
 
 // A table (slots, blocks, ROWS, FLOATS) in shared memory; a gap behind each slot keeps those that are
 // read at the same time in different banks.
