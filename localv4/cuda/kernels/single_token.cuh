@@ -18,8 +18,8 @@ constexpr int TABLE_ROWS = 4096;    // of all blocks and slots in shared memory 
 constexpr int DOWN_ROWS = 8;        // rows of a block of threads that adds up experts
 constexpr int ROW_GAP = 16;         // floats between two rows of hidden layers
 
-// The two last: at how many blocks of threads of a multiprocessor a kernel aims. Those that compute
-// few rows shall fit all at once at the dimensions of a model: a few too many would take twice as long.
+// `most` blocks of threads run on a multiprocessor at a time. With four, the blocks of a whole matrix
+// of a model fit on a large GPU at once, where a few too many would take twice as long.
 #define TOKEN_KERNEL(name, most) \
     extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, most) name(const Words op)
 
