@@ -22,8 +22,8 @@ from localv4.paging.policy import make_policy
 from localv4.paging.readers import Finished, Key, Readers
 from localv4.paging.store import ABSENT, ON_ITS_WAY, ExpertStore
 
-COPY_THREADS = 2
-"""Threads that copy: while one fills its pinned memory, the other's is on its way."""
+COPY_THREADS = 6
+"""Threads that copy: filling pinned memory takes longer than sending it."""
 
 PINNED_BYTES = 4 << 20
 """Bytes of each of the two pinned buffers of a thread."""

@@ -402,7 +402,7 @@ __device__ inline void write_mix(float *mix, const Site &site, Entry &entry, i64
 // Words: partials, scale (3), base, iterations, hc_eps, streams, weight, rms_eps, x, its stride,
 // mix, q, d, b, tokens, n, hidden. 1024 threads; one or several blocks a token: all of them read all
 // of the streams, each but the last writes a part of x, and the last one has the mix.
-extern "C" __global__ void __launch_bounds__(1024) enter(const Words op) {
+BOUNDED_KERNEL(__launch_bounds__(1024), enter) {
     DYNAMIC_SHARED(memory);
     __shared__ Entry entry;
     i64 n = op.number(16), hidden = op.number(17);
@@ -428,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(1024) enter(const Words op) {
 
 // Words: partials, scale (1), base, hc_eps, streams, weight, rms_eps, x, its stride, q, d, b,
 // tokens, n, hidden. 1024 threads; blocks as for `enter`, but all write x.
-extern "C" __global__ void __launch_bounds__(1024) enter_head(const Words op) {
+BOUNDED_KERNEL(__launch_bounds__(1024), enter_head) {
     DYNAMIC_SHARED(memory);
     __shared__ Entry entry;
     i64 n = op.number(14), hidden = op.number(15);
