@@ -7,8 +7,11 @@ import pytest
 
 from localv4.cuda import compiler
 from localv4.cuda.compiler import compile_source, compiled, sources
+from localv4.cuda.driver import FOLLOWERS
 from localv4.cuda.gpu import GpuError
 from localv4.cuda.twins import TWINS
+
+KERNELS = Path(compiler.__file__).parent / "kernels"
 
 HAS_NVRTC = all(
     importlib.util.find_spec(name) for name in ("cuda", "cuda.core", "cuda.bindings.nvrtc")
@@ -66,3 +69,12 @@ def test_a_source_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compiler, "_text", lambda _: "this is no C++")
     with pytest.raises(GpuError, match=r"rows\.cu do not compile for sm_90"):
         compile_source("rows.cu", "sm_90")
+
+
+def test_kernels_that_follow_wait() -> None:
+    for source in FOLLOWERS:
+        assert "__global__" not in (KERNELS / source).read_text("utf-8"), source
+    declared = [
+        path.name for path in KERNELS.glob("*.cuh") if "__global__" in path.read_text("utf-8")
+    ]
+    assert set(declared) <= {"common.cuh", "gemm.cuh", "gemm_experts.cuh"}

@@ -16,6 +16,17 @@ MOST_BRANCHES = 8
 OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY"""
 
+FOLLOWERS = frozenset(
+    {
+        *("attention.cu", "experts.cu", "float_matvec.cu", "indexer.cu", "kquant_experts.cu"),
+        *("kquant_matvec.cu", "matvec.cu", "pooling.cu", "router.cu", "rows.cu", "streams.cu"),
+    }
+)
+"""Files whose kernels wait by themselves for the one before (`follow` in common.cuh)."""
+
+FOLLOWING_CAPABILITY = (9, 0)
+"""From which on kernels can do so."""
+
 SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel gets without being asked for."""
 
@@ -190,16 +201,21 @@ class CudaGpu:
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         _done(driver.cuStreamBeginCapture(main, mode))
         try:
+            alone = False
             for step in steps:
-                self._record_step(step)
+                self._record_step(step, alone)
+                alone = len(step) == 1
         finally:
             graph = _done(driver.cuStreamEndCapture(main))
         executable = _done(driver.cuGraphInstantiate(graph, 0))
         _done(driver.cuGraphDestroy(graph))
         return CudaGraph(lambda: _done(driver.cuGraphLaunch(executable, main)), executable)
 
-    def _record_step(self, step: Step) -> None:
-        """Fork into a stream for each branch, and join them."""
+    def _record_step(self, step: Step, follows: bool) -> None:
+        """Fork into a stream for each branch, and join them.
+
+        `follows`: nothing but the last launch of the main stream comes before this step.
+        """
         driver, used = self._driver, self._streams[: len(step)]
         fork, *joins = self._events
         if len(step) > 1:
@@ -207,22 +223,45 @@ class CudaGpu:
         for stream in used[1:]:
             _done(driver.cuStreamWaitEvent(stream, fork, 0))
         for number, branch in enumerate(step):
-            for launch in branch:
-                self._launch(launch, used[number % len(used)])
+            for place, launch in enumerate(branch):
+                self._launch(
+                    launch, used[number % len(used)], place > 0 or (follows and not number)
+                )
         for stream, event in zip(used[1:], joins, strict=False):
             _done(driver.cuEventRecord(event, stream))
             _done(driver.cuStreamWaitEvent(used[0], event, 0))
 
-    def _launch(self, launch: Launch, stream: Any) -> None:
+    def _launch(self, launch: Launch, stream: Any, follows: bool = False) -> None:
+        """Enqueue a kernel; one that `follows` may start before the one before it has ended."""
         function = self._function(launch)
         operation = _Operation((ctypes.c_int64 * WORDS)(*launch.words))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(operation))
+        can_follow = self.capability >= FOLLOWING_CAPABILITY
+        if follows and can_follow and launch.kernel.source in FOLLOWERS:
+            config = self._following(launch, stream)
+            _done(self._driver.cuLaunchKernelEx(config, function, ctypes.addressof(parameters), 0))
+            return
         _done(
             self._driver.cuLaunchKernel(
                 *(function, launch.blocks, 1, 1, launch.kernel.threads, 1, 1),
                 *(launch.shared, stream, ctypes.addressof(parameters), 0),
             )
         )
+
+    def _following(self, launch: Launch, stream: Any) -> Any:
+        """Return the configuration of a launch that does not wait for the end of the last one."""
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.kernel.threads, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def _function(self, launch: Launch) -> Any:
         """Return the machine code of a kernel; compiled or loaded now if it was not yet."""

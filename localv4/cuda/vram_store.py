@@ -150,6 +150,8 @@ class VramStore(PagedStore):
         """Be told which experts (tokens, k) of a layer some tokens of a prompt use."""
         if isinstance(self.host, PagedStore):
             self.host.begin_prompt(layer, chosen)
+            under_way = np.flatnonzero(self.addresses[layer] == ON_ITS_WAY).tolist()
+            self.host.claim(layer, under_way)  # also what was claimed before they were known
         else:
             self.uses.record_tokens(layer, chosen)
         self._plan_prompt(layer, np.isin(np.arange(self.addresses.shape[1]), chosen))

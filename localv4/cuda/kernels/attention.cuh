@@ -23,7 +23,7 @@ constexpr int MOST_KEYS = 32;         // of a tile
 constexpr int SCORE_ROW = MOST_KEYS + 8, WEIGHT_ROW = MOST_KEYS / 2 + 4;  // no two lanes at one bank
 
 // Two blocks on a multiprocessor hide each other's barriers and reads.
-#define TILE_KERNEL(name) extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) name(const Words op)
+#define TILE_KERNEL(name) BOUNDED_KERNEL(__launch_bounds__(32 * WARPS, 2), name)
 
 // --- which keys a token sees ---
 

@@ -38,7 +38,25 @@ struct Words {
 
 #define INFINITE __int_as_float(0x7f800000)
 
-#define KERNEL(name) extern "C" __global__ void name(const Words op)
+// Kernels of one token follow each other so closely that the start of one is hidden behind the end
+// of the one before: its blocks are there already, and wait here until all results are.
+__device__ inline void follow() {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A kernel that takes the words of an operation, `op`; `bounds` are its launch bounds or nothing.
+#define BOUNDED_KERNEL(bounds, name)                                  \
+    __device__ __forceinline__ void name##_body(const Words &op);     \
+    extern "C" __global__ void bounds name(const Words op) {          \
+        follow();                                                     \
+        name##_body(op);                                              \
+    }                                                                 \
+    __device__ __forceinline__ void name##_body(const Words &op)
+
+#define KERNEL(name) BOUNDED_KERNEL(, name)
 
 // --- numbers ---
 

@@ -77,10 +77,10 @@ __device__ inline void matvec(const Words &op) {
 }
 
 #define FLOAT_MATVEC(name, Format)                                                               \
-    extern "C" __global__ void __launch_bounds__(256, 3) name##_matvec(const Words op) {          \
+    BOUNDED_KERNEL(__launch_bounds__(256, 3), name##_matvec) {          \
         matvec<Format, 256, 8>(op);                                                              \
     }                                                                                            \
-    extern "C" __global__ void __launch_bounds__(1024, 1) name##_matvec_few(const Words op) {     \
+    BOUNDED_KERNEL(__launch_bounds__(1024, 1), name##_matvec_few) {     \
         matvec<Format, 1024, 4>(op);                                                             \
     }
 

@@ -65,7 +65,7 @@ __device__ inline void index_scores(const Words &op) {
 
 // Words: context, ratio, top_k, heads, n, scratch, chosen, counts. One block of
 // CHOOSE_THREADS.
-extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS, 1) index_select(const Words op) {
+BOUNDED_KERNEL(__launch_bounds__(CHOOSE_THREADS, 1), index_select) {
     __shared__ TopMemory memory;
     IndexScratch scratch(op.address<void>(6), op.number(4), op.number(5));
     choose(memory, op.address<int>(7), op.address<i64>(8), scratch.scores, visible_entries(op, 0), (int)op.number(3));
@@ -114,8 +114,9 @@ __device__ inline void index_choose(const Words &op) {
 #define INDEX_KERNELS(form, Index, ManyIndex)                         \
     KERNEL(form##_index_query) { index_query<Index>(op); }            \
     KERNEL(form##_index_scores) { index_scores<Index>(op); }          \
-    extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS, 1)   \
-    form##_index_choose(const Words op) { index_choose<ManyIndex>(op); }
+    BOUNDED_KERNEL(__launch_bounds__(CHOOSE_THREADS, 1), form##_index_choose) { \
+        index_choose<ManyIndex>(op);                                  \
+    }
 
 INDEX_KERNELS(f32, FloatIndex<F32Rows>, FloatIndex<F32Rows>)
 INDEX_KERNELS(bf16, FloatIndex<Bf16Rows>, FloatIndex<Bf16Rows>)

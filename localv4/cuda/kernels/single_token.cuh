@@ -18,7 +18,7 @@ constexpr int TABLE_ROWS = 4096;    // of all blocks and slots in shared memory 
 constexpr int DOWN_ROWS = 8;        // rows of a block of threads that adds up experts
 constexpr int ROW_GAP = 16;         // floats between two rows of hidden layers
 
-#define TOKEN_KERNEL(name) extern "C" __global__ void __launch_bounds__(TOKEN_THREADS, 3) name(const Words op)
+#define TOKEN_KERNEL(name) BOUNDED_KERNEL(__launch_bounds__(TOKEN_THREADS, 3), name)
 
 // A table (slots, blocks, ROWS, FLOATS) in shared memory; a gap behind each slot keeps those that are
 // read at the same time in different banks.
