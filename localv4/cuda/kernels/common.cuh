@@ -249,15 +249,6 @@ __device__ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)
 
 // --- asynchronous copies into shared memory ---
 
-__device__ inline void copy16(void *shared, const void *global) {
-#if defined(LOCALV4_HOST) || __CUDA_ARCH__ < 800
-    *(uint4 *)shared = *(const uint4 *)global;
-#else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                 :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global));
-#endif
-}
-
 __device__ inline void commit_copies() {
 #if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;");
