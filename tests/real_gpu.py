@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 if IS_WANTED:
     # memory that the driver knows must not be given back: other memory would come to its place
     _libc = ctypes.CDLL(None)
-    _libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    _libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
     _libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 _registered: list[tuple[int, int]] = []

@@ -1,5 +1,7 @@
 """A network whose programs run on a GPU, which the host plays here: the same as the host's own."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -209,3 +211,12 @@ def test_without_memory_a_wanted_gpu_is_an_error(exact: Transformer) -> None:
     gpu.total_bytes = 0
     with pytest.raises(DoesNotFitError, match="not enough free memory"):
         network.forward(IDS[:2], network.new_state())
+
+
+def test_a_forgotten_network_leaves_no_thread(exact: Transformer) -> None:
+    network = on_gpu(exact)
+    threads = [weakref.ref(thread) for thread in network.vram.readers._threads]
+    read(2)(network)
+    del network
+    gc.collect()
+    assert not any(thread() is not None and thread().is_alive() for thread in threads)

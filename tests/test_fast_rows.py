@@ -102,6 +102,23 @@ def test_rows_join_and_leave(
         assert network.store.counts.evictions > 0
 
 
+@pytest.mark.parametrize("share", [0.3, 2.0])
+def test_routes_of_rows_are_those_of_lone_ones(exact: Transformer, share: float) -> None:
+    network, noted = make_fast(exact, share=share), list[tuple[NDArray[np.integer], bool]]()
+    states = [prefilled(network, number) for number in range(3)]
+    lone = [prefilled(network, number) for number in range(3)]
+    network.on_routes = lambda chosen, is_prompt: noted.append((chosen.copy(), is_prompt))
+    tokens = np.array([ANSWERS[number][0] for number in range(3)])
+    network.decode_rows(tokens, states)
+    for token, state in zip(tokens, lone, strict=True):
+        network.forward(np.array([token]), state)
+    (together, is_prompt), *alone_ones = noted
+    assert not is_prompt
+    assert together.shape == (3, network.config.n_layers, network.config.experts_per_token)
+    expected = np.concatenate([chosen for chosen, _ in alone_ones])
+    np.testing.assert_array_equal(np.sort(together), np.sort(expected))
+
+
 def test_exact_rows(exact: Transformer) -> None:
     states = [prefilled(exact, number) for number in range(3)]
     vectors = exact.decode_rows(np.array([ANSWERS[n][0] for n in range(3)]), states)

@@ -68,6 +68,7 @@ def cases() -> list[Case]:
         for part, shape in DENSE.items():
             found += [_gemm(name, part, *shape, tokens) for name in ("Q8", "Q4")]
             found += [_float_gemm(name, part, *shape, tokens) for name in ("F8", "B16")]
+        found.append(_gemm("MX4", "wo_b", *DENSE["wo_b"], tokens))
         found.append(_float_gemm("F32R", "router", *ROUTER, tokens))
     for name in ("Q4K", "Q6", "Q3"):
         found.append(_gemm(name, "wo_b", *DENSE["wo_b"], TOKENS[1]))

@@ -71,6 +71,11 @@ class GpuNetwork(FastNetwork):
         """Whether all layers are on the GPU."""
         return self.on_gpu == self.config.n_layers
 
+    @property
+    def workers(self) -> int:
+        """For how many workers attention of many tokens needs scratch memory: those of the host."""
+        return 1 if self.is_whole else self.team.members
+
     def store_of(self, layer: int) -> ExpertStore:
         """Return where the records of a layer are."""
         return self.store if layer < self.on_gpu else self.store.host

@@ -61,7 +61,14 @@ class GpuRowsProgram(RowsProgram):
             network.enter_layer(network.on_gpu, chunk, self._rows)
             self._run_host()
         store.end_token()
+        self._note()
         return True
+
+    def _note(self) -> None:
+        network = self._on_gpu
+        if network.on_routes is not None:
+            network.pull(self._chosen[: network.on_gpu])
+        super()._note()
 
     def _run_host(self) -> None:
         """Compute the layers behind those of the GPU."""
@@ -70,7 +77,8 @@ class GpuRowsProgram(RowsProgram):
         self._add_angles(program)
         for index in range(network.on_gpu, network.config.n_layers):
             self._add_layer(program, index)
-            network.layers[index].moe.add_clearing(program, self._chunk, self._rows)
+            chunk = self._chunk_of(index)
+            network.layers[index].moe.add_clearing(program, chunk, self._rows)
             network.run(program)
             self._mix(index)
             program = network.new_program()
@@ -79,7 +87,7 @@ class GpuRowsProgram(RowsProgram):
 
     def _mix(self, layer: int) -> None:
         """Compute with the experts of a layer, in waves."""
-        network, chunk = self._on_gpu, self._chunk
+        network, chunk = self._on_gpu, self._chunk_of(layer)
         network.fetch(chunk.chosen, chunk.shares)
         moe = network.layers[layer].moe
         for wave in moe.waves(chunk, self._wave_buffers, self._rows):
@@ -90,7 +98,8 @@ class GpuRowsProgram(RowsProgram):
 
     def _build(self) -> list[Segment]:
         network, rows = self._on_gpu, self._rows
-        network.adopt(self._chunk, self._groups, self._attention, self._cells, self._wave_buffers)
+        network.adopt(self._chunk, self._chosen, self._groups, self._attention, self._cells)
+        network.adopt(self._wave_buffers)
         self._groups.shared.span[1] = rows
         network.mirrors.push(self._groups.shared.span, self._store.addresses)
         program = GpuProgram(network.scratch)
@@ -98,7 +107,7 @@ class GpuRowsProgram(RowsProgram):
         for index, layer in enumerate(network.layers[: network.on_gpu]):
             self._add_layer(program, index)
             if self._has_all:
-                layer.moe.add_groups(program, self._chunk, self._groups, 0)
+                layer.moe.add_groups(program, self._chunk_of(index), self._groups, 0)
                 continue
             layer.moe.add_clearing(program, self._chunk, rows)
             self._recordings.append(network.record(program))

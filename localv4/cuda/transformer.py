@@ -14,12 +14,17 @@ from localv4.errors import DoesNotFitError
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
-from localv4.model.fast import CHUNK_TOKENS, SLACK_TOKENS, FastTransformer
+from localv4.model.fast import CHUNK_TOKENS, FastTransformer
 from localv4.model.matrix import Floats
 from localv4.model.packing import packed_bytes_of
 from localv4.model.state import State
 from localv4.model.weights import Weights
 from localv4.paging.store import ExpertStore
+
+GPU_TOGETHER = 480
+"""Tokens of a prompt that attention takes at a time: more of them fill a GPU better."""
+
+GPU_SLACK_TOKENS = 512
 
 
 class GpuTransformer(FastTransformer):
@@ -30,6 +35,9 @@ class GpuTransformer(FastTransformer):
     """
 
     reads_together = False
+
+    slack = GPU_SLACK_TOKENS
+    together = GPU_TOGETHER
 
     def __init__(
         self,
@@ -48,9 +56,7 @@ class GpuTransformer(FastTransformer):
         self._falls_back = falls_back
         self._alone: FastTransformer | None = None
         self.warning: str | None = None
-        self._on_gpu = GpuNetwork(
-            config, weights, team, SLACK_TOKENS, make_store, rows, gpu, layers
-        )
+        self._on_gpu = GpuNetwork(config, weights, team, self.slack, make_store, rows, gpu, layers)
         self._team = team
         self._one = GpuTokenPlan(self._on_gpu)
         self._take(self._on_gpu, GpuRowsPlan(self._on_gpu))

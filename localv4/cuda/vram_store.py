@@ -22,14 +22,17 @@ from localv4.paging.policy import make_policy
 from localv4.paging.readers import Finished, Key, Readers
 from localv4.paging.store import ABSENT, ON_ITS_WAY, ExpertStore
 
-COPY_THREADS = 2
-"""Threads that copy: while one fills its pinned memory, the other's is on its way."""
+COPY_THREADS = 6
+"""Threads that copy: filling pinned memory takes longer than sending it."""
 
 PINNED_BYTES = 4 << 20
 """Bytes of each of the two pinned buffers of a thread."""
 
 PROMOTIONS = 2
 """Records that are brought to the GPU after a token, at most."""
+
+GPU_CLAIMS = 64
+"""Records of a prompt that are multiplied at a time, where not all are on the GPU."""
 
 WORTH = 1.25
 """So much hotter must a record be than the coldest one on the GPU to take its place."""
@@ -69,12 +72,10 @@ class VramStore(PagedStore):
         policy: PolicyName,
     ) -> None:
         self.host = host
-        self._copier = Copier(gpu)
         self._waiting: list[tuple[Key, int]] = []  # until the host has them
-        self._lengths = nbytes
         sizes = -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
         arena = Arena(capacity, GpuSpace(gpu, capacity))
-        readers = Readers(self._load, COPY_THREADS)
+        readers = Readers(RecordCopies(host, nbytes, gpu).load, COPY_THREADS)
         shared = host.policy if isinstance(host, PagedStore) else make_policy(policy, host.uses)
         super().__init__(sizes, arena, readers, shared, host.uses)
         self.counts: TierCounts = TierCounts(len(nbytes))
@@ -83,18 +84,6 @@ class VramStore(PagedStore):
     def is_whole(self) -> bool:
         """Whether all records are on the GPU, of the layers that it computes."""
         return bool((self.resident | (self.nbytes == 0)).all())
-
-    def _load(self, key: Key, address: int) -> int:
-        """Copy a record that the host has; it may be given up there meanwhile, for want of memory.
-
-        Raises GpuError in that case.
-        """
-        nbytes, source = int(self._lengths[key]), int(self.host.addresses[key])
-        if source > 0:
-            self._copier.copy(address, source, nbytes)
-        if source <= 0 or self.host.addresses[key] != source:
-            raise GpuError(f"expert {key[1]} of layer {key[0]} left memory while it was copied")
-        return nbytes
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -156,6 +145,13 @@ class VramStore(PagedStore):
             self.uses.record_tokens(layer, chosen)
         self._plan_prompt(layer, np.isin(np.arange(self.addresses.shape[1]), chosen))
 
+    def largest_claim(self, layer: int) -> int:
+        """Return how many records of a layer to claim at a time: a GPU takes many."""
+        if self.is_whole:
+            return int(self.addresses.shape[1])
+        fitting = self.arena.capacity // (4 * max(1, int(self.nbytes[layer].max())))
+        return max(1, min(GPU_CLAIMS, int(fitting)))
+
     def fill(self) -> None:
         """Bring as many records as there is room for, and wait for them: the first layers first."""
         sizes = self.nbytes.ravel().cumsum()
@@ -186,6 +182,25 @@ class VramStore(PagedStore):
                 return
             self._warming.add(key)
             self._submit([(key, address)], urgent=True)
+
+
+class RecordCopies:
+    """Copies records of the host's store; threads keep this alive, and so must not keep more."""
+
+    def __init__(self, host: ExpertStore, lengths: NDArray[np.int64], gpu: Gpu) -> None:
+        self._host, self._lengths, self._copier = host, lengths, Copier(gpu)
+
+    def load(self, key: Key, address: int) -> int:
+        """Copy a record that the host has; it may be given up there meanwhile, for want of memory.
+
+        Raises GpuError in that case.
+        """
+        nbytes, source = int(self._lengths[key]), int(self._host.addresses[key])
+        if source > 0:
+            self._copier.copy(address, source, nbytes)
+        if source <= 0 or self._host.addresses[key] != source:
+            raise GpuError(f"expert {key[1]} of layer {key[0]} left memory while it was copied")
+        return nbytes
 
 
 class Copier:

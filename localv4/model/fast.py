@@ -86,6 +86,8 @@ class FastTransformer:
     name = "fast"
     row_memory = RowMemory()
     slack = SLACK_TOKENS
+    together = BATCH_TOKENS
+    """Tokens of a prompt that attention takes at a time; no more than `slack`."""
     most_rows = MOST_ROWS
     reads_together = True  # `forward_many` gains by having several sequences
 
@@ -111,7 +113,7 @@ class FastTransformer:
         self._network, self._rows = network, rows_plan
         self.config, self.weights = network.config, network.weights
         self.threads = network.team.members
-        self._many = ChunkPlan(network, BATCH_TOKENS)
+        self._many = ChunkPlan(network, self.together)
         self._vectors = Rows(HEAD_TOKENS, self.config.hidden_size)
         self._rounded = Rounded(HEAD_TOKENS, self.config.hidden_size)
         self._logits: Rows | None = None
@@ -124,7 +126,7 @@ class FastTransformer:
 
     def new_state(self) -> State:
         """Return the state of an empty sequence."""
-        return State(self.config, SLACK_TOKENS, self.rows, self.row_memory)
+        return State(self.config, self.slack, self.rows, self.row_memory)
 
     @property
     def cancelled(self) -> threading.Event | None:

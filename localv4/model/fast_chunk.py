@@ -105,7 +105,7 @@ class ChunkPlan:
             network.adopt(chunk, waves)
         together, seen = min(tokens, self._together), Seen.before(end, network.config)
         if attention is None or attention.tokens < together or not attention.seen.covers(seen):
-            members = network.team.members
+            members = network.workers
             seen = Seen.before(2 * end, network.config)
             network.disown(attention)
             attention = AttentionBuffers(network.config, together, seen, members)

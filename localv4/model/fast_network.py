@@ -59,6 +59,11 @@ class FastNetwork:
         return max(1, *map(len, self.experts.forms))
 
     @property
+    def workers(self) -> int:
+        """For how many workers attention of many tokens needs scratch memory."""
+        return self.team.members
+
+    @property
     def nbytes(self) -> int:
         """Bytes of scratch memory and of the packed matrices of the hyper-connections."""
         sites = [site for layer in self.layers for site in (layer.attn_site, layer.ffn_site)]

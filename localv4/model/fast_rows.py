@@ -5,6 +5,7 @@ states stay apart. A token has the same bits as alone.
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,7 @@ class RowsProgram:
         config = network.config
         self._network, self._rows = network, rows
         self._chunk = ChunkBuffers(config, rows)
+        self._chosen = np.zeros((config.n_layers, *self._chunk.chosen.shape), np.int64)
         self._groups = ExpertGroups(config, rows, network.most_forms)
         self._attention = AttentionBuffers(config, rows, Seen.before(positions, config), rows)
         self._parts = [self._attention.row(index) for index in range(rows)]
@@ -95,9 +97,21 @@ class RowsProgram:
             if not self._run_segment(segment):
                 return False
             if segment.stored is not None:
-                network.mix_stored(segment.stored, self._chunk, self._rows)
+                network.mix_stored(segment.stored, self._chunk_of(segment.stored), self._rows)
         network.store.end_token()
+        self._note()
         return True
+
+    def _note(self) -> None:
+        """Tell whoever listens what the rows have chosen."""
+        if self._network.on_routes is not None:
+            self._network.on_routes(self._chosen.swapaxes(0, 1), False)
+
+    def _chunk_of(self, layer: int) -> ChunkBuffers:
+        """Return the buffers with a place of its own for what a layer chooses."""
+        chunk = copy(self._chunk)
+        chunk.chosen = self._chosen[layer]
+        return chunk
 
     def _run_segment(self, segment: Segment) -> bool:
         """Run a segment, fetching experts where it halts; False if a layer cannot be packed."""
@@ -107,7 +121,7 @@ class RowsProgram:
             if done == len(segment.program):
                 return True
             layer = segment.lookups[done - 1]
-            numbers = np.unique(self._chunk.chosen[: self._rows]).tolist()
+            numbers = np.unique(self._chosen[layer]).tolist()
             try:
                 if network.store.can_hold(layer, numbers):
                     self._fetch(layer, numbers)
@@ -122,7 +136,7 @@ class RowsProgram:
     def _fetch(self, layer: int, numbers: list[int]) -> None:
         """Bring the experts that the rows have chosen into memory."""
         store = self._network.store
-        store.count_misses(layer, self._chunk.chosen[: self._rows].ravel().tolist())
+        store.count_misses(layer, self._chosen[layer].ravel().tolist())
         store.request(layer, numbers)
         while (store.addresses[layer, numbers] <= 0).any():
             self._network.check_cancelled()
@@ -130,7 +144,7 @@ class RowsProgram:
 
     def _mix_in_waves(self, layer: int) -> None:
         """Compute `update` with as many experts at a time as there is room for."""
-        network, chunk = self._network, self._chunk
+        network, chunk = self._network, self._chunk_of(layer)
         if self._waves is None:
             self._waves = WaveBuffers(network.config, self._rows)
         chunk.update.values[: self._rows] = 0
@@ -141,7 +155,7 @@ class RowsProgram:
             network.run(program)
 
     def _build(self) -> list[Segment]:
-        network, chunk = self._network, self._chunk
+        network = self._network
         segments: list[Segment] = []
         program, lookups, resumes = network.new_program(), dict[int, int](), dict[int, int]()
         self._add_angles(program)
@@ -152,6 +166,7 @@ class RowsProgram:
                 program, lookups, resumes = network.new_program(), {}, {}
                 continue
             lookups[len(program)] = index
+            chunk = self._chunk_of(index)
             layer.moe.add_groups(program, chunk, self._groups, network.team.halt_address)
             resumes[index] = len(program)
         self._add_head(program)
@@ -165,7 +180,7 @@ class RowsProgram:
 
     def _add_layer(self, program: Program, index: int) -> None:
         """Add a layer up to its routed experts."""
-        layer, chunk, rows = self._network.layers[index], self._chunk, self._rows
+        layer, chunk, rows = self._network.layers[index], self._chunk_of(index), self._rows
         sequences = [
             Part(part, Cells.of(cells[index]), 1, by_token=False)
             for part, cells in zip(self._parts, self._cells, strict=True)

@@ -18,8 +18,8 @@ GIB, MIB = 1 << 30, 1 << 20
 RESERVE_BYTES = 512 * MIB
 """Left free on the GPU: what the driver takes for code and graphs, and the screen."""
 
-SCRATCH_BYTES = 384 * MIB
-"""What kernels take beside the buffers of the programs: outputs of experts not yet summed."""
+SCRATCH_BYTES = 640 * MIB
+"""What a GPU takes beside that: outputs of experts not yet summed, more tokens at a time."""
 
 LEAST_EXPERTS = 12
 """Records of one layer that are brought to the GPU for a prompt at a time, at least."""

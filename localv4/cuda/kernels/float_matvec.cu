@@ -76,12 +76,17 @@ __device__ inline void matvec(const Words &op) {
     op.address<float>(7)[group * 16 + threadIdx.x] = total;
 }
 
-#define FLOAT_MATVEC(name, Format)                                                               \
-    BOUNDED_KERNEL(__launch_bounds__(256, 3), name##_matvec) {          \
-        matvec<Format, 256, 8>(op);                                                              \
-    }                                                                                            \
-    BOUNDED_KERNEL(__launch_bounds__(1024, 1), name##_matvec_few) {     \
-        matvec<Format, 1024, 4>(op);                                                             \
+// By the number of row groups and columns (twins/float_products.py): all registers of a
+// multiprocessor hold loads on their way, whether its threads are those of a few groups or of many.
+#define FLOAT_MATVEC(name, Format)                                                                \
+    FLOAT_MATVEC_OF(name##_matvec, Format, 256, 8, 3)                                             \
+    FLOAT_MATVEC_OF(name##_matvec_short, Format, 128, 8, 8)                                       \
+    FLOAT_MATVEC_OF(name##_matvec_some, Format, 512, 8, 2)                                        \
+    FLOAT_MATVEC_OF(name##_matvec_few, Format, 1024, 4, 1)
+
+#define FLOAT_MATVEC_OF(name, Format, threads, together, most)                                    \
+    BOUNDED_KERNEL(__launch_bounds__(threads, most), name) {                                      \
+        matvec<Format, threads, together>(op);                                                    \
     }
 
 FLOAT_MATVEC(f8, F8)

@@ -23,5 +23,5 @@ __device__ inline void matvec(const Words &op) {
 }
 
 #define MATVEC(name, Products)                                        \
-    TOKEN_KERNEL(name##_matvec) { matvec<Products, 16>(op); }         \
-    TOKEN_KERNEL(name##_matvec_few) { matvec<Products, 8>(op); }
+    TOKEN_KERNEL(name##_matvec, 4) { matvec<Products, 16>(op); }         \
+    TOKEN_KERNEL(name##_matvec_few, 4) { matvec<Products, 8>(op); }

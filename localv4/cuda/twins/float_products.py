@@ -5,25 +5,33 @@ from localv4.cuda.twin import Kernel, Twin, Words
 SOURCE = "float_matvec.cu"
 KINDS = "aiiaaaa"
 
-FEW_GROUPS = 264
-"""Row groups below which a group gets more threads: two for each multiprocessor of a large GPU."""
+SIZES = {"_few": 1024, "_some": 512, "_short": 128, "": 256}
+"""Threads for a group, by the name of the kernel."""
+
+FEW_GROUPS, SOME_GROUPS = 132, 264
+"""Row groups up to which a group gets more threads: those that a large GPU has at a time."""
+
+SHORT_COLUMNS = 1024
+"""Columns up to which a group of many gets fewer threads, lest they have nothing to load."""
 
 
-def _many(words: Words) -> int:
-    return words[2] if words[2] >= FEW_GROUPS else 0
+def _size(words: Words) -> str:
+    """Return which kernel suits the row groups and columns of a matrix."""
+    if words[2] <= FEW_GROUPS:
+        return "_few"
+    if words[2] <= SOME_GROUPS:
+        return "_some"
+    return "_short" if words[3] <= SHORT_COLUMNS else ""
 
 
-def _few(words: Words) -> int:
-    return words[2] if words[2] < FEW_GROUPS else 0
+def _kernel(name: str, size: str) -> Kernel:
+    def blocks(words: Words) -> int:
+        return words[2] if _size(words) == size else 0
+
+    return Kernel(SOURCE, f"{name}_matvec{size}", SIZES[size], blocks)
 
 
 FLOAT_PRODUCTS = {
-    f"float_operations.{name}_matvec": Twin(
-        KINDS,
-        (
-            Kernel(SOURCE, f"{name}_matvec", 256, _many),
-            Kernel(SOURCE, f"{name}_matvec_few", 1024, _few),
-        ),
-    )
+    f"float_operations.{name}_matvec": Twin(KINDS, tuple(_kernel(name, size) for size in SIZES))
     for name in ("f8", "b16", "f32r")
 }

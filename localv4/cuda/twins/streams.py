@@ -21,6 +21,20 @@ def _many_blocks(words: Words) -> int:
     return -(-tokens // TOGETHER) * (hidden // COLUMNS) if tokens >= TOGETHER else 0
 
 
+def _parts(tokens: int, hidden: int) -> int:
+    """Return how many blocks write a row of x: several where few tokens leave most of them idle."""
+    return max(1, hidden // 1024) if tokens < TOGETHER else 1
+
+
+def _entering(words: Words) -> int:
+    tokens, parts = words[15], _parts(words[15], words[17])
+    return tokens * (parts + 1) if parts > 1 else tokens
+
+
+def _entering_head(words: Words) -> int:
+    return words[13] * _parts(words[13], words[15])
+
+
 def _piece_bytes(words: Words) -> int:
     return 4 * COLUMNS * words[10]
 
@@ -42,7 +56,7 @@ STREAMS = {
         (
             Kernel(
                 *("streams.cu", "enter", ENTER_THREADS),
-                lambda words: words[15],
+                _entering,
                 lambda words: 4 * words[17],
             ),
         ),
@@ -52,7 +66,7 @@ STREAMS = {
         (
             Kernel(
                 *("streams.cu", "enter_head", ENTER_THREADS),
-                lambda words: words[13],
+                _entering_head,
                 lambda words: 4 * words[15],
             ),
         ),
