@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,10 +36,6 @@ _owned: dict[tuple[int, int], np.ndarray] = {}
 """Scratch memory that belongs to an array, by its address and the bytes that are needed."""
 
 
-class _Words(ctypes.Structure):
-    _fields_ = (("words", ctypes.c_int64 * WORDS),)
-
-
 def twin_name(entry: Entry) -> str:
     """The name of an operation in TWINS."""
     function = entry.function
@@ -48,18 +45,20 @@ def twin_name(entry: Entry) -> str:
 @functools.cache
 def library(source: str) -> ctypes.CDLL:
     """A file of kernels, compiled for this machine."""
-    headers = sorted([*KERNELS.glob("*.cuh"), *HOST.iterdir(), KERNELS / source])
-    parts = [definitions().encode(), *(path.read_bytes() for path in headers)]
+    is_text = "\n" in source  # of several operations (`localv4.cuda.merged`)
+    name = "merged.cu" if is_text else source
+    kernels = source if is_text else f'#include "{source}"\n'
+    files = [KERNELS / part for part in re.findall(r'#include "(\w+\.cu)"', kernels)]
+    headers = sorted([*KERNELS.glob("*.cuh"), *HOST.iterdir(), *files])
+    parts = [definitions().encode(), kernels.encode(), *(path.read_bytes() for path in headers)]
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"localv4-cuda-host-{digest}"
-    target = folder / f"{source}.so"
+    target = folder / f"{name}.so"
     if not target.exists():
         folder.mkdir(exist_ok=True)
-        unit = folder / f"{source}.cpp"
-        files = (KERNELS / source, HOST / "launch.cpp")
-        includes = "".join(f'#include "{path}"\n' for path in files)
-        unit.write_text(definitions() + includes)
-        made = folder / f"{source}.{id(target)}.so"
+        unit = folder / f"{name}.cpp"
+        unit.write_text(definitions() + kernels + '#include "launch.cpp"\n')
+        made = folder / f"{name}.{id(target)}.so"
         command = [COMPILER or "g++", *FLAGS, "-DLOCALV4_HOST", "-shared", "-fPIC", "-w"]
         command += [f"-I{HOST}", f"-I{KERNELS}", str(unit), "-o", str(made)]
         subprocess.run(command, check=True)
@@ -73,12 +72,12 @@ def launch(kernel: Kernel, words: Sequence[int]) -> None:
         real_gpu.launch(kernel, words)
         return
     shared = library(kernel.source)
-    given = _Words((ctypes.c_int64 * WORDS)(*words))
+    given = (ctypes.c_int64 * len(words))(*words)
     function = ctypes.cast(getattr(shared, kernel.name), ctypes.c_void_p)
     blocks = kernel.blocks(words)
     if blocks:
         size = (ctypes.c_uint(n) for n in (blocks, kernel.threads, kernel.shared(words)))
-        shared.cuda_host_launch(function, *size, ctypes.byref(given))
+        shared.cuda_host_launch(function, *size, given)
 
 
 def run_twin(entry: Entry, operands: Sequence[int]) -> None:

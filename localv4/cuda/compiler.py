@@ -26,11 +26,12 @@ OLDEST = 75
 def compiled(source: str, arch: str, folder: Path | None = None) -> bytes:
     """Return the machine code (cubin) of a file of kernels for an architecture such as `sm_90`.
 
+    `source` can also be the text of kernels that are made of those of files (`cuda.merged`).
     `folder` is where machine code is kept, by default one of this user. Raises GpuError when NVRTC
     is missing or refuses the source.
     """
     folder = folder or paths.cache_dir() / "cuda"
-    target = folder / f"{Path(source).stem}-{arch}-{_digest(source, arch)}.cubin"
+    target = folder / f"{Path(_name(source)).stem}-{arch}-{_digest(source, arch)}.cubin"
     with suppress(OSError):
         kept = target.read_bytes()
         if hashlib.sha256(kept[DIGEST_BYTES:]).digest() == kept[:DIGEST_BYTES]:
@@ -47,14 +48,14 @@ def compile_source(source: str, arch: str) -> bytes:
     """Compile a file of kernels now."""
     core = _core()
     options = core.ProgramOptions(
-        name=source, arch=arch, std="c++17", fma=False, extra_device_vectorization=True
+        name=_name(source), arch=arch, std="c++17", fma=False, extra_device_vectorization=True
     )
     try:
         program = core.Program(_text(source), "c++", options)
         return bytes(program.compile("cubin").code)
     except Exception as error:  # NVRTC's own types differ between its versions
         reason = " ".join(str(error).split())[:300]
-        raise GpuError(f"kernels of {source} do not compile for {arch}: {reason}") from None
+        raise GpuError(f"kernels of {_name(source)} do not compile for {arch}: {reason}") from None
 
 
 def sources() -> list[str]:
@@ -65,8 +66,13 @@ def sources() -> list[str]:
 
 @cache
 def _text(source: str) -> str:
-    """Return a file with all that it includes, once each, since NVRTC gets no folders."""
-    return definitions() + _expanded(source, set())
+    """Return a file or text with all that it includes, once each: NVRTC gets no folders."""
+    text = source if "\n" in source else f'#include "{source}"\n'
+    return definitions() + _expanded(text, set())
+
+
+def _name(source: str) -> str:
+    return "merged.cu" if "\n" in source else source
 
 
 def definitions() -> str:
@@ -74,15 +80,14 @@ def definitions() -> str:
     return f"#define CODE_BIAS {ISA.code_bias}\n#define BYTE_BIAS {ISA.byte_bias}\n"
 
 
-def _expanded(name: str, seen: set[str]) -> str:
-    lines = []
-    text = (resources.files("localv4.cuda") / "kernels" / name).read_text("utf-8")
+def _expanded(text: str, seen: set[str]) -> str:
+    lines, folder = [], resources.files("localv4.cuda") / "kernels"
     for line in text.splitlines():
         parts = line.split('"')
         if line.startswith("#include") and len(parts) == 3 and parts[1] != "cuda_host.h":
             if parts[1] not in seen:
                 seen.add(parts[1])
-                lines.append(_expanded(parts[1], seen))
+                lines.append(_expanded((folder / parts[1]).read_text("utf-8"), seen))
         elif not line.startswith("#pragma once"):
             lines.append(line)
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ class GpuMemoryError(GpuError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel with the words of its operation, in device addresses."""
+    """One kernel with the words of its operation, in device addresses; or those of several."""
 
     kernel: Kernel
     blocks: int

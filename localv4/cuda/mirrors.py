@@ -36,6 +36,10 @@ class Mirrors:
         self._ranges: dict[int, tuple[int, int]] = {}  # of a start: its end, the device address
         self._held: dict[int, object] = {}  # arrays live as long as their twins
         self._holders: dict[int, int] = {}  # how many hold an array, by its start
+        self._version = 0  # of all names
+        self._tables: dict[
+            int, tuple[int, bytes]
+        ] = {}  # what was pushed last, and under which names
 
     def add(self, array: Array) -> None:
         """Give an array a twin with the same content, unless it has one."""
@@ -68,12 +72,14 @@ class Mirrors:
         """Let a range of host addresses stand for a range of the device, which others own."""
         if start not in self._ranges:
             bisect.insort(self._starts, start)
+        self._version += 1
         self._ranges[start] = (start + nbytes, device)
 
     def forget(self, start: int) -> None:
         """Take back `name`."""
         if self._ranges.pop(start, None) is not None:
             self._starts.remove(start)
+            self._version += 1
 
     def drop(self, array: Array) -> None:
         """Free the twin of an array."""
@@ -133,9 +139,16 @@ class Mirrors:
         return self.gpu.ask(requests)
 
     def push_table(self, table: NDArray[np.int64]) -> None:
-        """Copy a table of addresses, those of mirrored arrays as the device's."""
+        """Copy a table of addresses, those of mirrored arrays as the device's.
+
+        It stays there as long as neither the table nor any name changes: nothing is copied again.
+        """
+        start, pushed = int(table.ctypes.data), (self._version, table.tobytes())
+        if self._tables.get(start) == pushed:
+            return
+        self._tables[start] = pushed
         translated = np.array([self._translated(int(word)) for word in table.ravel()], np.int64)
-        self.gpu.upload(self.address(int(table.ctypes.data)), translated.ctypes.data, table.nbytes)
+        self.gpu.upload(self.address(start), translated.ctypes.data, table.nbytes)
 
     def _translated(self, word: int) -> int:
         found = self._find(word) if word > 0 else None

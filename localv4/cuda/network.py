@@ -118,7 +118,7 @@ class GpuNetwork(FastNetwork):
     def record(self, program: Program) -> Recording:
         """Keep a program for many runs."""
         assert isinstance(program, GpuProgram)
-        return self.gpu.record(self.translator.steps(program))
+        return self.gpu.record(self.translator.steps(program, merges=True))
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""

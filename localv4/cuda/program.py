@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.cuda.gpu import Gpu, GpuError, Launch, Step
+from localv4.cuda.merged import merge
 from localv4.cuda.mirrors import Mirrors
-from localv4.cuda.twin import SCRATCH, Twin
+from localv4.cuda.twin import BESIDE, SCRATCH, Twin
 from localv4.cuda.twins import TWINS
 from localv4.kernels.compiler import Entry
 from localv4.kernels.operation import WORDS
@@ -65,6 +66,19 @@ class GpuProgram(Program):
         return [group for group in groups if group]
 
 
+def _launches(
+    twin: Twin, words: Sequence[int], device: tuple[int, ...], beside: int
+) -> list[Launch]:
+    """Return the launches of an operation, one of `beside` that are to be one launch, if not 0."""
+    given = list(words)
+    given[BESIDE] = beside
+    return [
+        Launch(kernel, blocks, kernel.shared(given), device)
+        for kernel in twin.kernels
+        if (blocks := kernel.blocks(given)) > 0
+    ]
+
+
 class Translator:
     """Turns programs into launches.
 
@@ -79,25 +93,24 @@ class Translator:
         self._owned: dict[tuple[int, int], int] = {}
         self.nbytes = 0
 
-    def steps(self, program: GpuProgram) -> list[Step]:
-        """Return the launches of a program."""
-        return [step for group in program.groups() if (step := self._step(group))]
+    def steps(self, program: GpuProgram, *, merges: bool = False) -> list[Step]:
+        """Return the launches of a program; `merges`: those that can be one launch are one."""
+        groups = program.groups()
+        return [step for group in groups if (step := self._step(group, merges=merges))]
 
-    def _step(self, group: Sequence[Operation]) -> Step:
+    def _step(self, group: Sequence[Operation], *, merges: bool) -> Step:
         needed = [
             (twin.scratch(words), words[twin.owner] if twin.owner else 0) for twin, words in group
         ]
-        branches = []
+        branches, joining = [], []
         for (twin, words), place in zip(group, self._places(needed), strict=True):
             device = self._translated(twin, words, place)
-            launches = [
-                Launch(kernel, blocks, kernel.shared(words), device)
-                for kernel in twin.kernels
-                if (blocks := kernel.blocks(words)) > 0
-            ]
-            if launches:
+            together = _launches(twin, words, device, len(group)) if merges else []
+            if len(together) == 1 and together[0].kernel.joins:
+                joining += together
+            elif launches := _launches(twin, words, device, 0):
                 branches.append(launches)
-        return branches
+        return [[launch] for launch in merge(joining)] + branches
 
     def _translated(self, twin: Twin, words: Sequence[int], scratch: int) -> tuple[int, ...]:
         device = list(words)

@@ -17,6 +17,7 @@ class StateCopy:
     def __init__(self, mirrors: Mirrors, state: State, layers: int) -> None:
         self._mirrors, self._state, self._layers = mirrors, weakref.ref(state), layers
         self._arrays: list[Array] = []
+        self._addresses = b""  # of the arrays that have twins
         self._is_ahead = self._is_behind = False
         weakref.finalize(state, _let_go, mirrors, self._arrays)
 
@@ -25,7 +26,18 @@ class StateCopy:
 
         An array that has grown takes over what the twin of the smaller one holds.
         """
-        mirrors, arrays = self._mirrors, list(self._current())
+        state = self._state()
+        addresses = state.addresses.tobytes() if state is not None else b""
+        if addresses != self._addresses:
+            self._take(list(self._current()))
+            self._addresses = addresses
+        if self._is_behind:
+            self._mirrors.push(*self._written())
+        self._is_behind, self._is_ahead = False, True
+
+    def _take(self, arrays: list[Array]) -> None:
+        """Give arrays twins instead of those before."""
+        mirrors = self._mirrors
         if not self._arrays:
             self._arrays += arrays
             for array in arrays:
@@ -38,9 +50,6 @@ class StateCopy:
                     mirrors.gpu.copy(_address(mirrors, new), _address(mirrors, old), nbytes)
                 self._arrays[place] = new
                 mirrors.let_go(old)
-        if self._is_behind:
-            mirrors.push(*self._written())
-        self._is_behind, self._is_ahead = False, True
 
     def read_back(self) -> None:
         """Bring what the GPU has written into the arrays."""

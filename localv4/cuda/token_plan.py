@@ -144,8 +144,7 @@ class GpuTokenPlan:
         """Return the program of the experts that are on the GPU, their outputs not summed yet."""
         program, hidden = GpuProgram(self._network.scratch), self._hidden
         moe.add_gate_up(program, chunk, hidden)
-        program.round(hidden.rounded, hidden.values, len(hidden.early))
-        moe.shared.add_rounding(program, hidden.shared, 1)
+        moe.add_rounding(program, hidden)
         with program.alongside():
             for form, records in zip(moe.forms, hidden.records, strict=False):
                 program.add_twin(

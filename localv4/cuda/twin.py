@@ -14,6 +14,13 @@ Words = Sequence[int]
 SCRATCH = 21
 """The word in which a kernel finds the address of scratch memory of its own, if it asked for it."""
 
+BESIDE = 22
+"""The word that says, while launches are chosen, how many operations are to be one with it; then
+the first block of threads that is the operation's, and the next one the end of its blocks."""
+
+MERGED_THREADS = 256
+"""Threads of a block of operations that are one launch (`cuda.merged`)."""
+
 
 def nothing(words: Words) -> int:
     """Return that no memory is needed."""
@@ -26,6 +33,9 @@ class Kernel:
 
     `shared` are the bytes of dynamic shared memory of a block, `scratch` those of device memory
     that the launches of an operation use together. No blocks: nothing is launched.
+
+    `joins`: it can be one launch with others, its blocks having MERGED_THREADS threads then; so
+    many blocks run on a multiprocessor at a time. 0: it cannot.
     """
 
     source: str
@@ -34,6 +44,7 @@ class Kernel:
     blocks: Callable[[Words], int]
     shared: Callable[[Words], int] = nothing
     scratch: Callable[[Words], int] = nothing
+    joins: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,10 +226,18 @@ class FastMoe:
             *(*chunk.x_rounded.addresses, hidden.values.part(place).at(), self.limit),
         )
 
+    def add_rounding(self, program: Program, hidden: HiddenLayers) -> None:
+        """Round the hidden layers of one token, of its experts and of the shared one."""
+        with program.alongside():
+            program.round(hidden.rounded, hidden.values, self.config.experts_per_token)
+            if self.shared.is_packed:
+                self.shared.add_rounding(program, hidden.shared, 1)
+        if not self.shared.is_packed:
+            self.shared.add_rounding(program, hidden.shared, 1)
+
     def add_down(self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers) -> None:
         """Compute `update` and `shared_update` of one token from the hidden layers."""
-        program.round(hidden.rounded, hidden.values, self.config.experts_per_token)
-        self.shared.add_rounding(program, hidden.shared, 1)
+        self.add_rounding(program, hidden)
         with program.alongside():
             self.shared.add_down(program, chunk.shared_update, hidden.shared, 1)
             self._add_down(program, chunk, hidden, 0)

@@ -23,6 +23,7 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __noinline__
+#define __grid_constant__
 #define DYNAMIC_SHARED(name) unsigned char *name = cuda_host::shared
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
@@ -297,12 +298,4 @@ inline void host_mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned 
         }
         d[i] = (float)sum;
     }
-}
-
-// Called by the tests: run a kernel over a grid.
-struct Words;
-namespace cuda_host {
-inline void (*kernel)(Words);
-inline const Words *arguments;
-inline void call();
 }

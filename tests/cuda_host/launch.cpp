@@ -1,11 +1,18 @@
 // The entry point that the tests call; appended to a file of kernels.
 
 namespace cuda_host {
-inline void call() { kernel(*arguments); }
+#ifdef MERGED
+typedef Merged Parameters;
+#else
+typedef Words Parameters;
+#endif
+static void (*kernel)(Parameters);
+static const Parameters *arguments;
+static void call() { kernel(*arguments); }
 }
 
-extern "C" void cuda_host_launch(void (*kernel)(Words), unsigned grid, unsigned block, unsigned shared_bytes,
-                                 const Words *words) {
+extern "C" void cuda_host_launch(void (*kernel)(cuda_host::Parameters), unsigned grid, unsigned block,
+                                 unsigned shared_bytes, const cuda_host::Parameters *words) {
     using namespace cuda_host;
     constexpr size_t BEHIND = 4096;  // nothing may be written there
     std::vector<unsigned char> memory(shared_bytes + 128 + BEHIND, 0xcd);

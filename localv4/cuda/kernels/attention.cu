@@ -51,10 +51,10 @@ __device__ inline int part_keys(int count) {
 KERNEL(attend_query) {
     int heads = (int)op.number(2), n = (int)op.number(3);
     Parts parts(op, heads, n);
-    int head = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    int head = (op.block() * (int)blockDim.x + (int)threadIdx.x) / 32;
     const float *cos = op.address<float>(4), *sin = op.address<float>(5);
     float *x = op.address<float>(1);
-    if (blockIdx.x == 0 && threadIdx.x == 0) *parts.place = {x, cos, sin, op.number(6), {}};
+    if (op.block() == 0 && threadIdx.x == 0) *parts.place = {x, cos, sin, op.number(6), {}};
     write_query(parts.tile(head / HEADS), head % HEADS, head < heads ? x + (i64)head * n : nullptr, n, cos, sin,
                 (int)op.number(6), op.real(7));
 }

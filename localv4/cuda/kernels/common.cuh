@@ -34,6 +34,11 @@ struct Words {
     __device__ T *cell(int index) const { return *(T **)words[index]; }
     // The i64 at an address: a context, for instance.
     __device__ i64 at(int index) const { return *(const i64 *)words[index]; }
+
+    // Which of the operation's blocks of threads this is, and how many it has: in a launch of
+    // several operations (cuda/merged.py) words 22 and 23 are its first block and the end.
+    __device__ int block() const { return (int)blockIdx.x - (int)words[22]; }
+    __device__ int blocks() const { return words[23] == 0 ? (int)gridDim.x : (int)(words[23] - words[22]); }
 };
 
 #define INFINITE __int_as_float(0x7f800000)
@@ -48,6 +53,10 @@ __device__ inline void follow() {
 }
 
 // A kernel that takes the words of an operation, `op`; `bounds` are its launch bounds or nothing.
+// Where several are to be merged into one, only their bodies are wanted.
+#ifdef MERGED
+#define BOUNDED_KERNEL(bounds, name) __device__ __forceinline__ void name##_body(const Words &op)
+#else
 #define BOUNDED_KERNEL(bounds, name)                                  \
     __device__ __forceinline__ void name##_body(const Words &op);     \
     extern "C" __global__ void bounds name(const Words op) {          \
@@ -55,6 +64,7 @@ __device__ inline void follow() {
         name##_body(op);                                              \
     }                                                                 \
     __device__ __forceinline__ void name##_body(const Words &op)
+#endif
 
 #define KERNEL(name) BOUNDED_KERNEL(, name)
 

@@ -13,8 +13,8 @@ template <class Products, int ROWS>
 __device__ inline void gate_up(const Words &op) {
     constexpr int PARTS = GROUP_ROWS / ROWS;
     int groups = (int)op.number(3), cols = (int)op.number(4);
-    int part = blockIdx.x % PARTS, group = blockIdx.x / PARTS % groups;
-    int expert = blockIdx.x / PARTS / groups;
+    int part = op.block() % PARTS, group = op.block() / PARTS % groups;
+    int expert = op.block() / PARTS / groups;
     if (expert >= op.number(2)) return;
     const u8 *record = op.address<const u8 *>(1)[expert];
     if (record == nullptr) return;
@@ -48,7 +48,7 @@ __device__ inline void down(const Words &op) {
     constexpr int PARTS = GROUP_ROWS / DOWN_ROWS;
     __shared__ float products[TOKEN_THREADS];
     int count = (int)op.number(2), cols = (int)op.number(4), blocks = cols / BLOCK;
-    int group = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
+    int group = op.block() / PARTS, part = op.block() % PARTS;
     if (group >= op.number(3)) return;
     i64 offset = op.number(10) + group * group_bytes<typename Products::Weights>(cols);
     Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};
@@ -75,7 +75,7 @@ __device__ inline void down(const Words &op) {
 template <class Products>
 __device__ inline void down_parts(const Words &op) {
     int groups = (int)op.number(3), cols = (int)op.number(4);
-    int expert = blockIdx.x / groups, group = blockIdx.x % groups;
+    int expert = op.block() / groups, group = op.block() % groups;
     if (expert >= op.number(2)) return;
     i64 offset = op.number(10) + group * group_bytes<typename Products::Weights>(cols);
     Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};

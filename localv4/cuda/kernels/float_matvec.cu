@@ -37,7 +37,7 @@ __device__ inline void matvec(const Words &op) {
     constexpr int ROWS = Format::ROWS, PARTS = 16 / ROWS, STEP = THREADS / PARTS, WARPS = THREADS / 32;
     constexpr int BYTES = 16 * PARTS;  // of a column
     __shared__ float sums[WARPS * 16];
-    i64 group = blockIdx.x;
+    i64 group = op.block();
     int cols = (int)op.number(3), start = threadIdx.x / PARTS;
     const u8 *weights = op.address<u8>(1) + (group * cols + start) * BYTES + 16 * (threadIdx.x % PARTS);
     const float *x = op.address<float>(4) + start;

@@ -46,7 +46,7 @@ __device__ inline void index_query(const Words &op) {
     __shared__ float rows[INDEX_WARPS][MOST_CHANNELS];
     IndexScratch scratch(op.address<void>(9), op.number(2), op.number(3));
     int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    write_index_query<Index>(scratch.fragments, scratch.weights, rows[warp], blockIdx.x * warps + warp, gridDim.x * warps,
+    write_index_query<Index>(scratch.fragments, scratch.weights, rows[warp], op.block() * warps + warp, op.blocks() * warps,
                              op.address<float>(1), (int)op.number(2), (int)op.number(3), op.address<float>(4),
                              op.address<float>(5), (int)op.number(6), op.address<float>(7), op.real(8));
 }

@@ -10,8 +10,8 @@ template <class Products, int ROWS>
 __device__ inline void matvec(const Words &op) {
     constexpr int PARTS = GROUP_ROWS / ROWS;
     int groups = (int)op.number(2), cols = (int)op.number(3);
-    int slots = PARTS == 1 ? (groups + (int)gridDim.x - 1) / (int)gridDim.x : 1;
-    int group = blockIdx.x / PARTS * slots, part = blockIdx.x % PARTS;
+    int slots = PARTS == 1 ? (groups + op.blocks() - 1) / op.blocks() : 1;
+    int group = op.block() / PARTS * slots, part = op.block() % PARTS;
     slots = min(slots, groups - group);
     if (slots <= 0) return;
     i64 bytes = group_bytes<typename Products::Weights>(cols);

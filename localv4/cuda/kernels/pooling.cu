@@ -5,11 +5,12 @@
 #include "index_forms.cuh"
 #include "row_forms.cuh"
 
-constexpr int POOL_THREADS = 1024;
+constexpr int POOL_THREADS = 256;
 
 // --- what keys share ---
 
-__device__ inline void write_angle(float *cos_out, float *sin_out, i64 position, float frequency) {
+// Not inlined: doubles take registers that the rest needs.
+__device__ __noinline__ void write_angle(float *cos_out, float *sin_out, i64 position, float frequency) {
     double angle = (double)__fmul_rn((float)position, frequency);
     *cos_out = (float)cos(angle), *sin_out = (float)sin(angle);
 }
@@ -36,7 +37,7 @@ __device__ inline void write_pair(float *out, float first, float second, const f
 
 // Words: frequencies, pairs, cos, sin (tokens, pairs), context, tokens.
 KERNEL(angles) {
-    i64 pairs = op.number(2), i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    i64 pairs = op.number(2), i = op.block() * (i64)blockDim.x + threadIdx.x;
     if (i >= pairs * op.number(6)) return;
     write_angle(op.address<float>(3) + i, op.address<float>(4) + i, op.at(5) + i / pairs, op.address<float>(1)[i % pairs]);
 }
@@ -45,7 +46,7 @@ KERNEL(angles) {
 // context, tokens. 256 threads a token.
 KERNEL(key) {
     __shared__ float parts[32];
-    i64 token = blockIdx.x, pairs = op.number(7), cols = op.number(10);
+    i64 token = op.block(), pairs = op.number(7), cols = op.number(10);
     const float *x = op.address<float>(1) + op.number(2) * token, *weight = op.address<float>(3);
     float *out = op.cell<float>(8) + cols * ((op.at(11) + token) % op.number(9));
     float squares = 0.0f;
@@ -61,7 +62,7 @@ KERNEL(key) {
 // Words: keys, gates, their row stride, ape, ratio, cell of the keys' ring, cell of the gates' ring,
 // capacity, width, context, tokens.
 KERNEL(append) {
-    i64 width = op.number(9), i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    i64 width = op.number(9), i = op.block() * (i64)blockDim.x + threadIdx.x;
     if (i >= width * op.number(11)) return;
     i64 token = i / width, column = i % width, position = op.at(10) + token;
     i64 from = op.number(3) * token + column, to = width * (position % op.number(8)) + column;
@@ -95,49 +96,54 @@ struct Window {
     }
 };
 
-// row = sum over the slots of softmax(gate) * key, per channel. Each channel has blockDim / n threads.
+// row = sum over the slots of softmax(gate) * key, per channel. Threads take channels in turn, or
+// share those of few.
 __device__ inline void pool_window(const Window &window, float *row, float *parts, float *weights) {
-    int ways = blockDim.x / window.n, way = threadIdx.x / window.n, channel = threadIdx.x % window.n;
-    bool works = way < ways;
-    float largest = -INFINITE, total = 0.0f, sum = 0.0f;
-#pragma unroll 8
-    for (int i = works ? way : window.slots; i < window.slots; i += ways) {
-        float gate = window.gates[window.at(i, channel)];
-        largest = largest > gate ? largest : gate;
+    int width = min(window.n, (int)blockDim.x), ways = blockDim.x / width, way = threadIdx.x / width;
+    for (int first = 0; first < window.n; first += width) {
+        int channel = first + threadIdx.x % width, own = threadIdx.x % width;
+        int start = way < ways && channel < window.n ? way : window.slots;
+        float largest = -INFINITE, total = 0.0f, sum = 0.0f;
+#pragma unroll 16
+        for (int i = start; i < window.slots; i += ways) {
+            float gate = window.gates[window.at(i, channel)];
+            largest = largest > gate ? largest : gate;
+        }
+        parts[threadIdx.x] = largest;
+        __syncthreads();
+        for (int i = 0; i < ways; ++i) {
+            float other = parts[i * width + own];
+            largest = largest > other ? largest : other;
+        }
+        __syncthreads();
+#pragma unroll 16
+        for (int i = start; i < window.slots; i += ways) {
+            i64 at = window.at(i, channel);
+            float weight = exp_as_cpu(window.gates[at] - largest);
+            total += weight;
+            sum = __fmaf_rn(weight, window.keys[at], sum);
+        }
+        parts[threadIdx.x] = sum, weights[threadIdx.x] = total;
+        __syncthreads();
+        if (way == 0 && channel < window.n) {
+            for (int i = 1; i < ways; ++i) {
+                sum += parts[i * width + own];
+                total += weights[i * width + own];
+            }
+            row[channel] = __fdiv_rn(sum, total);
+        }
+        __syncthreads();
     }
-    parts[threadIdx.x] = largest;
-    __syncthreads();
-    for (int i = 0; i < ways; ++i) {
-        float other = parts[i * window.n + channel];
-        largest = largest > other ? largest : other;
-    }
-    __syncthreads();
-#pragma unroll 8
-    for (int i = works ? way : window.slots; i < window.slots; i += ways) {
-        i64 at = window.at(i, channel);
-        float weight = exp_as_cpu(window.gates[at] - largest);
-        total += weight;
-        sum = __fmaf_rn(weight, window.keys[at], sum);
-    }
-    parts[threadIdx.x] = sum, weights[threadIdx.x] = total;
-    __syncthreads();
-    if (way > 0) return;
-    for (int i = 1; i < ways; ++i) {
-        sum += parts[i * window.n + channel];
-        total += weights[i * window.n + channel];
-    }
-    row[channel] = __fdiv_rn(sum, total);
 }
 
 template <typename Form>
 __device__ inline void pool(const Words &op) {
     __shared__ float row[MOST_CHANNELS], parts[POOL_THREADS], weights[POOL_THREADS];
     i64 ratio = op.number(5), pairs = op.number(9), position = op.at(12);
-    i64 number = position / ratio + blockIdx.x;
+    i64 number = position / ratio + op.block();
     int n = (int)op.number(11), rope = 2 * (int)pairs;
     if (number >= (position + op.number(13)) / ratio) return;
     pool_window(Window(op, number), row, parts, weights);
-    __syncthreads();
     float squares = 0.0f;
     for (int c = threadIdx.x; c < n; c += blockDim.x) squares += row[c] * row[c];
     float factor = inverse_size(block_sum(squares, parts), n, op.real(7));

@@ -10,24 +10,24 @@ struct RowSpan {
     i64 row;
     int first, end;
 
-    __device__ inline RowSpan(i64 columns) {
+    __device__ inline RowSpan(const Words &op, i64 columns) {
         int cols = (int)columns, spans = (cols + SPAN - 1) / SPAN;
-        row = blockIdx.x / spans;
-        first = blockIdx.x % spans * SPAN;
+        row = op.block() / spans;
+        first = op.block() % spans * SPAN;
         end = min(first + SPAN, cols);
     }
 };
 
 // Words: x, its row stride in floats, tokens, columns.
 KERNEL(clear) {
-    RowSpan span(op.number(4));
+    RowSpan span(op, op.number(4));
     float *x = op.address<float>(1) + span.row * op.number(2);
     for (int c = span.first + threadIdx.x; c < span.end; c += blockDim.x) x[c] = 0.0f;
 }
 
 // Words: gate, up, their row stride in floats, out, its row stride, limit as f32 bits, tokens, columns.
 KERNEL(swiglu) {
-    RowSpan span(op.number(8));
+    RowSpan span(op, op.number(8));
     const float *gate = op.address<float>(1) + span.row * op.number(3);
     const float *up = op.address<float>(2) + span.row * op.number(3);
     float *out = op.address<float>(4) + span.row * op.number(5), limit = op.real(6);
@@ -38,7 +38,7 @@ KERNEL(swiglu) {
 // Words: x, its row stride in floats, rows (i64, or 0: all in order), count, columns, q, d, b.
 // Eight lanes round a block of 32 columns, four values each.
 KERNEL(quantize) {
-    RowSpan span(op.number(5));
+    RowSpan span(op, op.number(5));
     const i64 *rows = op.address<i64>(3);
     i64 cols = op.number(5);
     const float *x = op.address<float>(1) + (rows == nullptr ? span.row : rows[span.row]) * op.number(2);
@@ -62,7 +62,7 @@ KERNEL(rows_norm) {
     const float *weight = op.address<float>(3);
     i64 cols = op.number(11), warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Rounded rounded = {op.address<i8>(7), op.address<float>(8), op.address<int>(9)};
-    for (i64 t = blockIdx.x; t < op.number(10); t += gridDim.x) {
+    for (i64 t = op.block(); t < op.number(10); t += op.blocks()) {
         const float *x = op.address<float>(1) + t * op.number(2);
         float *out = op.address<float>(5);
         for (i64 c = threadIdx.x; c < cols; c += blockDim.x) row[c] = x[c];

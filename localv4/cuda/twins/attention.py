@@ -37,9 +37,10 @@ def _parts(words: Words) -> int:
 
 def _query() -> Twin:
     kernel = Kernel(
-        *("attention.cu", "attend_query", 4 * 32),
-        lambda words: _tiles(words[2]) * HEADS // 4,
+        *("attention.cu", "attend_query", THREADS),
+        lambda words: 32 * _tiles(words[2]) * HEADS // THREADS,
         scratch=lambda words: _scratch_bytes(words[2], words[3]),
+        joins=4,
     )
     return Twin("aiiaaifi", (kernel,), owner=8)
 

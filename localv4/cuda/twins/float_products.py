@@ -1,6 +1,6 @@
 """Twins of the products of one token with packed floats (`kernels.float_operations`)."""
 
-from localv4.cuda.twin import Kernel, Twin, Words
+from localv4.cuda.twin import BESIDE, Kernel, Twin, Words
 
 SOURCE = "float_matvec.cu"
 KINDS = "aiiaaaa"
@@ -16,7 +16,12 @@ SHORT_COLUMNS = 1024
 
 
 def _size(words: Words) -> str:
-    """Return which kernel suits the row groups and columns of a matrix."""
+    """Return which kernel suits the row groups and columns of a matrix.
+
+    Beside others, whose blocks keep a GPU busy, too, it is the one that can be merged with them.
+    """
+    if words[BESIDE] > 1:
+        return ""
     if words[2] <= FEW_GROUPS:
         return "_few"
     if words[2] <= SOME_GROUPS:
@@ -28,7 +33,7 @@ def _kernel(name: str, size: str) -> Kernel:
     def blocks(words: Words) -> int:
         return words[2] if _size(words) == size else 0
 
-    return Kernel(SOURCE, f"{name}_matvec{size}", SIZES[size], blocks)
+    return Kernel(SOURCE, f"{name}_matvec{size}", SIZES[size], blocks, joins=0 if size else 3)
 
 
 FLOAT_PRODUCTS = {

@@ -28,6 +28,7 @@ def _query(name: str) -> Twin:
     kernel = Kernel(
         *("indexer.cu", f"{name}_index_query", 32 * WARPS),
         lambda words: _tiles(words[2]) * HEADS // WARPS,
+        joins=4,
     )
     return Twin("aiiaaiafa", (kernel,))
 

@@ -3,7 +3,7 @@
 from localv4.cuda.twin import Kernel, Twin, Words
 
 THREADS = 256
-POOL_THREADS = 1024
+POOL_THREADS = 256
 
 
 def _angle_blocks(words: Words) -> int:
@@ -21,16 +21,18 @@ def _pool_blocks(words: Words) -> int:
 
 
 def _pool(name: str) -> Twin:
-    return Twin("cciiiafaiciai", (Kernel("pooling.cu", name, POOL_THREADS, _pool_blocks),))
+    return Twin("cciiiafaiciai", (Kernel("pooling.cu", name, POOL_THREADS, _pool_blocks, joins=4),))
 
 
 POOLING = {
-    "rows.angles": Twin("aiaaai", (Kernel("pooling.cu", "angles", THREADS, _angle_blocks),)),
+    "rows.angles": Twin(
+        "aiaaai", (Kernel("pooling.cu", "angles", THREADS, _angle_blocks, joins=4),)
+    ),
     "rows.key": Twin(
-        "aiafaaiciiai", (Kernel("pooling.cu", "key", THREADS, lambda words: words[12]),)
+        "aiafaaiciiai", (Kernel("pooling.cu", "key", THREADS, lambda words: words[12], joins=6),)
     ),
     "pooling.append": Twin(
-        "aaiaicciiai", (Kernel("pooling.cu", "append", THREADS, _append_blocks),)
+        "aaiaicciiai", (Kernel("pooling.cu", "append", THREADS, _append_blocks, joins=6),)
     ),
     **{
         f"row_operations.{name}": _pool(name)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from localv4.cuda.twin import Kernel, Twin, Words
+from localv4.cuda.twin import BESIDE, Kernel, Twin, Words
 from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
 from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 
@@ -74,11 +74,14 @@ def _matvec(form: TokenFormat) -> Twin:
     def slots(words: Words) -> int:
         return _groups_together(form, words[2], words[3])
 
+    def is_few(words: Words) -> bool:
+        return words[2] * max(1, words[BESIDE]) < FEW_GROUPS
+
     def many(words: Words) -> int:
-        return 0 if words[2] < FEW_GROUPS else -(-words[2] // slots(words))
+        return 0 if is_few(words) else -(-words[2] // slots(words))
 
     def few(words: Words) -> int:
-        return 2 * words[2] if words[2] < FEW_GROUPS else 0
+        return 2 * words[2] if is_few(words) else 0
 
     def many_bytes(words: Words) -> int:
         return form.table_bytes(slots(words), words[3], GROUP_ROWS)
@@ -90,8 +93,8 @@ def _matvec(form: TokenFormat) -> Twin:
     return Twin(
         "aiiaaaa",
         (
-            Kernel(source, f"{name}_matvec", THREADS, many, many_bytes),
-            Kernel(source, f"{name}_matvec_few", THREADS, few, few_bytes),
+            Kernel(source, f"{name}_matvec", THREADS, many, many_bytes, joins=4),
+            Kernel(source, f"{name}_matvec_few", THREADS, few, few_bytes, joins=4),
         ),
     )
 
@@ -113,8 +116,8 @@ def _gate_up(form: TokenFormat) -> Twin:
     return Twin(
         "tiiiaaaaf",
         (
-            Kernel(source, f"{name}_gate_up", THREADS, many, many_bytes),
-            Kernel(source, f"{name}_gate_up_few", THREADS, few, few_bytes),
+            Kernel(source, f"{name}_gate_up", THREADS, many, many_bytes, joins=3),
+            Kernel(source, f"{name}_gate_up_few", THREADS, few, few_bytes, joins=4),
         ),
     )
 
@@ -131,7 +134,9 @@ def _down(form: TokenFormat) -> Twin:
         return form.table_bytes(max(1, min(words[2], fitting)), words[4], DOWN_ROWS)
 
     name = f"{form.fmt.name.lower()}_down"
-    return Twin(DOWN_KINDS, (Kernel(form.source("experts"), name, THREADS, blocks, shared),))
+    return Twin(
+        DOWN_KINDS, (Kernel(form.source("experts"), name, THREADS, blocks, shared, joins=4),)
+    )
 
 
 def _down_parts(form: TokenFormat) -> Twin:

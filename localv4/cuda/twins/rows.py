@@ -38,8 +38,11 @@ def _normed_bytes(words: Words) -> int:
 ROWS = {
     "rows.clear": Twin("aiii", (Kernel("rows.cu", "clear", THREADS, _cleared),)),
     "rows.norm": Twin(
-        "aiafaiaaaii", (Kernel("rows.cu", "rows_norm", NORM_THREADS, _normed, _normed_bytes),)
+        "aiafaiaaaii",
+        (Kernel("rows.cu", "rows_norm", NORM_THREADS, _normed, _normed_bytes, joins=6),),
     ),
     "rows.swiglu": Twin("aaiaifii", (Kernel("rows.cu", "swiglu", THREADS, _gated),)),
-    "single_token.quantize": Twin("aiaiiaaa", (Kernel("rows.cu", "quantize", THREADS, _rounded),)),
+    "single_token.quantize": Twin(
+        "aiaiiaaa", (Kernel("rows.cu", "quantize", THREADS, _rounded, joins=6),)
+    ),
 }
