@@ -66,15 +66,15 @@ def library(source: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def launch(kernel: Kernel, words: Sequence[int]) -> None:
-    """Run one kernel; `words` are all of an operation."""
+def launch(kernel: Kernel, words: Sequence[int], blocks: int | None = None) -> None:
+    """Run one kernel; `words` are all of an operation, which say how many blocks there are."""
+    blocks = kernel.blocks(words) if blocks is None else blocks
     if real_gpu.IS_WANTED:
-        real_gpu.launch(kernel, words)
+        real_gpu.launch(kernel, words, blocks)
         return
     shared = library(kernel.source)
     given = (ctypes.c_int64 * len(words))(*words)
     function = ctypes.cast(getattr(shared, kernel.name), ctypes.c_void_p)
-    blocks = kernel.blocks(words)
     if blocks:
         size = (ctypes.c_uint(n) for n in (blocks, kernel.threads, kernel.shared(words)))
         shared.cuda_host_launch(function, *size, given)

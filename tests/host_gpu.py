@@ -66,7 +66,7 @@ class HostGpu:
             for branch in step:
                 for one in branch:
                     self.launches += 1
-                    launch(one.kernel, one.words)
+                    launch(one.kernel, one.words, one.blocks)
 
     def record(self, steps: Sequence[Step]) -> "_Recording":
         return _Recording(self, steps)

@@ -37,11 +37,10 @@ def gpu() -> CudaGpu:
     return CudaGpu(0)
 
 
-def launch(kernel: Kernel, words: Sequence[int]) -> None:
+def launch(kernel: Kernel, words: Sequence[int], blocks: int) -> None:
     """Run one kernel on memory of the host, and wait."""
     device = gpu()
     _register_all(device)
-    blocks = kernel.blocks(words)
     if blocks:
         device.run([[[Launch(kernel, blocks, kernel.shared(words), tuple(words))]]])
         device.synchronize()
