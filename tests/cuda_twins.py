@@ -91,5 +91,6 @@ def run_twin(entry: Entry, operands: Sequence[int]) -> None:
         scratch = _owned.setdefault((words[twin.owner], needed), scratch)
     if needed:
         words[SCRATCH] = (scratch.ctypes.data + 127) // 128 * 128
-    for kernel in twin.kernels:
+    rest = twin.rest.kernels if twin.rest is not None else ()
+    for kernel in (*twin.kernels, *rest):
         launch(kernel, words)

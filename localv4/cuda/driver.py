@@ -18,11 +18,18 @@ OUT_OF_MEMORY = 2
 
 FOLLOWERS = frozenset(
     {
-        *("attention.cu", "experts.cu", "float_matvec.cu", "indexer.cu", "kquant_experts.cu"),
+        *(
+            "ahead.cu",
+            "attention.cu",
+            "experts.cu",
+            "float_matvec.cu",
+            "indexer.cu",
+            "kquant_experts.cu",
+        ),
         *("kquant_matvec.cu", "matvec.cu", "pooling.cu", "router.cu", "rows.cu", "streams.cu"),
     }
 )
-"""Files whose kernels wait by themselves for the one before (`follow` in common.cuh)."""
+"""Files whose kernels wait by themselves for the one before (`let_follow` in common.cuh)."""
 
 FOLLOWING_CAPABILITY = (9, 0)
 """From which on kernels can do so."""

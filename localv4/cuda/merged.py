@@ -1,8 +1,8 @@
 """Operations that run at the same time as one launch: a kernel made of the bodies of theirs.
 
 A recorded graph starts a kernel that follows another one, and nothing else, long before it is its
-turn (`follow` in common.cuh). Where operations run side by side, each a launch of its own, that is
-lost twice: where they begin and where they end. As one launch they cost what one costs.
+turn (`let_follow` in common.cuh). Where operations run side by side, each a launch of its own, that
+is lost twice: where they begin and where they end. As one launch they cost what one costs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from localv4.cuda.gpu import Launch
 from localv4.cuda.twin import BESIDE, MERGED_THREADS, Kernel
+from localv4.cuda.twins.ahead import FETCH_AHEAD
 
 Item = TypeVar("Item")
 
@@ -23,12 +24,16 @@ MOST = 64
 def merge(launches: Sequence[Launch]) -> list[Launch]:
     """Return as few launches as possible that do what some do which may run at the same time.
 
-    What has few blocks comes first: begun last, they would end behind all others.
+    What has few blocks comes first: begun last, they would end behind all others. What fetches for
+    later launches comes last.
     """
     blocks: dict[Kernel, int] = {}
     for launch in launches:
         blocks[launch.kernel] = blocks.get(launch.kernel, 0) + launch.blocks
-    ordered = sorted(launches, key=lambda launch: (blocks[launch.kernel], launch.kernel.name))
+    last = [launch for launch in launches if launch.kernel in FETCH_AHEAD.kernels]
+    ordered = [launch for launch in launches if launch not in last]
+    ordered.sort(key=lambda launch: (blocks[launch.kernel], launch.kernel.name))
+    ordered += last
     parts = [ordered[first : first + MOST] for first in range(0, len(ordered), MOST)]
     return [_merged(part) if len(part) > 1 else part[0] for part in parts]
 
@@ -64,7 +69,8 @@ def _source(names: tuple[tuple[str, str], ...], together: int) -> str:
             f"struct Merged {{ Words ops[{len(names)}]; }};",
             f'extern "C" __global__ void __launch_bounds__({MERGED_THREADS}, {together})',
             f"{NAME}(const __grid_constant__ Merged all) {{",
-            "    follow();",
+            "    let_follow();",
+            "    wait_for_results();",
             "    int i = 0;",
             f"    while ((int)blockIdx.x >= all.ops[i].words[{BESIDE + 1}]) ++i;",
             *cases,

@@ -1,6 +1,6 @@
 """Programs of the fast engine as launches on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from localv4.cuda.gpu import Gpu, GpuError, Launch, Step
 from localv4.cuda.merged import merge
 from localv4.cuda.mirrors import Mirrors
-from localv4.cuda.twin import BESIDE, SCRATCH, Twin
+from localv4.cuda.twin import BESIDE, SCRATCH, Range, Twin
 from localv4.cuda.twins import TWINS
+from localv4.cuda.twins.ahead import FETCH_AHEAD, MOST_RANGES, fetching
 from localv4.kernels.compiler import Entry
 from localv4.kernels.operation import WORDS
 from localv4.model.program import Program, Scratch
@@ -19,6 +20,9 @@ Operation = tuple[Twin, Sequence[int]]
 
 LINE = 256
 """Scratch memory of kernels starts on such a line."""
+
+MUCH = 4 << 20
+"""Bytes of a group of products that are worth being asked for before anything behind them is."""
 
 
 def name_of(entry: Entry) -> str:
@@ -63,13 +67,13 @@ class GpuProgram(Program):
             groups[-1].append((twin, words))
             if number not in self._alongside:
                 groups.append([])
-        return [group for group in groups if group]
+        return _with_rests([group for group in groups if group])
 
 
 def _launches(
     twin: Twin, words: Sequence[int], device: tuple[int, ...], beside: int
 ) -> list[Launch]:
-    """Return the launches of an operation, one of `beside` that are to be one launch, if not 0."""
+    """Return the launches of an operation, `beside` products being one launch if it is not 0."""
     given = list(words)
     given[BESIDE] = beside
     return [
@@ -77,6 +81,19 @@ def _launches(
         for kernel in twin.kernels
         if (blocks := kernel.blocks(given)) > 0
     ]
+
+
+def _with_rests(groups: Sequence[list[Operation]]) -> list[list[Operation]]:
+    """Put the rests of operations beside later groups of several, or at the end."""
+    result: list[list[Operation]] = []
+    waiting: list[Operation] = []
+    for group in groups:
+        rests = [(twin.rest, words) for twin, words in group if twin.rest is not None]
+        if len(group) > 1:
+            group, waiting = [*group, *waiting], []
+        result.append(group)
+        waiting += rests
+    return [*result, waiting] if waiting else result
 
 
 class Translator:
@@ -92,20 +109,45 @@ class Translator:
         self._kept: list[int] = []
         self._owned: dict[tuple[int, int], int] = {}
         self.nbytes = 0
+        self.fetches_ahead = True
 
     def steps(self, program: GpuProgram, *, merges: bool = False) -> list[Step]:
         """Return the launches of a program; `merges`: those that can be one launch are one."""
         groups = program.groups()
+        if merges and self.fetches_ahead:
+            groups = self._with_fetches(groups)
         return [step for group in groups if (step := self._step(group, merges=merges))]
+
+    def _with_fetches(self, groups: Sequence[list[Operation]]) -> list[list[Operation]]:
+        """Let products ask for the weights of those behind them, as far as they are known."""
+        weights = [[*self._weights(group)] for group in groups]
+        fetched: set[Range] = set()
+        result = []
+        for number, (group, own) in enumerate(zip(groups, weights, strict=True)):
+            ranges: list[Range] = []
+            for ahead in weights[number + 1 :] if own else []:
+                ranges += [each for each in ahead if each not in fetched]
+                fetched.update(ahead)
+                if sum(nbytes for _, nbytes in ahead) >= MUCH or len(ranges) >= MOST_RANGES:
+                    break
+            result.append([*group, (FETCH_AHEAD, fetching(ranges))] if ranges else group)
+        return result
+
+    def _weights(self, group: Sequence[Operation]) -> Iterator[Range]:
+        for twin, words in group:
+            if twin.weights is not None:
+                known = (each for each in twin.weights(words) if self._mirrors.knows(each[0]))
+                yield from known
 
     def _step(self, group: Sequence[Operation], *, merges: bool) -> Step:
         needed = [
             (twin.scratch(words), words[twin.owner] if twin.owner else 0) for twin, words in group
         ]
         branches, joining = [], []
+        products = sum(twin.weights is not None for twin, _ in group)
         for (twin, words), place in zip(group, self._places(needed), strict=True):
             device = self._translated(twin, words, place)
-            together = _launches(twin, words, device, len(group)) if merges else []
+            together = _launches(twin, words, device, products) if merges else []
             if len(together) == 1 and together[0].kernel.joins:
                 joining += together
             elif launches := _launches(twin, words, device, 0):

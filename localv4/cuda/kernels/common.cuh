@@ -44,10 +44,15 @@ struct Words {
 #define INFINITE __int_as_float(0x7f800000)
 
 // Kernels of one token follow each other so closely that the start of one is hidden behind the end
-// of the one before: its blocks are there already, and wait here until all results are.
-__device__ inline void follow() {
+// of the one before: its blocks are there already, and wait until all results are.
+__device__ inline void let_follow() {
 #if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline void wait_for_results() {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -60,7 +65,21 @@ __device__ inline void follow() {
 #define BOUNDED_KERNEL(bounds, name)                                  \
     __device__ __forceinline__ void name##_body(const Words &op);     \
     extern "C" __global__ void bounds name(const Words op) {          \
-        follow();                                                     \
+        let_follow();                                                 \
+        wait_for_results();                                           \
+        name##_body(op);                                              \
+    }                                                                 \
+    __device__ __forceinline__ void name##_body(const Words &op)
+#endif
+
+// One whose body waits for the results by itself, when it has asked for what does not depend on them.
+#ifdef MERGED
+#define EARLY_KERNEL(bounds, name) BOUNDED_KERNEL(bounds, name)
+#else
+#define EARLY_KERNEL(bounds, name)                                    \
+    __device__ __forceinline__ void name##_body(const Words &op);     \
+    extern "C" __global__ void bounds name(const Words op) {          \
+        let_follow();                                                 \
         name##_body(op);                                              \
     }                                                                 \
     __device__ __forceinline__ void name##_body(const Words &op)

@@ -165,14 +165,18 @@ __device__ inline void leave_pieces(const Words &op) {
 
 // Words: streams, update, second update or 0, their row stride, mix or 0, fn, rows, partials,
 // tokens, n, hidden. 512 threads; blocks: tokens * hidden / COLUMNS.
-KERNEL(leave_and_mix_one) {
-    if (!Panels::fit(op)) return leave_pieces<1>(op);
+EARLY_KERNEL(, leave_and_mix_one) {
+    if (!Panels::fit(op)) {
+        wait_for_results();
+        return leave_pieces<1>(op);
+    }
     DYNAMIC_SHARED(memory);
     float *pieces = (float *)memory;
     i64 blocks = op.number(11) / COLUMNS;
     Piece piece = {blockIdx.x / blocks, 1, blockIdx.x % blocks, blocks, op.number(10), op.number(11)};
     Panels panels;
     panels.load(op, piece);
+    wait_for_results();
     leave(op, piece, pieces);
     __syncthreads();
     if (op.number(5) != 0) copy_back(op, piece, pieces);
@@ -189,7 +193,7 @@ struct Site {
     const float *partials, *scale, *base, *streams, *weight;
     float hc_eps, rms_eps;
     float *x;
-    i64 stride, rows, n, hidden;
+    i64 stride, rows, tokens, n, hidden;
     Rounded rounded;
 };
 
@@ -312,24 +316,26 @@ __device__ inline float factor_of(const Site &site, const float *parts) {
     return inverse_size(total(parts, (int)squares_at(site.rows)), site.n * site.hidden, site.rms_eps);
 }
 
-// Write x, or the part of it that this block of threads has; warps from `writers` on do not write.
-__device__ inline void write_x(const Site &site, i64 token, int part, int parts, int writers, Entry &entry,
-                               float *row) {
+// Write x, or the part of it that this block of threads has.
+__device__ inline void write_x(const Site &site, Entry &entry, float *row) {
+    int parts = (int)(gridDim.x / site.tokens), part = blockIdx.x % parts, warps = blockDim.x / 32;
+    i64 token = blockIdx.x / parts;
     const float *streams = site.streams + token * site.n * site.hidden;
     Share share(site, part, parts);
-    Ahead ahead(site, streams);
     float4 w = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (share.first < share.end) w = weights_of(site, share.first);
-    float scale = site.scale[0], base = site.base[min((i64)threadIdx.x, site.n - 1)];
+    if (threadIdx.x < site.n) entry.raw[threadIdx.x] = site.base[threadIdx.x];
+    wait_for_results();
+    Ahead ahead(site, streams);
     add_partials(site, token, entry.parts);
     __syncthreads();
     if (threadIdx.x < site.n)
         entry.pre[threadIdx.x] =
-            gate(total(entry.parts, threadIdx.x) * factor_of(site, entry.parts), scale, base) + site.hc_eps;
+            gate(total(entry.parts, threadIdx.x) * factor_of(site, entry.parts), site.scale[0], entry.raw[threadIdx.x]) +
+            site.hc_eps;
     __syncthreads();
     float squares = block_sum(collapse(site, streams, ahead, entry.pre, row), entry.sums);
-    if (threadIdx.x / 32 < writers)
-        write_normed(site, token, share, w, row, inverse_size(squares, site.hidden, site.rms_eps), writers);
+    write_normed(site, token, share, w, row, inverse_size(squares, site.hidden, site.rms_eps), warps);
 }
 
 // Divide columns and rows of comb (n, n) by their sums + eps in turn, columns first and last.
@@ -400,41 +406,41 @@ __device__ inline void write_mix(float *mix, const Site &site, Entry &entry, i64
 }
 
 // Words: partials, scale (3), base, iterations, hc_eps, streams, weight, rms_eps, x, its stride,
-// mix, q, d, b, tokens, n, hidden. 1024 threads; one or several blocks a token: all of them read all
-// of the streams, each but the last writes a part of x, and the last one has the mix.
-BOUNDED_KERNEL(__launch_bounds__(1024), enter) {
+// mix, q, d, b, tokens, n, hidden.
+__device__ inline Site site_of(const Words &op) {
+    i64 n = op.number(16);
+    return {op.address<float>(1), op.address<float>(2), op.address<float>(3), op.address<float>(6),
+            op.address<float>(7), op.real(5), op.real(8), op.address<float>(9), op.number(10), 2 * n + n * n,
+            op.number(15), n, op.number(17), {op.address<i8>(12), op.address<float>(13), op.address<int>(14)}};
+}
+
+// 1024 threads; one or several blocks a token: all of them read all of the streams, each writes a
+// part of x.
+EARLY_KERNEL(__launch_bounds__(1024), enter) {
     DYNAMIC_SHARED(memory);
     __shared__ Entry entry;
-    i64 n = op.number(16), hidden = op.number(17);
-    int parts = (int)(gridDim.x / op.number(15)), part = blockIdx.x % parts, warp = threadIdx.x / 32;
-    i64 token = blockIdx.x / parts;
-    Site site = {op.address<float>(1), op.address<float>(2), op.address<float>(3), op.address<float>(6),
-                 op.address<float>(7), op.real(5), op.real(8), op.address<float>(9), op.number(10), 2 * n + n * n,
-                 n, hidden, {op.address<i8>(12), op.address<float>(13), op.address<int>(14)}};
-    float *mix = op.address<float>(11) + (n + n * n) * token;
-    bool is_last = part == parts - 1;
-    if (parts > 1 && is_last) {
-        add_partials(site, token, entry.parts);
-        __syncthreads();
-        if (warp > 0) return;
-    } else {
-        // the last warp balances the matrix of a lone block meanwhile
-        int writers = blockDim.x / 32 - (parts == 1);
-        write_x(site, token, part, max(parts - 1, 1), writers, entry, (float *)memory);
-        if (warp < writers || parts > 1) return;
-    }
-    write_mix(mix, site, entry, op.number(4));
+    write_x(site_of(op), entry, (float *)memory);
+}
+
+// The rest of `enter`, which nobody waits for before the block's output joins the streams: the mix.
+// ADDERS warps a token.
+KERNEL(enter_mix) {
+    __shared__ Entry entry;
+    i64 token = op.block();
+    Site site = site_of(op);
+    add_partials(site, token, entry.parts);
+    __syncthreads();
+    if (threadIdx.x < 32) write_mix(op.address<float>(11) + (site.n + site.n * site.n) * token, site, entry, op.number(4));
 }
 
 // Words: partials, scale (1), base, hc_eps, streams, weight, rms_eps, x, its stride, q, d, b,
-// tokens, n, hidden. 1024 threads; blocks as for `enter`, but all write x.
-BOUNDED_KERNEL(__launch_bounds__(1024), enter_head) {
+// tokens, n, hidden. 1024 threads; blocks as for `enter`.
+EARLY_KERNEL(__launch_bounds__(1024), enter_head) {
     DYNAMIC_SHARED(memory);
     __shared__ Entry entry;
-    i64 n = op.number(14), hidden = op.number(15);
-    int parts = (int)(gridDim.x / op.number(13)), part = blockIdx.x % parts;
+    i64 n = op.number(14);
     Site site = {op.address<float>(1), op.address<float>(2), op.address<float>(3), op.address<float>(5),
                  op.address<float>(6), op.real(4), op.real(7), op.address<float>(8), op.number(9), n,
-                 n, hidden, {op.address<i8>(10), op.address<float>(11), op.address<int>(12)}};
-    write_x(site, blockIdx.x / parts, part, parts, blockDim.x / 32, entry, (float *)memory);
+                 op.number(13), n, op.number(15), {op.address<i8>(10), op.address<float>(11), op.address<int>(12)}};
+    write_x(site, entry, (float *)memory);
 }

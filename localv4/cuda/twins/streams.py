@@ -8,7 +8,9 @@ COLUMNS = 128
 TOGETHER = 8
 """Tokens that share a piece of the matrix, where there are so many."""
 
-ONE_THREADS, MANY_THREADS, ENTER_THREADS = 512, 256, 1024
+ONE_THREADS, MANY_THREADS, ENTER_THREADS, MIX_THREADS = 512, 256, 1024, 256
+
+ENTER_KINDS = "aaaifaafaiaaaaiii"
 
 
 def _one_blocks(words: Words) -> int:
@@ -27,8 +29,7 @@ def _parts(tokens: int, hidden: int) -> int:
 
 
 def _entering(words: Words) -> int:
-    tokens, parts = words[15], _parts(words[15], words[17])
-    return tokens * (parts + 1) if parts > 1 else tokens
+    return words[15] * _parts(words[15], words[17])
 
 
 def _entering_head(words: Words) -> int:
@@ -52,13 +53,17 @@ STREAMS = {
         ),
     ),
     "mixes.enter": Twin(
-        "aaaifaafaiaaaaiii",
+        ENTER_KINDS,
         (
             Kernel(
                 *("streams.cu", "enter", ENTER_THREADS),
                 _entering,
                 lambda words: 4 * words[17],
             ),
+        ),
+        rest=Twin(
+            ENTER_KINDS,
+            (Kernel("streams.cu", "enter_mix", MIX_THREADS, lambda words: words[15], joins=4),),
         ),
     ),
     "mixes.enter_head": Twin(
