@@ -61,7 +61,7 @@ def _source(names: tuple[tuple[str, str], ...], together: int) -> str:
     cases = []
     for source, name in _unique(names):
         end = len(names) - names[::-1].index((source, name))
-        cases.append(f"    if (i < {end}) return {name}_body(all.ops[i]);")
+        cases.append(f"    if (i < {end}) return {name}_merged(all.ops[i]);")
     return "\n".join(
         [
             "#define MERGED",
@@ -70,7 +70,6 @@ def _source(names: tuple[tuple[str, str], ...], together: int) -> str:
             f'extern "C" __global__ void __launch_bounds__({MERGED_THREADS}, {together})',
             f"{NAME}(const __grid_constant__ Merged all) {{",
             "    let_follow();",
-            "    wait_for_results();",
             "    int i = 0;",
             f"    while ((int)blockIdx.x >= all.ops[i].words[{BESIDE + 1}]) ++i;",
             *cases,

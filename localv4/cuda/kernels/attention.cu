@@ -42,9 +42,21 @@ struct Parts {
     __device__ float *part(int split, int head) const { return values + ((i64)split * heads + head) * n; }
 };
 
-// Keys of a part: whole tiles.
+// Keys of a part: half a tile as long as there are parts enough, whole ones where there are not.
 __device__ inline int part_keys(int count) {
+    if (count <= SPLITS * MOST_KEYS / 2) return MOST_KEYS / 2;
     return ((count + MOST_KEYS - 1) / MOST_KEYS + SPLITS - 1) / SPLITS * MOST_KEYS;
+}
+
+// Ask for the raw keys of a part, if parts are small, while queries are being made: the newest one is
+// not there yet, and is read later anyway.
+__device__ inline void fetch_part(const Words &op, const Sequence &sequence, int split, int n) {
+    int raw = Keys::window_count(op, sequence.position), lines = (4 * n + 127) / 128;
+    i64 oldest = sequence.position - raw + 1;
+    for (int i = threadIdx.x; i < MOST_KEYS / 2 * lines; i += blockDim.x) {
+        int key = split * (MOST_KEYS / 2) + i / lines;
+        if (key < raw - 1) prefetch_far((const u8 *)(sequence.window + n * ((oldest + key) % op.number(8))) + i % lines * 128);
+    }
 }
 
 // Words: x, heads, n, cos, sin, pairs, eps, scratch. A warp for each head of whole tiles.
@@ -67,9 +79,12 @@ __device__ inline void attend_scores(const Words &op) {
     int n = (int)op.number(11), rope = 2 * (int)op.number(13);
     Parts parts(op, op.number(10), n);
     int tiles = parts.heads / HEADS, tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
-    int count = Keys::key_count(op, 0), size = part_keys(count), first = split * size;
+    Sequence sequence(op);
+    if (tile == 0) fetch_part(op, sequence, split, n);
+    wait_for_results();
+    Keys keys(op, sequence, 0, Form::stride(n, rope));
+    int count = keys.count, size = part_keys(count), first = split * size;
     if (first >= count) return;
-    Keys keys(op, 0, Form::stride(n, rope));
     Query query(parts.tile(tile), n);
     Sums sums;
     sums.largest = -INFINITE, sums.total = 0.0f;
@@ -89,9 +104,11 @@ __device__ inline void attend_scores(const Words &op) {
     }
 }
 
-TILE_KERNEL(f32_attend_scores) { attend_scores<F32Rows>(op); }
-TILE_KERNEL(bf16_attend_scores) { attend_scores<Bf16Rows>(op); }
-TILE_KERNEL(compact_attend_scores) { attend_scores<E4m3Rows>(op); }
+#define SCORES_KERNEL(name) EARLY_KERNEL(__launch_bounds__(32 * WARPS, 2), name)
+
+SCORES_KERNEL(f32_attend_scores) { attend_scores<F32Rows>(op); }
+SCORES_KERNEL(bf16_attend_scores) { attend_scores<Bf16Rows>(op); }
+SCORES_KERNEL(compact_attend_scores) { attend_scores<E4m3Rows>(op); }
 
 // Words: context, span, ratio, counts, heads, n, sinks, scratch. 128 threads for 256 channels of a
 // head.
@@ -100,7 +117,7 @@ KERNEL(attend_softmax) {
     int n = (int)op.number(6), pieces = (n + 255) / 256, head = blockIdx.x / pieces;
     int channel = blockIdx.x % pieces * 256 + 2 * threadIdx.x;
     Parts parts(op, op.number(5), n);
-    int count = Keys::key_count(op, 0), size = part_keys(count), splits = (count + size - 1) / size;
+    int count = Keys::key_count(op, 0, op.at(1)), size = part_keys(count), splits = (count + size - 1) / size;
     if (threadIdx.x < 32) {
         int split = threadIdx.x;
         float sink = op.address<float>(7)[head];

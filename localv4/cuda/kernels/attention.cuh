@@ -27,6 +27,19 @@ constexpr int SCORE_ROW = MOST_KEYS + 8, WEIGHT_ROW = MOST_KEYS / 2 + 4;  // no 
 
 // --- which keys a token sees ---
 
+
+// Where the keys of a sequence are and how far it is: nothing that kernels write, so that it can be
+// read before they have ended.
+struct Sequence {
+    i64 position;
+    const float *window;
+    const u8 *entries;
+
+    // Words 1, 3, 7, 9 of an operation: context, ratio, window, entries.
+    __device__ explicit Sequence(const Words &op)
+        : position(op.at(1)), window(op.cell<float>(7)), entries(op.number(3) == 0 ? nullptr : op.cell<u8>(9)) {}
+};
+
 struct Keys {
     const float *window;
     const u8 *entries;
@@ -34,21 +47,21 @@ struct Keys {
     i64 start, capacity, stride;
     int raw, count;
 
-    // Words 1 ... 4 of an operation: context, span, ratio, counts.
-    __device__ static int window_count(const Words &op, i64 token) { return (int)min(op.number(2), op.at(1) + token + 1); }
-    __device__ static int key_count(const Words &op, i64 token) {
+    // Words 1 ... 4 of an operation: context, span, ratio, counts; `position` of the token.
+    __device__ static int window_count(const Words &op, i64 position) { return (int)min(op.number(2), position + 1); }
+    __device__ static int key_count(const Words &op, i64 token, i64 position) {
         i64 ratio = op.number(3), entries = 0;
-        if (ratio != 0) entries = op.number(4) == 0 ? (op.at(1) + token + 1) / ratio : op.address<i64>(4)[token];
-        return window_count(op, token) + (int)entries;
+        if (ratio != 0) entries = op.number(4) == 0 ? (position + 1) / ratio : op.address<i64>(4)[token];
+        return window_count(op, position) + (int)entries;
     }
 
     // And words 5 ... 9: chosen, top_k, window, capacity, entries. stride: bytes of an entry.
-    __device__ Keys(const Words &op, i64 token, i64 entry_bytes) {
-        window = op.cell<float>(7), capacity = op.number(8), stride = entry_bytes;
-        entries = op.number(3) == 0 ? nullptr : op.cell<u8>(9);
+    __device__ Keys(const Words &op, const Sequence &sequence, i64 token, i64 entry_bytes) {
+        i64 position = sequence.position + token;
+        window = sequence.window, entries = sequence.entries, capacity = op.number(8), stride = entry_bytes;
         chosen = op.number(5) == 0 ? nullptr : op.address<int>(5) + op.number(6) * token;
-        raw = window_count(op, token), count = key_count(op, token);
-        start = (op.at(1) + token - raw + 1) % capacity;
+        raw = window_count(op, position), count = key_count(op, token, position);
+        start = (position - raw + 1) % capacity;
     }
 
     __device__ const u8 *raw_key(int j, int n) const {
@@ -266,7 +279,10 @@ template <typename Form>
 __device__ inline void attend_keys(Exchange &shared, Sums &sums, const Query &query, const Keys &keys, int first,
                                    int end, int n, int rope) {
     while (first < end) {
-        if (Form::IS_EXACT && first >= keys.raw) {
+        if (Form::IS_EXACT && first >= keys.raw && end - first <= MOST_KEYS / 2) {
+            attend_tile<Form, MOST_KEYS / 2, true>(shared, sums, query, keys, first, end, n, rope);
+            first += MOST_KEYS / 2;
+        } else if (Form::IS_EXACT && first >= keys.raw) {
             attend_tile<Form, MOST_KEYS, true>(shared, sums, query, keys, first, end, n, rope);
             first += MOST_KEYS;
         } else {

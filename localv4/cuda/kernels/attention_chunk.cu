@@ -60,7 +60,7 @@ __device__ inline void attend(const Words &op) {
     __syncthreads();
     Query query(shared.query, n);
     __syncthreads();
-    Keys keys(op, Tile(op).token, Form::stride(n, rope));
+    Keys keys(op, Sequence(op), Tile(op).token, Form::stride(n, rope));
     attend_keys<Form>(shared.exchange, sums, query, keys, 0, keys.count, n, rope);
     float total = head_total(sums);
     if (threadIdx.x % 16 == 0) shares[own] = __fdiv_rn(1.0f, total);

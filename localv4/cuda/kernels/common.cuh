@@ -57,34 +57,27 @@ __device__ inline void wait_for_results() {
 #endif
 }
 
-// A kernel that takes the words of an operation, `op`; `bounds` are its launch bounds or nothing.
+// A kernel that takes the words of an operation, `op`; `bounds` are its launch bounds or nothing. An
+// early one waits for the results by itself, when it has asked for what no kernel writes: weights.
 // Where several are to be merged into one, only their bodies are wanted.
 #ifdef MERGED
-#define BOUNDED_KERNEL(bounds, name) __device__ __forceinline__ void name##_body(const Words &op)
+#define KERNEL_WITH(early, late, bounds, name)                                           \
+    __device__ __forceinline__ void name##_body(const Words &op);                         \
+    __device__ __forceinline__ void name##_merged(const Words &op) { late; name##_body(op); } \
+    __device__ __forceinline__ void name##_body(const Words &op)
 #else
-#define BOUNDED_KERNEL(bounds, name)                                  \
+#define KERNEL_WITH(early, late, bounds, name)                        \
     __device__ __forceinline__ void name##_body(const Words &op);     \
     extern "C" __global__ void bounds name(const Words op) {          \
-        let_follow();                                                 \
-        wait_for_results();                                           \
+        early;                                                        \
+        late;                                                         \
         name##_body(op);                                              \
     }                                                                 \
     __device__ __forceinline__ void name##_body(const Words &op)
 #endif
 
-// One whose body waits for the results by itself, when it has asked for what does not depend on them.
-#ifdef MERGED
-#define EARLY_KERNEL(bounds, name) BOUNDED_KERNEL(bounds, name)
-#else
-#define EARLY_KERNEL(bounds, name)                                    \
-    __device__ __forceinline__ void name##_body(const Words &op);     \
-    extern "C" __global__ void bounds name(const Words op) {          \
-        let_follow();                                                 \
-        name##_body(op);                                              \
-    }                                                                 \
-    __device__ __forceinline__ void name##_body(const Words &op)
-#endif
-
+#define BOUNDED_KERNEL(bounds, name) KERNEL_WITH(let_follow(), wait_for_results(), bounds, name)
+#define EARLY_KERNEL(bounds, name) KERNEL_WITH(let_follow(), , bounds, name)
 #define KERNEL(name) BOUNDED_KERNEL(, name)
 
 // --- numbers ---

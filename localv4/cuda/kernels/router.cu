@@ -30,11 +30,13 @@ __device__ inline int rank_of(float x) {
     return x == x ? bits ^ (bits >> 31 & 0x7fffffff) : 0x7fffffff;
 }
 
+constexpr int RANKERS = 4;  // threads that share the ranks an expert is compared with
+
 // How many of `ranks`, four at a time, come before that of expert e: larger ones, and among equals
-// those of lower numbers.
+// those of lower numbers. RANKERS threads side by side ask for the same expert.
 __device__ inline int place_among(const int *ranks, int n_experts, int e) {
     int own = ranks[e], before = 0;
-    for (int i = 0; i < n_experts; i += 4) {
+    for (int i = threadIdx.x % RANKERS * 4; i < n_experts; i += 4 * RANKERS) {
         int4 four = *(const int4 *)(ranks + i);
         before += (four.x > own) + (four.y > own) + (four.z > own) + (four.w > own);
         if (i < e) {
@@ -42,14 +44,19 @@ __device__ inline int place_among(const int *ranks, int n_experts, int e) {
             before += i + 3 < e && four.w == own;
         }
     }
+    for (int distance = 1; distance < RANKERS; distance *= 2) before += __shfl_xor_sync(0xffffffffu, before, distance);
     return before;
 }
 
 // List the k experts of the highest ranks in ascending order.
 __device__ inline void choose(int *chosen, const int *ranks, u32 *masks, int n_experts, i64 k) {
-    for (int e = threadIdx.x; e - threadIdx.x < n_experts; e += blockDim.x) {
-        u32 mask = __ballot_sync(0xffffffffu, e < n_experts && place_among(ranks, n_experts, e) < k);
-        if (threadIdx.x % 32 == 0) masks[e / 32] = mask;
+    for (int i = threadIdx.x; i < MOST_EXPERTS / 32; i += blockDim.x) masks[i] = 0;
+    __syncthreads();
+    // whole warps go on together; those behind the last expert ask for it again
+    int step = blockDim.x / RANKERS, own_e = threadIdx.x / RANKERS;
+    for (int e = own_e; e - own_e < n_experts; e += step) {
+        bool is_chosen = place_among(ranks, n_experts, min(e, n_experts - 1)) < k;
+        if (threadIdx.x % RANKERS == 0 && e < n_experts && is_chosen) atomicOr(&masks[e / 32], 1u << e % 32);
     }
     __syncthreads();
     for (int e = threadIdx.x; e < n_experts; e += blockDim.x) {
@@ -72,7 +79,7 @@ __device__ inline void sort(int *numbers, i64 count) {
 }
 
 // Words: logits, their row stride, n_experts, bias or 0, table or 0, ids or 0, k, scaling, experts,
-// weights, tokens. 256 threads a token.
+// weights, tokens. 1024 threads a token.
 KERNEL(route) {
     __shared__ float affinities[MOST_EXPERTS];
     __shared__ __align__(16) int ranks[MOST_EXPERTS];

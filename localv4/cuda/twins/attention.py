@@ -12,7 +12,7 @@ HEADS = 16
 THREADS = 256
 """For a tile of heads: a warp for 64 of up to 512 channels."""
 
-SPLITS, KEYS = 32, 32
+SPLITS, KEYS = 32, 16
 """Parts of the keys of one token, and the least keys of a part."""
 
 FORMATS = ("f32", "bf16", "compact")
