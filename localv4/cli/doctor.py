@@ -72,9 +72,7 @@ def doctor(
     )
     found = worker.call(lambda: _examine(model, quick, assumed, quiet))
     if options.wants_json(output_format, as_json):
-        from localv4.cli.show import print_json
-
-        print_json(_document(found))
+        terminal.print_json(_document(found))
         return
     _print(terminal.make_console(sys.stdout, no_color=no_color), found)
 

@@ -154,9 +154,7 @@ def fit(
 
     answer = worker.call(answered)
     if options.wants_json(output_format, as_json):
-        from localv4.cli.show import print_json
-
-        print_json(_document(answer))
+        terminal.print_json(_document(answer))
     else:
         console = terminal.make_console(sys.stdout, no_color=no_color)
         if all_quants:

@@ -150,6 +150,7 @@ Quiet = Annotated[
 NoColor = Annotated[
     bool, flag("--no-color", panel="Output", help="No colours (NO_COLOR does the same).")
 ]
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")]
 
 
 def wants_json(output_format: OutputFormat, as_json: bool) -> bool:
