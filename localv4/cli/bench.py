@@ -108,6 +108,7 @@ PeerRepack = Annotated[
     _option(
         "--peer-repack/--no-peer-repack",
         panel="Comparison",
+        metavar="",
         help="Whether llama.cpp keeps weights in the layouts of its fastest kernels.",
     ),
 ]

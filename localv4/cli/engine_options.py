@@ -5,7 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from localv4.cli.option_groups import option
+from localv4.cli.option_groups import flag, option
 
 if TYPE_CHECKING:
     from localv4.cuda.options import GpuOptions
@@ -57,7 +57,7 @@ Threads = Annotated[
 ]
 Pin = Annotated[
     bool,
-    option(
+    flag(
         "--pin",
         panel="Model",
         help="Bind each thread to a core of its own. For machines with nothing else to do.",
@@ -120,7 +120,7 @@ ExpertReaders = Annotated[
 ]
 Prefetch = Annotated[
     bool,
-    option(
+    flag(
         "--prefetch/--no-prefetch",
         panel="Memory",
         help="Read what the next layer may need while that makes tokens faster.",

@@ -31,7 +31,7 @@ def _option(*names: str, panel: str = "Text", **rest: Any) -> Any:
 
 TextFile = Annotated[
     Path | None,
-    _option("-f", "--file", help="Text to read. Default: 190 kB of old novels."),
+    _option("-f", "--file", metavar="FILE", help="Text to read. Default: 190 kB of old novels."),
 ]
 Sizes = Annotated[
     str, _option("-c", "--ctx-size", metavar="N,...", help="Tokens of a window, or several sizes.")
