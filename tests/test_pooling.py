@@ -63,8 +63,8 @@ def test_entries_are_rounded_when_they_are_written(
 ) -> None:
     work = Compressor(*sizes)
     form, pool = part_of(rows, part)
-    exact, before = work.room(4 * work.n)
-    run(1, row_operations.F32.pool, work.words(before, np.array([work.start]), work.tokens))
+    (exact, before), position = work.room(4 * work.n), np.array([work.start])
+    run(1, row_operations.F32.pool, work.words(before, position, work.tokens))
     entries, where = work.room(form.nbytes(work.n, 2 * work.pairs))
     positions = np.arange(work.start, work.start + work.tokens)
 
