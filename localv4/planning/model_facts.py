@@ -14,6 +14,8 @@ from localv4.planning.recipes import Recipe
 ROUTED, EMBEDDING, HEAD = "routed experts", "embedding row", "head"
 """Components that are no part of the dense weights."""
 
+SHARED = "shared experts"
+
 SLACK_TOKENS = 256
 """Positions that a sequence can be taken back (`model.fast.SLACK_TOKENS`)."""
 
@@ -29,6 +31,15 @@ class Part:
     format: str
     resident: int
     read: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReads:
+    """Bytes of a mean layer that a token reads: before the choice, shared expert, one expert."""
+
+    before: float
+    shared: float
+    expert: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,15 @@ class ModelFacts:
     def multiply_adds(self) -> int:
         """Multiply-adds of one token, without the head."""
         return multiply_adds(self.config)
+
+    def layer_reads(self, position: int) -> LayerReads:
+        """Return what a mean layer of the token at a position reads."""
+        layers = self.config.n_layers
+        shared = sum(part.read for part in self.parts if part.component == SHARED)
+        dense = self.weight_bytes_per_token - self.head_bytes - self.cycle_bytes - shared
+        before = dense + self.state_read_bytes(position)
+        one = self.cycle_bytes / self.config.experts_per_token
+        return LayerReads(before / layers, shared / layers, one / layers)
 
     def read_by_format(self) -> Mapping[str, int]:
         """Return the bytes that a token reads by format, its experts included."""
