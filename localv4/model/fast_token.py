@@ -96,6 +96,7 @@ class TokenPlan:
         """Run all segments; return False if the plan is out of date, with nothing lost."""
         network = self._network
         network.begin(self._chunk, ids, state)
+        state.make_way(1)
         self._attention.context[0] = state.position
         for layer in network.layers:
             layer.moe.request_known(int(ids[0]))
