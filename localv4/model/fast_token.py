@@ -100,6 +100,7 @@ class TokenPlan:
         """Run all segments; return False if the plan is out of date, with nothing lost."""
         network = self._network
         network.begin(self._chunk, ids, state)
+        state.make_way(1)
         self._attention.context[0] = state.position
         known = {layer.moe.index: layer.moe.known(int(ids[0])) for layer in network.layers}
         network.store.foresee({layer: numbers for layer, numbers in known.items() if numbers})

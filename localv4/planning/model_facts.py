@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from localv4.kernels.row_operations import F32, RowFormat
+from localv4.kernels.row_operations import COMPACT, RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.state import compressor_capacity, window_capacity
 from localv4.model.traffic import VALUE_BYTES, state_bytes
@@ -18,6 +18,9 @@ SHARED = "shared experts"
 
 SLACK_TOKENS = 256
 """Positions that a sequence can be taken back (`model.fast.SLACK_TOKENS`)."""
+
+DEFAULT_ROWS = COMPACT
+"""The format of compressed rows when nobody chooses one; docs/long_context.md tells why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class ModelFacts:
     download_bytes: int | None = None
     is_packed: bool = True
     is_exact: bool = True
-    rows: RowFormat = field(default=F32, repr=False)
+    rows: RowFormat = field(default=DEFAULT_ROWS, repr=False)
     limits: RowLimits = field(default=RowLimits(), repr=False)
 
     @property
@@ -139,7 +142,7 @@ class ModelFacts:
 
     def state_bytes(self, ctx_size: int) -> int:
         """Return the memory of one sequence of `ctx_size` tokens."""
-        return held_state_bytes(self.config, ctx_size, rows=self.rows, limits=self.limits)
+        return held_state_bytes(self.config, ctx_size, self.rows, limits=self.limits)
 
     @property
     def state_bytes_per_token(self) -> float:
@@ -180,8 +183,8 @@ def facts_of_recipe(
 def held_state_bytes(
     config: ModelConfig,
     ctx_size: int,
+    rows: RowFormat,
     slack: int = SLACK_TOKENS,
-    rows: RowFormat = F32,
     limits: RowLimits = RowLimits(),
 ) -> int:
     """Return the bytes of a `model.state.State` that holds `ctx_size` tokens."""
