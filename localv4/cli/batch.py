@@ -5,6 +5,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localv4.cli import options
-from localv4.cli.engine_options import EngineOptions
+from localv4.cli.engine_options import EngineOptions, TraceRoutes
 from localv4.cli.option_groups import option, with_groups
 from localv4.cli.sampling_options import SamplingOptions, ThinkingOptions
 from localv4.errors import Cancelled, UsageError
@@ -121,12 +122,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be answered, where it goes, and how much is told about it."""
+    """What is to be answered, where it goes, and how much is told about it.
+
+    `routes` is a file for the experts that tokens choose.
+    """
 
     rows: "BatchInput"
     shard: tuple[int, int]
     output: Path
     overwrite: bool
+    routes: Path | None
     as_json: bool
     stats: bool
     quiet: bool
@@ -145,6 +150,7 @@ def batch(
     overwrite: Overwrite = False,
     ctx_size: options.ContextSize = None,
     engine: EngineOptions,
+    trace_routes: TraceRoutes = None,
     system: options.System = None,
     raw: options.Raw = False,
     sampling: SamplingOptions,
@@ -177,6 +183,7 @@ def batch(
         shard=part,
         output=output,
         overwrite=overwrite,
+        routes=_checked_routes(trace_routes, input_file, output, ray),
         as_json=options.wants_json(output_format, as_json),
         stats=stats,
         quiet=quiet,
@@ -197,6 +204,17 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     if not 1 <= number <= count <= MOST_SHARDS:
         raise UsageError(f"--shard is {text!r}, expected I/N with I from 1 to N, such as 3/8")
     return number, count
+
+
+def _checked_routes(routes: Path | None, given: Path, output: Path, ray: str | None) -> Path | None:
+    """Return where routes go; never over the rows."""
+    if routes is None:
+        return None
+    if ray is not None:
+        raise UsageError("--trace-routes and --ray cannot be used together: routes stay on nodes")
+    if routes.resolve() in (given.resolve(), output.resolve()):
+        raise UsageError(f"--trace-routes is {routes}: routes need a file of their own")
+    return routes
 
 
 def _open_model(reference: str | None) -> "tuple[InstalledModel, Checkpoint]":
@@ -255,7 +273,8 @@ def _run(job: Job, asked: Asked) -> None:
     from localv4.cli.batch_report import Report
     from localv4.engine.batch_results import ResultFile
 
-    with ResultFile(job.output, job.rows, asked.results, overwrite=job.overwrite) as file:
+    opened = ResultFile(job.output, job.rows, asked.results, overwrite=job.overwrite)
+    with opened as file, ExitStack() as stack:
         number, count = job.shard
         mine = [place for place in job.rows.places if place.line % count == number % count]
         todo = [place for place in mine if place.custom_id not in file.done]
@@ -264,7 +283,7 @@ def _run(job: Job, asked: Asked) -> None:
         if todo:
             cancelled = threading.Event()
             if asked.machine.ray is None:
-                documents = _on_this_machine(job, asked, todo, cancelled, report)
+                documents = _on_this_machine(job, asked, todo, cancelled, report, stack)
             else:
                 documents = _on_cluster(job, asked, todo, cancelled, report, asked.machine.ray)
             _collect(documents, cancelled, file, report)
@@ -279,8 +298,9 @@ def _on_this_machine(
     todo: "Sequence[Place]",
     cancelled: threading.Event,
     report: "Report",
+    stack: ExitStack,
 ) -> "Iterator[Document]":
-    """Load the model; return the results of the rows as they come."""
+    """Load the model; return the results of the rows as they come. `stack` closes what is open."""
     from localv4.cli import loading
     from localv4.engine.batch_memory import plan_batch
     from localv4.engine.batch_run import answer_rows, make_run
@@ -301,6 +321,8 @@ def _on_this_machine(
     )
     if not settings.raw and not loaded.knows_chat and not job.quiet:
         loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
+    if job.routes is not None:
+        stack.enter_context(loaded.record_routes(job.routes))
     plan = plan.within(loaded.engine.gpu_plan)
     run = make_run(
         loaded.engine, settings, asked.results, rows=plan.rows, room=plan.room, cancelled=cancelled
