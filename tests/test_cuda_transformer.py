@@ -17,6 +17,7 @@ from networks import open_network
 from numpy.typing import NDArray
 from test_fast import WHOLE_GROUPS, make_fast
 
+from localv4.cuda import program
 from localv4.cuda.gpu import Gpu
 from localv4.cuda.offload import offload
 from localv4.cuda.transformer import GpuTransformer
@@ -169,6 +170,32 @@ def test_all_on_the_gpu(
 ) -> None:
     assert whole.vram.is_whole
     assert_close(WAYS[way](whole), expected[way])
+
+
+@pytest.mark.parametrize("way", ["both", "rows"])
+def test_one_launch_or_several_give_the_same_bits(
+    exact: Transformer, whole: GpuTransformer, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = WAYS[way](whole)
+    monkeypatch.setattr(program, "merge", list)
+    np.testing.assert_array_equal(WAYS[way](on_gpu(exact)), expected)
+
+
+@pytest.mark.parametrize("way", ["both", "rows"])
+def test_routes_are_those_of_the_host(
+    fast: FastTransformer, whole: GpuTransformer, way: str
+) -> None:
+    told: list[list[tuple[NDArray[np.integer], bool]]] = []
+    for network in (fast, whole):
+        routes: list[tuple[NDArray[np.integer], bool]] = []
+        network.on_routes = lambda chosen, prompt, own=routes: own.append((chosen.copy(), prompt))
+        WAYS[way](network)
+        network.on_routes = None
+        told.append(routes)
+    assert len(told[0]) == len(told[1]) > 1
+    for (expected, was_prompt), (actual, is_prompt) in zip(*told, strict=True):
+        assert is_prompt == was_prompt
+        np.testing.assert_array_equal(np.sort(actual, -1), np.sort(expected, -1))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from localv4 import paths
-from localv4.cuda.gpu import GpuError
+from localv4.cuda.gpu import GpuError, no_library
 from localv4.errors import LocalV4Error
 from localv4.finished_file import finished_file
 from localv4.kernels.isa import ISA
@@ -116,7 +116,5 @@ def _core() -> Any:
     try:
         import cuda.core
     except ImportError as error:
-        raise GpuError(
-            f"CUDA for Python is not installed ({error})", hint="pip install 'localv4[cuda]'"
-        ) from None
+        raise no_library(error) from None
     return cuda.core

@@ -8,7 +8,7 @@ from typing import Any
 
 from localv4.cuda import merged
 from localv4.cuda.compiler import OLDEST, compiled
-from localv4.cuda.gpu import GpuError, GpuMemoryError, Launch, Recording, Step
+from localv4.cuda.gpu import GpuError, GpuMemoryError, Launch, Recording, Step, no_library
 
 MOST_BRANCHES = 8
 """Sequences of launches that run at the same time; more of them take turns."""
@@ -45,9 +45,7 @@ def _driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise GpuError(
-            f"CUDA for Python is not installed ({error})", hint="pip install 'localv4[cuda]'"
-        ) from None
+        raise no_library(error) from None
     return driver
 
 

@@ -16,6 +16,13 @@ class GpuMemoryError(GpuError):
     """The GPU has not enough memory left."""
 
 
+def no_library(error: ImportError) -> GpuError:
+    """Return what to raise when CUDA for Python cannot be imported."""
+    return GpuError(
+        f"CUDA for Python is not installed ({error})", hint="pip install 'localv4[cuda]'"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel with the words of its operation, in device addresses; or those of several."""

@@ -88,6 +88,7 @@ class Mirrors:
             _, device = self._ranges[start]
             self.forget(start)
             del self._held[start]
+            self._tables.pop(start, None)
             self.nbytes -= nbytes
             self.gpu.synchronize()
             self.gpu.free(device)

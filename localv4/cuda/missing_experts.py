@@ -86,7 +86,6 @@ class MissingExperts:
         hidden.early[:] = self._store.host.addresses[layer, numbers]
         program = Program(network.scratch)
         moe.add_early_gate_up(program, self._chunk, hidden, places)
-        program.round(hidden.rounded, hidden.values, len(numbers))
         with program.alongside():
             for place in places:
                 form = network.experts.form(layer, int(numbers[place]))

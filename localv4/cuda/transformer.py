@@ -1,6 +1,7 @@
 """The network in the arithmetic `fast`, computed by a GPU with the help of the host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,40 +102,39 @@ class GpuTransformer(FastTransformer):
 
     def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         """Process tokens as the host does; it goes on alone when the GPU has no memory left."""
-        if self._alone is None:
-            try:
-                return super().forward(token_ids, state)
-            except GpuMemoryError as error:
-                self._leave_gpu(error)
-        assert self._alone is not None
-        _take_home(state)
-        return self._alone.forward(token_ids, state)
+        here = partial(super().forward, token_ids, state)
+        return self._here_or_alone([state], here, lambda alone: alone.forward(token_ids, state))
 
     def forward_many(
         self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
     ) -> Floats:
         """Process the next tokens of several sequences as the host does."""
-        if self._alone is None:
-            try:
-                return super().forward_many(token_ids, states, counts)
-            except GpuMemoryError as error:
-                self._leave_gpu(error)
-        assert self._alone is not None
-        for state in states:
-            _take_home(state)
-        return self._alone.forward_many(token_ids, states, counts)
+        here = partial(super().forward_many, token_ids, states, counts)
+        return self._here_or_alone(
+            states, here, lambda alone: alone.forward_many(token_ids, states, counts)
+        )
 
     def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
         """Process one token of each of several sequences as the host does."""
+        here = partial(super().decode_rows, token_ids, states)
+        return self._here_or_alone(states, here, lambda alone: alone.decode_rows(token_ids, states))
+
+    def _here_or_alone(
+        self,
+        states: Sequence[State],
+        here: Callable[[], Floats],
+        elsewhere: Callable[[FastTransformer], Floats],
+    ) -> Floats:
+        """Compute with the GPU while it has memory, else with the host."""
         if self._alone is None:
             try:
-                return super().decode_rows(token_ids, states)
+                return here()
             except GpuMemoryError as error:
                 self._leave_gpu(error)
         assert self._alone is not None
         for state in states:
             _take_home(state)
-        return self._alone.decode_rows(token_ids, states)
+        return elsewhere(self._alone)
 
     def logits(self, vectors: Floats) -> Floats:
         """Return logits (tokens, vocab) for final vectors (tokens, hidden)."""

@@ -29,27 +29,33 @@ class Computing:
     note: str | None = None
 
 
-def make_network(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    weights: Weights,
-    team: Team,
-    paging: PagingOptions,
-    rows: RowFormat,
-    facts: ModelFacts,
-    ctx_size: int,
-    options: GpuOptions,
-) -> Computing:
-    """Make the network of packed weights on the device that `options` name.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a network is made of: `weights` packed, `ctx_size` tokens of a sequence, records paged.
+
+    `facts` are those of its plan; `options` name the device.
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    weights: Weights
+    team: Team
+    paging: PagingOptions
+    rows: RowFormat
+    facts: ModelFacts
+    ctx_size: int
+    options: GpuOptions
+
+
+def make_network(wanted: Wanted) -> Computing:
+    """Make a network on the device that its options name.
 
     Raises DoesNotFitError when a GPU was asked for that cannot be used.
     """
-    note = None
+    note, options = None, wanted.options
     if options.name != "cpu" and (has_library() or options.name != "auto"):
         try:
-            found = _on_gpu(
-                checkpoint, config, weights, team, paging, rows, facts, ctx_size, options
-            )
+            found = _on_gpu(wanted)
             if found is not None:
                 return found
         except LocalV4Error as error:
@@ -57,47 +63,38 @@ def make_network(
                 raise DoesNotFitError(error.message, hint=error.hint) from error
             note = f"the GPU is not used: {error.message}"
     network = FastTransformer(
-        config,
-        weights,
-        team,
-        lambda experts: open_store(experts, paging, checkpoint),
-        looks_ahead=paging.prefetch,
-        rows=rows,
+        wanted.config,
+        wanted.weights,
+        wanted.team,
+        partial(open_store, options=wanted.paging, checkpoint=wanted.checkpoint),
+        looks_ahead=wanted.paging.prefetch,
+        rows=wanted.rows,
     )
     return Computing(network, note=note)
 
 
-def _on_gpu(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    weights: Weights,
-    team: Team,
-    paging: PagingOptions,
-    rows: RowFormat,
-    facts: ModelFacts,
-    ctx_size: int,
-    options: GpuOptions,
-) -> Computing | None:
+def _on_gpu(wanted: Wanted) -> Computing | None:
     """Return the network on a GPU; None if there is none and nobody insists on one."""
     from localv4.cuda.offload import find_gpu, offload
     from localv4.planning.gpu_plan import plan_gpu
 
+    paging, options = wanted.paging, wanted.options
     gpu = find_gpu(options)
     if gpu is None:
         return None
     plan = plan_gpu(
-        *(facts, gpu.name, gpu.free_bytes()),
+        *(wanted.facts, gpu.name, gpu.free_bytes()),
         memory=options.memory,
-        ctx=ctx_size,
+        ctx=wanted.ctx_size,
         states=options.state_bytes,
     )
     network = offload(
         gpu,
-        config,
-        weights,
-        team,
-        partial(open_store, options=paging, checkpoint=checkpoint),
-        rows,
+        wanted.config,
+        wanted.weights,
+        wanted.team,
+        partial(open_store, options=paging, checkpoint=wanted.checkpoint),
+        wanted.rows,
         layers=plan.layers,
         capacity=plan.experts,
         policy=paging.policy,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from localv4.cuda.options import GpuOptions
-from localv4.engine.devices import make_network
+from localv4.engine.devices import Wanted, make_network
 from localv4.engine.expert_usage import ExpertUsage
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.memory import (
@@ -120,8 +120,10 @@ class Engine:
             paging = paging_options(checkpoint, options, plan)
             weights = _packed(checkpoint, weights, count, paging, on_progress)
             computing = make_network(
-                *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
-                *(facts, plan.ctx_size, gpu or GpuOptions("cpu")),
+                Wanted(
+                    *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
+                    *(facts, plan.ctx_size, gpu or GpuOptions("cpu")),
+                )
             )
             engine = cls(checkpoint, computing.network, size, rows)
             engine.facts, engine.plan = facts, plan
