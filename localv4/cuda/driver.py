@@ -19,7 +19,6 @@ OUT_OF_MEMORY = 2
 FOLLOWERS = frozenset(
     {
         *(
-            "ahead.cu",
             "attention.cu",
             "experts.cu",
             "float_matvec.cu",

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from localv4.cuda.gpu import Launch
 from localv4.cuda.twin import BESIDE, MERGED_THREADS, Kernel
-from localv4.cuda.twins.ahead import FETCH_AHEAD
 
 Item = TypeVar("Item")
 
@@ -24,16 +23,12 @@ MOST = 64
 def merge(launches: Sequence[Launch]) -> list[Launch]:
     """Return as few launches as possible that do what some do which may run at the same time.
 
-    What has few blocks comes first: begun last, they would end behind all others. What fetches for
-    later launches comes last.
+    What has few blocks comes first: begun last, they would end behind all others.
     """
     blocks: dict[Kernel, int] = {}
     for launch in launches:
         blocks[launch.kernel] = blocks.get(launch.kernel, 0) + launch.blocks
-    last = [launch for launch in launches if launch.kernel in FETCH_AHEAD.kernels]
-    ordered = [launch for launch in launches if launch not in last]
-    ordered.sort(key=lambda launch: (blocks[launch.kernel], launch.kernel.name))
-    ordered += last
+    ordered = sorted(launches, key=lambda launch: (blocks[launch.kernel], launch.kernel.name))
     parts = [ordered[first : first + MOST] for first in range(0, len(ordered), MOST)]
     return [_merged(part) if len(part) > 1 else part[0] for part in parts]
 

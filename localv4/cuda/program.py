@@ -1,6 +1,6 @@
 """Programs of the fast engine as launches on a GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from localv4.cuda.gpu import Gpu, GpuError, Launch, Step
 from localv4.cuda.merged import merge
 from localv4.cuda.mirrors import Mirrors
-from localv4.cuda.twin import BESIDE, SCRATCH, Range, Twin
+from localv4.cuda.twin import BESIDE, SCRATCH, Twin
 from localv4.cuda.twins import TWINS
-from localv4.cuda.twins.ahead import FETCH_AHEAD, MOST_RANGES, fetching
 from localv4.kernels.compiler import Entry
 from localv4.kernels.operation import WORDS
 from localv4.model.program import Program, Scratch
@@ -20,9 +19,6 @@ Operation = tuple[Twin, Sequence[int]]
 
 LINE = 256
 """Scratch memory of kernels starts on such a line."""
-
-MUCH = 4 << 20
-"""Bytes of a group of products that are worth being asked for before anything behind them is."""
 
 
 def name_of(entry: Entry) -> str:
@@ -109,42 +105,18 @@ class Translator:
         self._kept: list[int] = []
         self._owned: dict[tuple[int, int], int] = {}
         self.nbytes = 0
-        self.fetches_ahead = True
 
     def steps(self, program: GpuProgram, *, merges: bool = False) -> list[Step]:
         """Return the launches of a program; `merges`: those that can be one launch are one."""
         groups = program.groups()
-        if merges and self.fetches_ahead:
-            groups = self._with_fetches(groups)
         return [step for group in groups if (step := self._step(group, merges=merges))]
-
-    def _with_fetches(self, groups: Sequence[list[Operation]]) -> list[list[Operation]]:
-        """Let products ask for the weights of those behind them, as far as they are known."""
-        weights = [[*self._weights(group)] for group in groups]
-        fetched: set[Range] = set()
-        result = []
-        for number, (group, own) in enumerate(zip(groups, weights, strict=True)):
-            ranges: list[Range] = []
-            for ahead in weights[number + 1 :] if own else []:
-                ranges += [each for each in ahead if each not in fetched]
-                fetched.update(ahead)
-                if sum(nbytes for _, nbytes in ahead) >= MUCH or len(ranges) >= MOST_RANGES:
-                    break
-            result.append([*group, (FETCH_AHEAD, fetching(ranges))] if ranges else group)
-        return result
-
-    def _weights(self, group: Sequence[Operation]) -> Iterator[Range]:
-        for twin, words in group:
-            if twin.weights is not None:
-                known = (each for each in twin.weights(words) if self._mirrors.knows(each[0]))
-                yield from known
 
     def _step(self, group: Sequence[Operation], *, merges: bool) -> Step:
         needed = [
             (twin.scratch(words), words[twin.owner] if twin.owner else 0) for twin, words in group
         ]
         branches, joining = [], []
-        products = sum(twin.weights is not None for twin, _ in group)
+        products = sum(twin.is_product for twin, _ in group)
         for (twin, words), place in zip(group, self._places(needed), strict=True):
             device = self._translated(twin, words, place)
             together = _launches(twin, words, device, products) if merges else []

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 Words = Sequence[int]
 """The words of an operation; word 0, the address of the CPU's function, is not used."""
 
-Range = tuple[int, int]
-"""Memory of the host, or its twin: the address, and how many bytes."""
-
 SCRATCH = 21
 """The word in which a kernel finds the address of scratch memory of its own, if it asked for it."""
 
@@ -58,9 +55,8 @@ class Twin:
     scratch memory belongs to; operations that name the same array, and take as much, find there
     what the one before has left. 0: it is anybody's, and holds nothing at first.
 
-    `weights`: the memory that it reads and nobody writes, if it is a product. `rest`: a part of the
-    work, with the same words, of which nothing is needed before some later operation has several
-    beside it, or the program ends.
+    `is_product`: it reads a matrix. `rest`: a part of the work, with the same words, of which
+    nothing is needed before some later operation has several beside it, or the program ends.
 
     Kinds: `a` the address of an array or 0, `t` that of a table of addresses (i64), `c` a cell (the
     address of one address), `i` an integer, `f` the bits of a float32.
@@ -69,7 +65,7 @@ class Twin:
     kinds: str
     kernels: tuple[Kernel, ...]
     owner: int = 0
-    weights: Callable[[Words], Sequence[Range]] | None = None
+    is_product: bool = False
     rest: "Twin | None" = None
 
     def scratch(self, words: Words) -> int:

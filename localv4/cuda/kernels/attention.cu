@@ -59,11 +59,13 @@ __device__ inline void fetch_part(const Words &op, const Sequence &sequence, int
     }
 }
 
-// Words: x, heads, n, cos, sin, pairs, eps, scratch. A warp for each head of whole tiles.
+// Words: x, heads, n, cos, sin, pairs, eps, scratch. A block for each head of whole tiles, of which
+// only the first warp works: few heads at a time are slow on one multiprocessor.
 KERNEL(attend_query) {
     int heads = (int)op.number(2), n = (int)op.number(3);
     Parts parts(op, heads, n);
-    int head = (op.block() * (int)blockDim.x + (int)threadIdx.x) / 32;
+    if (threadIdx.x >= 32) return;
+    int head = op.block();
     const float *cos = op.address<float>(4), *sin = op.address<float>(5);
     float *x = op.address<float>(1);
     if (op.block() == 0 && threadIdx.x == 0) *parts.place = {x, cos, sin, op.number(6), {}};

@@ -37,8 +37,8 @@ def _parts(words: Words) -> int:
 
 def _query() -> Twin:
     kernel = Kernel(
-        *("attention.cu", "attend_query", THREADS),
-        lambda words: 32 * _tiles(words[2]) * HEADS // THREADS,
+        *("attention.cu", "attend_query", 32),
+        lambda words: HEADS * _tiles(words[2]),
         scratch=lambda words: _scratch_bytes(words[2], words[3]),
         joins=4,
     )

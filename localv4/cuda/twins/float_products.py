@@ -1,16 +1,12 @@
 """Twins of the products of one token with packed floats (`kernels.float_operations`)."""
 
-from localv4.cuda.twin import BESIDE, Kernel, Range, Twin, Words
-from localv4.kernels.packed import GROUP_ROWS
+from localv4.cuda.twin import BESIDE, Kernel, Twin, Words
 
 SOURCE = "float_matvec.cu"
 KINDS = "aiiaaaa"
 
 SIZES = {"_few": 1024, "_some": 512, "_short": 128, "": 256}
 """Threads for a group, by the name of the kernel."""
-
-BYTES = {"f8": 1, "b16": 2, "f32r": 4}
-"""Of a weight, by format."""
 
 FEW_GROUPS, SOME_GROUPS = 132, 264
 """Row groups up to which a group gets more threads: those that a large GPU has at a time."""
@@ -40,11 +36,9 @@ def _kernel(name: str, size: str) -> Kernel:
     return Kernel(SOURCE, f"{name}_matvec{size}", SIZES[size], blocks, joins=0 if size else 3)
 
 
-def _twin(name: str) -> Twin:
-    def weights(words: Words) -> list[Range]:
-        return [(words[1], words[2] * GROUP_ROWS * words[3] * BYTES[name])]
-
-    return Twin(KINDS, tuple(_kernel(name, size) for size in SIZES), weights=weights)
-
-
-FLOAT_PRODUCTS = {f"float_operations.{name}_matvec": _twin(name) for name in BYTES}
+FLOAT_PRODUCTS = {
+    f"float_operations.{name}_matvec": Twin(
+        KINDS, tuple(_kernel(name, size) for size in SIZES), is_product=True
+    )
+    for name in ("f8", "b16", "f32r")
+}

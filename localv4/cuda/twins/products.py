@@ -1,11 +1,10 @@
 """Twins of the products of one token with packed weights (`kernels.formats`)."""
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from localv4.cuda.twin import BESIDE, Kernel, Range, Twin, Words
-from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat, group_bytes
+from localv4.cuda.twin import BESIDE, Kernel, Twin, Words
+from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
 from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 
 # as in kernels/single_token.cuh
@@ -75,9 +74,6 @@ def _matvec(form: TokenFormat) -> Twin:
     def slots(words: Words) -> int:
         return _groups_together(form, words[2], words[3])
 
-    def weights(words: Words) -> list[Range]:
-        return [(words[1], words[2] * group_bytes(form.fmt, words[3]))]
-
     def is_few(words: Words) -> bool:
         return words[2] * max(1, words[BESIDE]) < FEW_GROUPS
 
@@ -100,18 +96,11 @@ def _matvec(form: TokenFormat) -> Twin:
             Kernel(source, f"{name}_matvec", THREADS, many, many_bytes, joins=4),
             Kernel(source, f"{name}_matvec_few", THREADS, few, few_bytes, joins=4),
         ),
-        weights=weights,
+        is_product=True,
     )
 
 
 def _gate_up(form: TokenFormat) -> Twin:
-    def weights(words: Words) -> list[Range]:
-        """Return those of the only expert, whose record is known then: it is the shared one."""
-        if words[2] != 1:
-            return []
-        record = ctypes.c_int64.from_address(words[1]).value
-        return [(record, 2 * words[3] * group_bytes(form.fmt, words[4]))]
-
     def many(words: Words) -> int:
         return 0 if words[2] * words[3] < FEW_GROUPS else words[2] * words[3]
 
@@ -131,7 +120,7 @@ def _gate_up(form: TokenFormat) -> Twin:
             Kernel(source, f"{name}_gate_up", THREADS, many, many_bytes, joins=3),
             Kernel(source, f"{name}_gate_up_few", THREADS, few, few_bytes, joins=4),
         ),
-        weights=weights,
+        is_product=True,
     )
 
 
@@ -148,7 +137,7 @@ def _down(form: TokenFormat) -> Twin:
 
     name = f"{form.fmt.name.lower()}_down"
     kernel = Kernel(form.source("experts"), name, THREADS, blocks, shared, joins=4)
-    return Twin(DOWN_KINDS, (kernel,), weights=lambda _: ())
+    return Twin(DOWN_KINDS, (kernel,), is_product=True)
 
 
 def _down_parts(form: TokenFormat) -> Twin:
