@@ -109,12 +109,15 @@ def test_a_packed_source(source: Path, tmp_path: Path) -> None:
     assert done.code == 2 and "is packed already" in done.stderr
 
 
-def test_a_second_process_is_refused(source: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    with FileLock(target / LOCK_NAME):
-        done = run_here("quantize", str(source), "-o", str(target), home=tmp_path)
+@pytest.mark.parametrize("form", ["packed", "gguf"])
+def test_a_second_process_is_refused(form: str, source: Path, tmp_path: Path) -> None:
+    name, lock = ("out", f"out/{LOCK_NAME}") if form == "packed" else ("out.gguf", ".out.lock")
+    (tmp_path / lock).parent.mkdir(exist_ok=True)
+    arguments = ("quantize", str(source), "-o", str(tmp_path / name), "--format", form)
+    with FileLock(tmp_path / lock):
+        done = run_here(*arguments, home=tmp_path)
     assert done.code == 1 and "another process is writing" in done.stderr
+    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "out.gguf").exists()
 
 
 def test_files_that_may_not_become_large_enough(source: Path, tmp_path: Path) -> None:
