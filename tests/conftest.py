@@ -1,11 +1,13 @@
-"""What a run of the whole suite begins with."""
+"""What a run of the whole suite begins with, and what tests of several modules ask pytest for."""
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
 import localv4.kernels
+from localv4 import paths
 from localv4.kernels import compiler
 
 
@@ -22,3 +24,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         importlib.import_module(module.name)
     importlib.import_module("quant.quantizers")
     compiler.compile_kernels({unit.family for unit in compiler._units})
+
+
+@pytest.fixture
+def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let nothing matter that this machine has measured or run before."""
+    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path / "state")
