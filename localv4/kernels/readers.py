@@ -21,7 +21,8 @@ HEAD_BYTES = 64
 # How far ahead of its reads a kernel asks for memory, in the second and then in the first cache.
 # The hardware alone leaves 10 to 20 % of the bandwidth unused; requests for the first cache alone
 # run out of its few line buffers.
-FAR_BYTES, NEAR_BYTES = 3264, 1088
+import os
+FAR_BYTES, NEAR_BYTES = int(os.environ.get('NUMBA_LV4_FAR','3264')), int(os.environ.get('NUMBA_LV4_NEAR','1088'))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
