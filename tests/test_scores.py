@@ -64,7 +64,9 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 @pytest.mark.parametrize("make", [peaked, coarse, certain])
-def test_few_tokens_lead_to_the_same_one(make: Any, options: dict[str, Any], penalty: float) -> None:
+def test_few_tokens_lead_to_the_same_one(
+    make: Any, options: dict[str, Any], penalty: float
+) -> None:
     sampling = Sampling(**options, repetition_penalty=penalty, seed=1)
     for seed, size in ((1, VOCAB), (2, 5_003)):
         logits = make(seed, size)

@@ -51,7 +51,7 @@ class Scores:
 
     def all(self) -> Doubles:
         """Return the scores (vocab,) of all tokens."""
-        scores = self._logits.astype(np.float64)
+        scores: Doubles = self._logits.astype(np.float64)
         scores[self._ids] = self._scores
         return scores
 
@@ -125,11 +125,12 @@ class Scores:
         return block * BLOCK + place if certain else None
 
     def _weights(self, scores: Doubles) -> Doubles:
-        return np.exp((scores - self.best) / self._temperature)
+        weights: Doubles = np.exp((scores - self.best) / self._temperature)
+        return weights
 
     def _block(self, block: int) -> Doubles:
         """Return the scores of the tokens of a block."""
-        scores = self._others[block].astype(np.float64)
+        scores: Doubles = self._others[block].astype(np.float64)
         inside = self._ids // BLOCK == block
         scores[self._ids[inside] % BLOCK] = self._scores[inside]
         return scores
@@ -139,7 +140,7 @@ class Scores:
         if self._sums is None:
             return None
         peaks = self._peaks.astype(np.float64)
-        masses = np.where(peaks > -np.inf, self._weights(peaks) * self._sums, 0)
+        masses: Doubles = np.where(peaks > -np.inf, self._weights(peaks) * self._sums, 0)
         np.add.at(masses, self._ids // BLOCK, self._weights(self._scores))
         return masses
 
@@ -160,7 +161,8 @@ def _penalized(logits: NDArray[np.float32], penalty: float) -> Doubles:
     Source: the CTRL paper, arXiv 1909.05858, in the signed form that all engines use.
     """
     scores = logits.astype(np.float64)
-    return np.where(scores > 0, scores / penalty, scores * penalty)
+    penalized: Doubles = np.where(scores > 0, scores / penalty, scores * penalty)
+    return penalized
 
 
 def _in_blocks(logits: NDArray[np.float32], without: Ids) -> NDArray[np.float32]:
