@@ -14,7 +14,6 @@ The last rule that names a tensor decides. What no rule names keeps its values.
 """
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from localv4.errors import BadFileError, UsageError
 from localv4.small_file import read_small_file
 from localv4.storage.recipe_files import NAMES, check_layers, names_layer, read_recipe
+from localv4.toml_file import first_problem, parse_toml
 from quant.formats import GGML_TARGETS, KEEP, PACKED_TARGETS
 from quant.tensor_class import TensorClass
 
@@ -121,24 +121,14 @@ def load_recipe(reference: str) -> Recipe:
 def _parse(data: bytes, path: Path, name: str) -> Recipe:
     if not _NAME.fullmatch(name):
         raise BadFileError(path, "the name of a recipe is made of a-z, 0-9, dots, _ and -")
-    try:
-        values = tomllib.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadFileError(path, f"not valid TOML: {error}") from error
+    values = parse_toml(data, path)
     if "name" in values:
         raise BadFileError(path, "name: a recipe has the name of its file")
     try:
-        return Recipe(name=name, **values)
-    except (ValidationError, TypeError) as error:
-        raise BadFileError(path, _first_problem(error)) from error
-
-
-def _first_problem(error: ValidationError | TypeError) -> str:
-    if isinstance(error, TypeError):
-        return str(error)
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        return Recipe.model_validate({**values, "name": name})
+    except ValidationError as error:
+        known = {*Recipe.model_fields, *Rule.model_fields}
+        raise BadFileError(path, first_problem(error, known)) from error
 
 
 def _known(names: list[str], targets: object) -> list[str]:

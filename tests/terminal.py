@@ -31,6 +31,9 @@ CURSOR_QUESTION = b"\x1b[6n"
 needs_jit = pytest.mark.skipif(
     os.environ.get("NUMBA_DISABLE_JIT", "0") != "0", reason="too slow without compiled kernels"
 )
+LAPTOP = ("--assume-ram", "64GiB", "--assume-bandwidth", "90GB/s", "--assume-disk", "7GB/s")
+"""A machine that somebody describes to `localv4 fit`."""
+
 needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on Windows")
 
 

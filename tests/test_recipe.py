@@ -46,7 +46,11 @@ def test_a_recipe_of_a_user(tmp_path: Path) -> None:
     [
         ("summary = ", "not valid TOML"),
         ("", "summary: Field required"),
-        ('summary = "s"\ncolor = 3', "color: Extra inputs"),
+        ('summary = "s"\ncolor = 3', "color: no such key"),
+        (
+            'summary = "s"\n[[rules]]\ntensor = ["head"]\nformats = ["Q4"]',
+            r'rules\.0\.tensor: no such key; did you mean "tensors"\? \(and 1 more\)',
+        ),
         ('name = "x"\nsummary = "s"', "has the name of its file"),
         ('summary = "s"\n[[rules]]\nformats = ["Q4"]', r"rules\.0\.tensors: Field required"),
         (
@@ -78,7 +82,8 @@ def test_a_recipe_of_a_user(tmp_path: Path) -> None:
             r"rules\.0\.hottest",
         ),
         ('summary = "s"\n[[rules]]\ntensors = ["head"]\nformats = ["Q4"]\nmethod = "x"', "method"),
-        ("[" * 5000, "not valid TOML"),
+        ("x = " + "[\n" * 50_000, "not valid TOML: nested too deeply"),
+        ("[" * 5000, "line 1 is longer than 500 characters"),
     ],
 )
 def test_a_wrong_recipe(text: str, problem: str, tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from localv4.text.completion import Delta
 
 
+BOUNDS = {"GPU": "the GPU", "host": "the host", "PCIe": "PCIe", "disk": "the disk"}
+"""What can hold tokens up where a GPU helps."""
+
+
 class Generation:
     """A reply in the making: how far it is, and how to stop it."""
 
@@ -154,9 +158,6 @@ def gpu_lines(reply: "Reply") -> list[str]:
         f"{gpu.per_token(gpu.uploaded_bytes) / 1e9:.3f} GB uploaded per token | "
         f"bound by {BOUNDS[gpu.bound(seconds)]}",
     ]
-
-
-BOUNDS = {"GPU": "the GPU", "host": "the host", "PCIe": "PCIe", "disk": "the disk"}
 
 
 def format_bytes(count: int) -> str:

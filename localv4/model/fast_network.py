@@ -131,6 +131,8 @@ class FastNetwork:
             own[:] = state.addresses
         chunk.ids[: len(ids)] = ids
         chunk.streams[: len(ids)] = look_up(self.weights.embed, ids)[:, None, :]
+        self.publish(chunk.ids[: len(ids)], chunk.streams[: len(ids)])
+        self.publish_addresses(cells)
         self.store.uses.clock += len(ids)
 
     def begin_rows(

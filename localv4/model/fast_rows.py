@@ -91,6 +91,7 @@ class RowsProgram:
         """Process the tokens; return False, with nothing lost, if the program is out of date."""
         network = self._network
         network.begin_rows(self._chunk, ids, states, self._cells)
+        states[0].memory.make_way(sum(state.reads(1) for state in states))
         self._attention.context[:] = [state.position for state in states]
         for segment in self._segments:
             network.check_cancelled()
