@@ -25,7 +25,7 @@ from localv4.paging.store import ExpertStore
 NO_CHUNK = 1 << 40
 """More than an operation has chunks."""
 
-LOOKED_UP = 128
+LOOKED_UP = 16
 """Embeddings that are read between two looks at whether to stop."""
 
 OnRoutes = Callable[[NDArray[np.integer], bool], None]
