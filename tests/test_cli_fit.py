@@ -6,22 +6,12 @@ from typing import Any
 
 import pytest
 from loopback_hub import LoopbackHub
-from terminal import Ended, needs_jit, run_here
+from terminal import LAPTOP, Ended, needs_jit, run_here
 
-from localv4 import paths
 from localv4.library.installed import embedded_model_path
 from localv4.planning.plan import GIB
 
-pytestmark = needs_jit
-
-LAPTOP = ("--assume-ram", "64GiB", "--assume-bandwidth", "90GB/s", "--assume-disk", "7GB/s")
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # what this machine has measured or run before must not matter
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path / "state")
+pytestmark = [needs_jit, pytest.mark.usefixtures("own_folders")]
 
 
 def fit(*arguments: str, home: Path, code: int = 0) -> Ended:

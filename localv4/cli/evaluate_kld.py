@@ -9,7 +9,6 @@ import typer
 
 from localv4.cli import engine_options, evaluation, options, terminal
 from localv4.cli.evaluation import figure, pair, percent
-from localv4.cli.show import print_json
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def kld(
         measured = measure(engine, source, floor_windows, progress)
     floors = min(floor_windows, len(source.windows))
     if as_json:
-        print_json(_document(loaded, about, source.windows, measured, floors))
+        terminal.print_json(_document(loaded, about, source.windows, measured, floors))
     else:
         _print(loaded, about, source.windows, measured, no_color)
 

@@ -31,7 +31,7 @@ def _option(*names: str, panel: str = "Text", **rest: Any) -> Any:
 
 TextFile = Annotated[
     Path | None,
-    _option("-f", "--file", help="Text to read. Default: 190 kB of old novels."),
+    _option("-f", "--file", metavar="FILE", help="Text to read. Default: 190 kB of old novels."),
 ]
 Sizes = Annotated[
     str, _option("-c", "--ctx-size", metavar="N,...", help="Tokens of a window, or several sizes.")
@@ -214,16 +214,15 @@ def load(
 ) -> "Loaded":
     """Load a model with the whole context that it allows."""
     from localv4.cli import loading
+    from localv4.cuda.options import GpuOptions
     from localv4.engine.memory import MemoryOptions
+    from localv4.engine.setup import Setup
 
-    return loading.load_engine(
-        model,
-        ctx_size=None,
+    setup = Setup(
         threads=threads,
         pin=pin,
         numerics=numerics.value,
         memory=MemoryOptions(kv=kv.value if kv is not None else None),
-        gpu=gpu,
-        quiet=quiet,
-        no_color=no_color,
+        gpu=gpu or GpuOptions("cpu"),
     )
+    return loading.load_engine(model, setup, quiet=quiet, no_color=no_color)
