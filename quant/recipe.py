@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from localv4.errors import BadFileError, UsageError
 from localv4.small_file import read_small_file
 from localv4.storage.recipe_files import NAMES, check_layers, names_layer, read_recipe
-from localv4.toml_file import first_problem, parse_toml
+from localv4.toml_file import did_you_mean, first_problem, parse_toml
 from quant.formats import GGML_TARGETS, KEEP, PACKED_TARGETS
 from quant.tensor_class import TensorClass
 
@@ -112,7 +112,7 @@ def load_recipe(reference: str) -> Recipe:
     path = Path(reference)
     if path.suffix != ".toml":
         raise UsageError(
-            f'there is no recipe "{reference}"',
+            f'there is no recipe "{reference}"{did_you_mean(reference, NAMES)}',
             hint=f"choose {', '.join(NAMES)}, or a file that ends in .toml",
         )
     return _parse(read_small_file(path, MAX_RECIPE_BYTES), path, path.stem.lower())
@@ -135,5 +135,6 @@ def _known(names: list[str], targets: object) -> list[str]:
     allowed = [KEEP, *targets]  # type: ignore[misc]
     for name in names:
         if name not in allowed:
-            raise ValueError(f'"{name}" is not one of {", ".join(allowed)}')
+            near = did_you_mean(name, allowed)
+            raise ValueError(f'"{name}" is not one of {", ".join(allowed)}{near}')
     return names

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real_gpu
+from filelock import FileLock
 
 from localv4.cuda.compiler import definitions
 from localv4.cuda.twin import SCRATCH, Kernel
@@ -54,16 +55,20 @@ def library(source: str) -> ctypes.CDLL:
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"localv4-cuda-host-{digest}"
     target = folder / f"{name}.so"
-    if not target.exists():
-        folder.mkdir(exist_ok=True)
-        unit = folder / f"{name}.cpp"
-        unit.write_text(definitions() + kernels + '#include "launch.cpp"\n')
-        made = folder / f"{name}.{id(target)}.so"
-        command = [COMPILER or "g++", *FLAGS, "-DLOCALV4_HOST", "-shared", "-fPIC", "-w"]
-        command += [f"-I{HOST}", f"-I{KERNELS}", str(unit), "-o", str(made)]
-        subprocess.run(command, check=True)
-        made.replace(target)
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):  # several processes run tests
+        if not target.exists():
+            _compile(kernels, target)
     return ctypes.CDLL(str(target))
+
+
+def _compile(kernels: str, target: Path) -> None:
+    unit, made = target.with_suffix(".cpp"), target.with_suffix(".new")
+    unit.write_text(definitions() + kernels + '#include "launch.cpp"\n')
+    command = [COMPILER or "g++", *FLAGS, "-DLOCALV4_HOST", "-shared", "-fPIC", "-w"]
+    command += [f"-I{HOST}", f"-I{KERNELS}", str(unit), "-o", str(made)]
+    subprocess.run(command, check=True)
+    made.replace(target)
 
 
 def launch(kernel: Kernel, words: Sequence[int], blocks: int | None = None) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,7 +131,10 @@ class Terminal:
         self.written = ""
         self.exit_code: int | None = None
         self._seen = 0
-        self._pid, self._fd = pty.fork()
+        with warnings.catch_warnings():
+            # of other threads, which are no harm: the child becomes another program at once
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid, self._fd = pty.fork()
         if self._pid == 0:
             os.chdir(ROOT)
             command = [*COMMAND, *arguments]

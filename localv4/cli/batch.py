@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localv4.cancellation import Cancellation
 from localv4.cli import options
 from localv4.cli.engine_options import EngineOptions, TraceRoutes
 from localv4.cli.option_groups import option, with_groups
@@ -281,7 +282,7 @@ def _run(job: Job, asked: Asked) -> None:
         before = len(mine) - len(todo)
         report = Report(job.output, asked.model.spec, len(mine), before, job.quiet, job.no_color)
         if todo:
-            cancelled = threading.Event()
+            cancelled = Cancellation()
             if asked.machine.ray is None:
                 documents = _on_this_machine(job, asked, todo, cancelled, report, stack)
             else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localv4.cancellation import Cancellation
 from localv4.cli import options
 from localv4.cli.engine_options import EngineOptions
 from localv4.cli.option_groups import option, with_groups
@@ -160,7 +161,7 @@ def bench(
     sizes = _parse_all(prompt_tokens, gen_tokens, depth)
     _check_plot(plot)
     reference = options.one_of(model_argument, model, "--model")
-    cancelled = threading.Event()
+    cancelled = Cancellation()
 
     # imported before the model is loaded: the probes are kernels, compiled with the others
     from localv4.cli import bench_peer, loading, worker

@@ -88,11 +88,9 @@ def kld(
             source = stack.enter_context(_open_file(base, engine, windows))
             about = {"file": base.name}
         else:
-            numerics = base_numerics or numerics
-            rows = evaluation.base_rows(kv, base_kv, numerics)
-            base_gpu = gpu if numerics is engine_options.Arithmetic.FAST else None
-            other = evaluation.load(
-                base_model, threads, pin, numerics, quiet, no_color, rows, base_gpu
+            arithmetic, rows = base_numerics or numerics, (kv, base_kv)
+            other = evaluation.load_base(
+                base_model, threads, pin, arithmetic, quiet, no_color, rows, gpu
             )
             tokens = evaluation.tokenize(engine, text, file)
             evaluation.check_same_tokens(engine, other.engine, tokens)

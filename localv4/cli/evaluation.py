@@ -192,16 +192,6 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def base_rows(
-    kv: "engine_options.Kv | None",
-    base_kv: "engine_options.Kv | None",
-    numerics: "engine_options.Arithmetic",
-) -> "engine_options.Kv | None":
-    """Return how a base that is computed in `numerics` stores its context."""
-    is_exact = numerics is engine_options.Arithmetic.EXACT
-    return base_kv or (None if is_exact else kv)
-
-
 def load(
     model: str | None,
     threads: int | None,
@@ -226,3 +216,23 @@ def load(
         gpu=gpu or GpuOptions("cpu"),
     )
     return loading.load_engine(model, setup, quiet=quiet, no_color=no_color)
+
+
+def load_base(
+    model: str | None,
+    threads: int | None,
+    pin: bool,
+    numerics: "engine_options.Arithmetic",
+    quiet: bool,
+    no_color: bool,
+    rows: "tuple[engine_options.Kv | None, engine_options.Kv | None]",
+    gpu: "GpuOptions",
+) -> "Loaded":
+    """Load what a model is compared with.
+
+    `rows`: how the model stores its context, and how the base shall. In `exact` arithmetic a base
+    is computed by the processor, with rows of float32 unless others are asked for.
+    """
+    is_exact = numerics is engine_options.Arithmetic.EXACT
+    kv = rows[1] or (None if is_exact else rows[0])
+    return load(model, threads, pin, numerics, quiet, no_color, kv, None if is_exact else gpu)

@@ -1,10 +1,10 @@
 """One reply, made on the engine thread and watched from the main one."""
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from localv4.cancellation import Cancellation
 from localv4.cli import worker
 from localv4.cli.signals import interrupt_sets
 
@@ -39,7 +39,7 @@ class Generation:
         self._prompt_ids = prompt_ids
         self._options = options
         self._first_token_at: float | None = None
-        self.cancelled = threading.Event()
+        self.cancelled = Cancellation()
         self.reply: Reply | None = None
         self.prefill = (0, len(prompt_ids))  # prompt tokens done, and all of them
         self.tokens = 0

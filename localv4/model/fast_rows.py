@@ -118,7 +118,7 @@ class RowsProgram:
         """Run a segment, fetching experts where it halts; False if a layer cannot be packed."""
         network, done = self._network, 0
         while True:
-            done += network.team.run(segment.program[done:])
+            done += network.run_some(segment.program[done:])
             if done == len(segment.program):
                 return True
             layer = segment.lookups[done - 1]

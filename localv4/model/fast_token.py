@@ -116,7 +116,7 @@ class TokenPlan:
         """Run a segment, seeing to experts where it halts; False if a layer cannot be packed."""
         network, done = self._network, 0
         while True:
-            done += network.team.run(segment.program[done:])
+            done += network.run_some(segment.program[done:])
             if done == len(segment.program):
                 return True
             last = done - 1
@@ -130,7 +130,7 @@ class TokenPlan:
                 network.experts.drop_forms(layer)
                 return False
             assert (network.store.addresses[layer, self._chunk.chosen[0]] > 0).all()
-            network.team.run(segment.program[last:done])
+            network.run_some(segment.program[last:done])
             if len(network.layers[layer].moe.forms) > 1:
                 self._run_late_down(layer)
             done = segment.resumes[layer]
