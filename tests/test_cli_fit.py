@@ -69,6 +69,11 @@ def test_the_rows_of_the_context_are_planned(tmp_path: Path) -> None:
     assert state() == compact
 
 
+def test_where_nothing_fits_the_smallest_form_is_told(tmp_path: Path) -> None:
+    done = fit("v4-flash", "--assume-ram", "2GiB", *LAPTOP[2:], home=tmp_path, code=4)
+    assert done.stdout.startswith("deepseek-v4-flash:q2  does not fit")
+
+
 def test_all_forms_are_compared(tmp_path: Path) -> None:
     rows = fit("v4-flash", *LAPTOP, "--all-quants", home=tmp_path).stdout.splitlines()
     table = [line.split() for line in rows[rows.index("") + 1 :]]

@@ -20,7 +20,7 @@ unpack() { for file in "$1"/*.deb; do dpkg-deb --extract "$file" "$2"; done; }
 
 if [ ! -d "$root/emulator" ]; then
   mkdir -p "$root/packages"
-  (cd "$root/packages" && apt-get download --quiet=2 qemu-user-static)
+  (cd "$root/packages" && apt-get download --quiet=2 -o APT::Sandbox::User=root qemu-user-static)
   unpack "$root/packages" "$root/emulator.new"
   mv "$root/emulator.new" "$root/emulator"
 fi
@@ -32,7 +32,7 @@ if [ ! -d "$root/system" ]; then
   : >"$root/apt/status"
   options=(--quiet=2 -o APT::Architecture=arm64 -o APT::Architectures::=arm64
     -o Dir::State="$root/apt/state" -o Dir::State::status="$root/apt/status"
-    -o Dir::Cache="$root/apt/cache" -o Debug::NoLocking=1 -o APT::Sandbox::User=)
+    -o Dir::Cache="$root/apt/cache" -o Debug::NoLocking=1 -o APT::Sandbox::User=root)
   apt-get "${options[@]}" update
   apt-get "${options[@]}" --yes --download-only --no-install-recommends \
     install python3 libgomp1 libstdc++6
@@ -54,7 +54,7 @@ END
   )
   platforms=()
   for glibc in 17 24 26 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${glibc}_aarch64"); done
-  python3 -m pip install --quiet --target "$root/site.new" --only-binary=:all: \
+  python3 -m pip install --quiet --no-warn-conflicts --target "$root/site.new" --only-binary=:all: \
     --platform manylinux2014_aarch64 "${platforms[@]}" \
     --implementation cp --python-version "$version" "${wanted[@]}"
   mv "$root/site.new" "$root/site"
