@@ -36,13 +36,20 @@ struct Words {
     __device__ i64 at(int index) const { return *(const i64 *)words[index]; }
 };
 
+constexpr int SCRATCH = 21;  // the word of the device's own scratch memory
+
 #define INFINITE __int_as_float(0x7f800000)
 
 // Kernels of one token follow each other so closely that the start of one is hidden behind the end
-// of the one before: its blocks are there already, and wait here until all results are.
-__device__ inline void follow() {
+// of the one before: its blocks are there already, and wait until all results are.
+__device__ inline void let_follow() {
 #if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline void wait_for_results() {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -51,12 +58,23 @@ __device__ inline void follow() {
 #define BOUNDED_KERNEL(bounds, name)                                  \
     __device__ __forceinline__ void name##_body(const Words &op);     \
     extern "C" __global__ void bounds name(const Words op) {          \
-        follow();                                                     \
+        let_follow();                                                 \
+        wait_for_results();                                           \
         name##_body(op);                                              \
     }                                                                 \
     __device__ __forceinline__ void name##_body(const Words &op)
 
 #define KERNEL(name) BOUNDED_KERNEL(, name)
+
+// The same for a kernel that waits by itself, in at least one of its blocks, after it has started to
+// read what no kernel writes: weights.
+#define EARLY_KERNEL(bounds, name)                                    \
+    __device__ __forceinline__ void name##_body(const Words &op);     \
+    extern "C" __global__ void bounds name(const Words op) {          \
+        let_follow();                                                 \
+        name##_body(op);                                              \
+    }                                                                 \
+    __device__ __forceinline__ void name##_body(const Words &op)
 
 // --- numbers ---
 
@@ -138,6 +156,13 @@ __device__ inline u32 load_stream_u32(const void *address) {
     u32 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(address));
     return v;
+#endif
+}
+
+// Ask for many bytes, a multiple of 16, to be in the second cache soon.
+__device__ inline void prefetch_all(const u8 *start, i64 bytes) {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900 && defined(V_PREFETCH)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(start), "r"((u32)bytes));
 #endif
 }
 

@@ -15,6 +15,7 @@ template <class Format_, int eights, int warps, int many_stages, int few_stages>
 struct ExpertTiles {
     typedef Format_ Format;
     typedef Tile<Format, 2, eights, warps, many_stages> Large;
+    typedef Tile<Format, 2, (eights > 4 ? eights / 4 * 3 : eights), warps, many_stages> Most;
     typedef Tile<Format, 2, eights / 2, warps, many_stages> Medium;
     typedef Tile<Format, 2, eights / 4, warps, few_stages> Small;
     typedef Tile<Format, 2, 1, warps, few_stages> Smallest;
@@ -87,7 +88,8 @@ template <class Tiles, class Use>
 __device__ inline void for_each_tile(const Plan &plan, const Use &use) {
     for (int number = blockIdx.x; number < plan.tiles(); number += gridDim.x) {
         ExpertTile tile = find_tile<Tiles::Large::TOKENS>(plan, number);
-        if (tile.count > Tiles::Medium::TOKENS) use.template tile<typename Tiles::Large>(tile);
+        if (tile.count > Tiles::Most::TOKENS) use.template tile<typename Tiles::Large>(tile);
+        else if (tile.count > Tiles::Medium::TOKENS) use.template tile<typename Tiles::Most>(tile);
         else if (tile.count > Tiles::Small::TOKENS) use.template tile<typename Tiles::Medium>(tile);
         else if (tile.count > Tiles::Smallest::TOKENS) use.template tile<typename Tiles::Small>(tile);
         else use.template tile<typename Tiles::Smallest>(tile);
@@ -159,8 +161,6 @@ __device__ inline void experts_gate_up(const Words &op, u8 *shared) {
     GateUp use = {op, shared};
     for_each_tile<Tiles>(plan, use);
 }
-
-constexpr int SCRATCH = 21;  // the word of the device's own scratch memory
 
 // The products of all slots with down, row after row in scratch memory.
 //

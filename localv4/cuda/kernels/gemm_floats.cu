@@ -12,6 +12,13 @@
 
 constexpr int SPAN = 128, STEP = 16;
 
+// Whether there are tensor cores for bfloat16.
+#if defined(LOCALV4_HOST) || __CUDA_ARCH__ >= 800
+constexpr bool HAS_BF16 = true;
+#else
+constexpr bool HAS_BF16 = false;
+#endif
+
 // --- numbers ---
 
 // Two floats as bfloat16, the first one in the lower half.
@@ -112,12 +119,41 @@ struct F32R {
     __device__ static float value(const u8 *column, int row) { return *(const float *)(column + 4 * row); }
 };
 
+// --- activations ---
+
+// What a thread needs of a token in a step of sixteen columns: its four values as sums of two bfloat16.
+struct alignas(16) SplitColumns {
+    u32 high[2], low[2];
+};
+
+__device__ inline SplitColumns split_columns(const float4 &x) {
+    SplitColumns result;
+    split(x.x, x.y, result.high[0], result.low[0]);
+    split(x.z, x.w, result.high[1], result.low[1]);
+    return result;
+}
+
+// Split all activations once, as many threads will need them; their place is as large as they are.
+// Words: those of the product; SCRATCH.
+constexpr int SPLIT_THREADS = 256;
+
+extern "C" __global__ void split_activations(const Words op) {
+    i64 quads = op.number(3) / 4, all = op.number(7) * quads;
+    SplitColumns *out = op.address<SplitColumns>(SCRATCH);
+    for (i64 i = blockIdx.x * (i64)SPLIT_THREADS + threadIdx.x; i < all; i += (i64)gridDim.x * SPLIT_THREADS) {
+        const float *x = op.address<const float>(4) + i / quads * op.number(6) + i % quads * 4;
+        out[i] = split_columns(*(const float4 *)x);
+    }
+}
+
 // --- tiles ---
 
-// As `Tile`, with stages of `columns` columns.
+// As `Tile`, with stages of `columns` columns. Where there are many tokens, their activations
+// ARE_SPLIT already.
 template <class Format_, int groups, int eights, int warps, int stages, int columns>
 struct FloatTile {
     typedef Format_ Format;
+    static constexpr bool ARE_SPLIT = eights > 2;
     static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, COLUMNS = columns;
     static constexpr int THREADS = 32 * warps, GROUPS = groups * warps, TOKENS = 8 * eights;
     static constexpr int GROUP = COLUMNS * Format::BYTES, ROW = 4 * COLUMNS + 64;  // bytes; apart in banks
@@ -186,15 +222,13 @@ __device__ inline void add_step(typename Shape::Sums &part, const u8 *w, const u
     for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m) Format::load(a[m], w + m * Shape::GROUP, own);
 #pragma unroll
     for (int n = 0; n < Shape::EIGHTS; ++n) {
-        float4 own_x = *(const float4 *)(x + (8 * n + own.group) * Shape::ROW + 16 * own.member);
-        u32 high[2], low[2];
-        split(own_x.x, own_x.y, high[0], low[0]);
-        split(own_x.z, own_x.w, high[1], low[1]);
+        const u8 *stored = x + (8 * n + own.group) * Shape::ROW + 16 * own.member;
+        SplitColumns b = Shape::ARE_SPLIT ? *(const SplitColumns *)stored : split_columns(*(const float4 *)stored);
 #pragma unroll
         for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m) {
-            mma_bf16(part[m][n], a[m][0], high, part[m][n]);
-            mma_bf16(part[m][n], a[m][0], low, part[m][n]);
-            if (Format::TERMS == 2) mma_bf16(part[m][n], a[m][Format::TERMS - 1], high, part[m][n]);
+            mma_bf16(part[m][n], a[m][0], b.high, part[m][n]);
+            mma_bf16(part[m][n], a[m][0], b.low, part[m][n]);
+            if (Format::TERMS == 2) mma_bf16(part[m][n], a[m][Format::TERMS - 1], b.high, part[m][n]);
         }
     }
 }
@@ -306,10 +340,13 @@ __device__ inline void float_gemm(const Words &op, u8 *shared) {
     i64 tiles = (tokens + Shape::TOKENS - 1) / Shape::TOKENS;
     i64 group = blockIdx.x / tiles * Shape::GROUPS, token = blockIdx.x % tiles * Shape::TOKENS;
     i64 own_group = group + threadIdx.x / 32 * Shape::GROUPS_OF_WARP;
+    // those that are split lie close together
+    constexpr bool TAKES_SPLIT = Shape::ARE_SPLIT && HAS_BF16;
+    i64 x_stride = TAKES_SPLIT ? cols : op.number(6);
     FloatFactors f = {op.address<const u8>(1) + group * cols * Format::BYTES,
-                      op.address<const float>(4) + token * op.number(6),
+                      op.address<const float>(TAKES_SPLIT ? SCRATCH : 4) + token * x_stride,
                       op.address<const float>(5) + min(own_group, groups - 1) * GROUP_ROWS / SPAN * (cols / SPAN),
-                      op.number(6), (int)(groups - group), (int)(tokens - token), (int)cols};
+                      x_stride, (int)(groups - group), (int)(tokens - token), (int)cols};
     u8 *out = op.address<u8>(8) + token * stride + 4 * GROUP_ROWS * group;
 #if !defined(LOCALV4_HOST) && __CUDA_ARCH__ < 800
     f.scale = op.address<const float>(5) + group * GROUP_ROWS / SPAN * (cols / SPAN);
@@ -333,7 +370,7 @@ __device__ inline void float_gemm(const Words &op, u8 *shared) {
     FLOAT_GEMM(prefix##_gemm_8, Format, 1, 1, 2, 3, columns, 4)   \
     FLOAT_GEMM(prefix##_gemm_16, Format, 1, 2, 2, 3, columns, 4)  \
     FLOAT_GEMM(prefix##_gemm_32, Format, 1, 4, 4, 3, 32, 4)       \
-    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 2, 32, 2)
+    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 8, 3, 32, 1)
 
 FLOAT_GEMMS(b16, B16, 128)
 FLOAT_GEMMS(f8, F8, 128)

@@ -85,6 +85,7 @@ __device__ inline float row_products(const Source &source, int slots, int blocks
             for (int i = 0; i < TOGETHER; ++i, next.advance(count))
                 if (next.slot < slots && source.exists(next.slot))
                     parts[i].load(source.weights(next.slot), first + next.block, first_quad + next.quad);
+            wait_for_results();
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i, place.advance(count))
                 if (place.slot < slots && source.exists(place.slot))
