@@ -92,6 +92,6 @@ __device__ inline void down_parts(const Words &op) {
 
 #define EXPERTS(name, Products)                                \
     TOKEN_KERNEL(name##_gate_up, 3) { gate_up<Products, 16>(op); } \
-    TOKEN_KERNEL(name##_gate_up_few, 4) { gate_up<Products, 8>(op); } \
-    TOKEN_KERNEL(name##_down, 4) { down<Products>(op); }          \
+    TOKEN_KERNEL(name##_gate_up_few, V_MOST) { gate_up<Products, 8>(op); } \
+    TOKEN_KERNEL(name##_down, V_MOST) { down<Products>(op); }          \
     TOKEN_KERNEL(name##_down_parts, 3) { down_parts<Products>(op); }

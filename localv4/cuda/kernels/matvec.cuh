@@ -30,5 +30,5 @@ __device__ inline void matvec(const Words &op) {
 #define MATVEC_KERNEL(name, most) TOKEN_KERNEL(name, most)
 #endif
 #define MATVEC(name, Products)                                        \
-    MATVEC_KERNEL(name##_matvec, 4) { matvec<Products, 16>(op); }         \
-    MATVEC_KERNEL(name##_matvec_few, 4) { matvec<Products, 8>(op); }
+    MATVEC_KERNEL(name##_matvec, V_MOST) { matvec<Products, 16>(op); }         \
+    MATVEC_KERNEL(name##_matvec_few, V_MOST) { matvec<Products, 8>(op); }
