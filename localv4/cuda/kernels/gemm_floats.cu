@@ -64,18 +64,30 @@ __device__ inline u32 e4m3_to_bf16(u32 codes) {
 // A format reads a step of a group. In shared memory columns 4 * i + j of a step are at 4 * j + i, so
 // that the threads of a warp read neighbours.
 
-struct B16 {
-    static constexpr int BYTES = 32, TERMS = 1;  // of a column; bfloat16 that a weight consists of
-    static constexpr bool HAS_SCALES = false;
+// A column of a group has BYTES; a `Pair` are the values of two rows, and a weight consists of TERMS
+// bfloat16. `Own` joins the pairs of two columns to those of the first and of the second row.
+template <class Own, class Pair, int TERMS_, bool has_scales>
+struct FloatFormat {
+    static constexpr int BYTES = GROUP_ROWS / 2 * (int)sizeof(Pair), TERMS = TERMS_;
+    static constexpr bool HAS_SCALES = has_scales;
 
     __device__ static void load(u32 (&a)[TERMS][4], const u8 *w, Place own) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            u32 first = *(const u32 *)(w + BYTES * (8 * half + own.member) + 4 * own.group);
-            u32 second = *(const u32 *)(w + BYTES * (8 * half + 4 + own.member) + 4 * own.group);
-            a[0][2 * half] = permute_bytes(first, second, 0x5410);
-            a[0][2 * half + 1] = permute_bytes(first, second, 0x7632);
+            const Pair *column = (const Pair *)(w + BYTES * (8 * half + own.member)) + own.group;
+            u32 rows[TERMS][2];
+            Own::join(rows, column[0], column[4 * GROUP_ROWS / 2]);
+#pragma unroll
+            for (int term = 0; term < TERMS; ++term)
+                a[term][2 * half] = rows[term][0], a[term][2 * half + 1] = rows[term][1];
         }
+    }
+};
+
+struct B16 : FloatFormat<B16, u32, 1, false> {
+    __device__ static void join(u32 (&rows)[1][2], u32 first, u32 second) {
+        rows[0][0] = permute_bytes(first, second, 0x5410);
+        rows[0][1] = permute_bytes(first, second, 0x7632);
     }
 
     __device__ static float value(const u8 *column, int row) {
@@ -83,18 +95,10 @@ struct B16 {
     }
 };
 
-struct F8 {
-    static constexpr int BYTES = 16, TERMS = 1;
-    static constexpr bool HAS_SCALES = true;
-
-    __device__ static void load(u32 (&a)[TERMS][4], const u8 *w, Place own) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 first = *(const u16 *)(w + BYTES * (8 * half + own.member) + 2 * own.group);
-            u32 second = *(const u16 *)(w + BYTES * (8 * half + 4 + own.member) + 2 * own.group);
-            a[0][2 * half] = e4m3_to_bf16(permute_bytes(first, second, 0x4202));
-            a[0][2 * half + 1] = e4m3_to_bf16(permute_bytes(first, second, 0x5212));
-        }
+struct F8 : FloatFormat<F8, u16, 1, true> {
+    __device__ static void join(u32 (&rows)[1][2], u16 first, u16 second) {
+        rows[0][0] = e4m3_to_bf16(permute_bytes(first, second, 0x4202));
+        rows[0][1] = e4m3_to_bf16(permute_bytes(first, second, 0x5212));
     }
 
     __device__ static float value(const u8 *column, int row) {
@@ -102,18 +106,10 @@ struct F8 {
     }
 };
 
-struct F32R {
-    static constexpr int BYTES = 64, TERMS = 2;
-    static constexpr bool HAS_SCALES = false;
-
-    __device__ static void load(u32 (&a)[TERMS][4], const u8 *w, Place own) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float2 first = *(const float2 *)(w + BYTES * (8 * half + own.member) + 8 * own.group);
-            float2 second = *(const float2 *)(w + BYTES * (8 * half + 4 + own.member) + 8 * own.group);
-            split(first.x, second.x, a[0][2 * half], a[1][2 * half]);
-            split(first.y, second.y, a[0][2 * half + 1], a[1][2 * half + 1]);
-        }
+struct F32R : FloatFormat<F32R, float2, 2, false> {
+    __device__ static void join(u32 (&rows)[2][2], const float2 &first, const float2 &second) {
+        split(first.x, second.x, rows[0][0], rows[1][0]);
+        split(first.y, second.y, rows[0][1], rows[1][1]);
     }
 
     __device__ static float value(const u8 *column, int row) { return *(const float *)(column + 4 * row); }
