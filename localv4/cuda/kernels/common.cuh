@@ -173,13 +173,6 @@ LOADERS(load_input, "nc")
 __device__ inline uint4 load_stream(const void *address) { return load_stream_u128(address); }
 __device__ inline float load_input(const float *address) { return __int_as_float((int)load_input_u32(address)); }
 
-// Ask for many bytes, a multiple of 16, to be in the second cache soon.
-__device__ inline void prefetch_all(const u8 *start, i64 bytes) {
-#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900 && defined(V_PREFETCH)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(start), "r"((u32)bytes));
-#endif
-}
-
 // Ask for a line to be in the second cache soon.
 __device__ inline void prefetch_far(const void *address) {
 #ifndef LOCALV4_HOST

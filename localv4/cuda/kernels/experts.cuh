@@ -20,7 +20,6 @@ __device__ inline void gate_up(const Words &op) {
     if (record == nullptr) return;
     i64 bytes = group_bytes<typename Products::Weights>(cols);
     Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};
-    if (threadIdx.x == 0) prefetch_all(record + (2 * group * PARTS + 2 * part) * (bytes / PARTS), 2 * bytes / PARTS);
     GroupSource source = {record + 2 * group * bytes, bytes, x};
     float sum = Products::finish(row_products<Products, ROWS>(source, 2, cols / BLOCK, part * (ROWS / 4)));
     if (threadIdx.x >= 32) return;
@@ -60,9 +59,6 @@ __device__ inline void down(const Words &op) {
     for (int first = 0; first < count; first += at_once) {
         int slots = min(at_once, count - first);
         DownSource source = {op.address<const u8 *>(1) + first, offset, x.row(first, cols), cols};
-        i64 own_bytes = group_bytes<typename Products::Weights>(cols) / PARTS;
-        if (threadIdx.x < slots && source.exists(threadIdx.x))
-            prefetch_all(source.weights(threadIdx.x) + part * own_bytes, own_bytes);
         products[threadIdx.x] =
             Products::finish(row_products<Products, DOWN_ROWS>(source, slots, blocks, part * (DOWN_ROWS / 4)));
         __syncthreads();
@@ -92,6 +88,6 @@ __device__ inline void down_parts(const Words &op) {
 
 #define EXPERTS(name, Products)                                \
     TOKEN_KERNEL(name##_gate_up, 3) { gate_up<Products, 16>(op); } \
-    TOKEN_KERNEL(name##_gate_up_few, V_MOST) { gate_up<Products, 8>(op); } \
-    TOKEN_KERNEL(name##_down, V_MOST) { down<Products>(op); }          \
+    TOKEN_KERNEL(name##_gate_up_few, 4) { gate_up<Products, 8>(op); } \
+    TOKEN_KERNEL(name##_down, 4) { down<Products>(op); }          \
     TOKEN_KERNEL(name##_down_parts, 3) { down_parts<Products>(op); }

@@ -16,19 +16,15 @@ __device__ inline void matvec(const Words &op) {
     if (slots <= 0) return;
     i64 bytes = group_bytes<typename Products::Weights>(cols);
     Rounded x = {op.address<i8>(4), op.address<float>(5), op.address<int>(6)};
-    if (threadIdx.x == 0)
-        prefetch_all(op.address<u8>(1) + group * bytes + part * (bytes / PARTS), slots * bytes / PARTS);
     GroupSource source = {op.address<u8>(1) + group * bytes, bytes, x};
     float sum = row_products<Products, ROWS>(source, slots, cols / BLOCK, part * (ROWS / 4));
     if (threadIdx.x < slots * ROWS)
         op.address<float>(7)[group * GROUP_ROWS + part * ROWS + threadIdx.x] = Products::finish(sum);
 }
 
-#ifdef V_EARLY
-#define MATVEC_KERNEL(name, most) EARLY_KERNEL(__launch_bounds__(TOKEN_THREADS, most), name)
-#else
-#define MATVEC_KERNEL(name, most) TOKEN_KERNEL(name, most)
-#endif
-#define MATVEC(name, Products)                                        \
-    MATVEC_KERNEL(name##_matvec, V_MOST) { matvec<Products, 16>(op); }         \
-    MATVEC_KERNEL(name##_matvec_few, V_MOST) { matvec<Products, 8>(op); }
+#define MATVEC(name, Products)                          \
+    MATVEC_OF(name##_matvec, Products, GROUP_ROWS)      \
+    MATVEC_OF(name##_matvec_few, Products, 8)
+
+#define MATVEC_OF(name, Products, rows)                 \
+    EARLY_KERNEL(__launch_bounds__(TOKEN_THREADS, 4), name) { matvec<Products, rows>(op); }

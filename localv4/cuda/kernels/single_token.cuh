@@ -20,9 +20,6 @@ constexpr int ROW_GAP = 16;         // floats between two rows of hidden layers
 
 // `most` blocks of threads run on a multiprocessor at a time. With four, the blocks of a whole matrix
 // of a model fit on a large GPU at once, where a few too many would take twice as long.
-#ifndef V_MOST
-#define V_MOST 4
-#endif
 #define TOKEN_KERNEL(name, most) BOUNDED_KERNEL(__launch_bounds__(TOKEN_THREADS, most), name)
 
 // A table (slots, blocks, ROWS, FLOATS) in shared memory; a gap behind each slot keeps those that are
@@ -67,6 +64,7 @@ struct TaskPlace {
 
 // The product of row threadIdx.x % ROWS of slot threadIdx.x / ROWS, in the threads that have one.
 //
+// What other kernels have computed, activations, is waited for when weights have been asked for.
 // `source.weights(slot)` is the group of rows of a slot, if it `exists(slot)`, and `source.x(slot)`
 // its activations; `first_quad` * 4 is the first row in a group.
 template <class Products, int ROWS, class Source>
