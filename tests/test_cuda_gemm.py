@@ -73,7 +73,7 @@ def test_products_have_the_bits_of_the_cpu(
 def test_large_tiles(
     fmt: PackedFormat, tile: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localv4.cuda.twins.gemm.MANY_WARPS", 1)
+    monkeypatch.setattr("localv4.cuda.twins.gemm.MANY_BLOCKS", 1)
     shape = TILES[fmt][tile]
     rows, cols = 16 * shape.all_groups + 48, 256
     assert best_tile(TILES[fmt], rows // 16, tokens) == shape

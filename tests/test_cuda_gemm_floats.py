@@ -75,7 +75,7 @@ def test_products(name: str, rows: int, cols: int, tokens: int) -> None:
 
 @matrices
 def test_large_tiles(name: str, rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localv4.cuda.twins.gemm.MANY_WARPS", 1)
+    monkeypatch.setattr("localv4.cuda.twins.gemm.MANY_BLOCKS", 1)
     weights, x = Weights(name, rows, cols), activations(121, cols)
     product = weights.products(x)
     assert distance(product, x[:, :cols].astype(float) @ weights.values.T) < TOLERANCE

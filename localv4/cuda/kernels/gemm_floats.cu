@@ -366,7 +366,7 @@ __device__ inline void float_gemm(const Words &op, u8 *shared) {
     FLOAT_GEMM(prefix##_gemm_8, Format, 1, 1, 2, 3, columns, 4)   \
     FLOAT_GEMM(prefix##_gemm_16, Format, 1, 2, 2, 3, columns, 4)  \
     FLOAT_GEMM(prefix##_gemm_32, Format, 1, 4, 4, 3, 32, 4)       \
-    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 8, 3, 32, 1)
+    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 3, 32, 2)
 
 FLOAT_GEMMS(b16, B16, 128)
 FLOAT_GEMMS(f8, F8, 128)

@@ -18,8 +18,8 @@ KQUANTS = "gemm_kquants.cu"
 WITH_LEAST = (Q4K, Q2)
 """Formats that want the sums of activations."""
 
-MANY_WARPS = 1024
-"""Warps that keep a large GPU busy; with fewer a smaller tile is better."""
+MANY_BLOCKS = 256
+"""Blocks of threads that keep a large GPU busy; with fewer a smaller tile is better."""
 
 FEW_TOKENS = 16
 """Tokens that one tile takes, so that the weights are read once."""
@@ -106,7 +106,7 @@ def _is_too_large(tile: Tile, groups: int, tokens: int) -> bool:
     half = tile.tokens // 2
     computed, of_half = -(-tokens // tile.tokens) * tile.tokens, -(-tokens // half) * half
     is_rather_empty = 4 * computed > 5 * of_half
-    return is_rather_empty or tile.warps * tile.blocks(groups, tokens) < MANY_WARPS
+    return is_rather_empty or tile.blocks(groups, tokens) < MANY_BLOCKS
 
 
 def gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:

@@ -50,7 +50,7 @@ def _twin(fmt: PackedFormat, superblocks: int) -> Twin:
         FloatTile(fmt, 1, 8, 2, 3, superblocks, SOURCE),
         FloatTile(fmt, 1, 16, 2, 3, superblocks, SOURCE),
         FloatTile(fmt, 1, 32, 4, 3, 1, SOURCE),
-        FloatTile(fmt, 2, 64, 8, 3, 1, SOURCE),
+        FloatTile(fmt, 2, 64, 4, 3, 1, SOURCE),
     )
     products = (gemm_kernel(tiles, tile) for tile in tiles)
     return Twin("aiiaaiiaii", (_splitting(tiles), *products))
