@@ -28,6 +28,7 @@ def finished_file(path: Path, need_bytes: int = 0, hint: str | None = None) -> I
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         message = f"cannot write {path}: {error.strerror or error}"
         if error.errno == errno.ENOSPC:
@@ -36,6 +37,20 @@ def finished_file(path: Path, need_bytes: int = 0, hint: str | None = None) -> I
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder last; systems that cannot be asked for it keep their own order."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _check_space(folder: Path, need_bytes: int, hint: str | None) -> None:

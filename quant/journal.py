@@ -14,8 +14,6 @@ from quant.tensor_class import TensorClass
 JOURNAL_NAME = ".packing.json"
 MAX_JOURNAL_BYTES = 64 << 20
 
-_PIECE_BYTES = 1 << 24
-
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -91,8 +89,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.finished_file import sync_folder
 from localv4.kernels.buffers import aligned_bytes
 from localv4.model.matrix import Packed
 from quant.direct_writer import DirectWriter
@@ -111,7 +112,7 @@ def write_file(path: Path, parts: Iterable[Part], on_bytes: OnBytes | None = Non
     finally:
         os.close(descriptor)
     partial.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return WrittenFile(total, digest.hexdigest())
 
 
@@ -157,14 +158,3 @@ def nbytes_of(part: Part) -> int:
 def _bytes_of(part: Part) -> NDArray[np.uint8]:
     array = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
     return array.reshape(-1).view(np.uint8)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; systems that cannot open a folder keep their own order."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

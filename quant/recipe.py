@@ -14,7 +14,6 @@ The last rule that names a tensor decides. What no rule names keeps its values.
 """
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from localv4.errors import BadFileError, UsageError
 from localv4.small_file import read_small_file
 from localv4.storage.recipe_files import NAMES, check_layers, names_layer, read_recipe
+from localv4.toml_file import did_you_mean, first_problem, parse_toml
 from quant.formats import GGML_TARGETS, KEEP, PACKED_TARGETS
 from quant.tensor_class import TensorClass
 
@@ -112,7 +112,7 @@ def load_recipe(reference: str) -> Recipe:
     path = Path(reference)
     if path.suffix != ".toml":
         raise UsageError(
-            f'there is no recipe "{reference}"',
+            f'there is no recipe "{reference}"{did_you_mean(reference, NAMES)}',
             hint=f"choose {', '.join(NAMES)}, or a file that ends in .toml",
         )
     return _parse(read_small_file(path, MAX_RECIPE_BYTES), path, path.stem.lower())
@@ -121,29 +121,20 @@ def load_recipe(reference: str) -> Recipe:
 def _parse(data: bytes, path: Path, name: str) -> Recipe:
     if not _NAME.fullmatch(name):
         raise BadFileError(path, "the name of a recipe is made of a-z, 0-9, dots, _ and -")
-    try:
-        values = tomllib.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadFileError(path, f"not valid TOML: {error}") from error
+    values = parse_toml(data, path)
     if "name" in values:
         raise BadFileError(path, "name: a recipe has the name of its file")
     try:
-        return Recipe(name=name, **values)
-    except (ValidationError, TypeError) as error:
-        raise BadFileError(path, _first_problem(error)) from error
-
-
-def _first_problem(error: ValidationError | TypeError) -> str:
-    if isinstance(error, TypeError):
-        return str(error)
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        return Recipe.model_validate({**values, "name": name})
+    except ValidationError as error:
+        known = {*Recipe.model_fields, *Rule.model_fields}
+        raise BadFileError(path, first_problem(error, known)) from error
 
 
 def _known(names: list[str], targets: object) -> list[str]:
     allowed = [KEEP, *targets]  # type: ignore[misc]
     for name in names:
         if name not in allowed:
-            raise ValueError(f'"{name}" is not one of {", ".join(allowed)}')
+            near = did_you_mean(name, allowed)
+            raise ValueError(f'"{name}" is not one of {", ".join(allowed)}{near}')
     return names

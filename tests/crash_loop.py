@@ -4,7 +4,7 @@
 
 STRIDE 1 takes every step; MOMENTS is a file of second moments. Prints how many steps there are and
 how many were taken. Each run is a fork of this process, which has the compiled code in memory; it
-has no other threads while it forks.
+has no other threads while it forks. As many steps are tried at a time as there are processors.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ def convert(form: str, source: Path, moments: Path | None, target: Path) -> None
 
 def killed_at(step: int, work: Callable[[], None]) -> None:
     """Run work in a fork that is killed before its step number `step`."""
-    child = os.fork()
-    if child == 0:
+
+    def stopped() -> None:
         left = step
 
         def before() -> None:
@@ -66,7 +66,8 @@ def killed_at(step: int, work: Callable[[], None]) -> None:
 
         watch_steps(before)
         work()
-        os._exit(0)
+
+    child = in_fork(stopped)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
         sys.exit(f"step {step}: the run ended by itself")
@@ -123,6 +124,33 @@ def main() -> None:
         sys.exit(f"left behind: {sorted(expected)}")
     steps = steps_of(lambda: work(scratch / "counted"))
     chosen = [n for n in range(1, steps + 1) if n % int(stride) == 0 or n > steps - TAIL]
+    workers = min(os.cpu_count() or 1, len(chosen))
+    children = [
+        in_fork(partial(take_steps, chosen[n::workers], form, scratch, work, expected))
+        for n in range(workers)
+    ]
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit(1)
+    print(steps, len(chosen))
+
+
+def in_fork(work: Callable[[], None]) -> int:
+    """Start work in a fork and return its number; it ends with 0 if nothing was wrong."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    return child
+
+
+def take_steps(
+    chosen: list[int],
+    form: str,
+    scratch: Path,
+    work: Callable[[Path], None],
+    expected: dict[str, str],
+) -> None:
+    """Kill a run at each of the steps and let it go on; exit with a message if that is wrong."""
     for step in chosen:
         target = scratch / f"target{step}"
         killed_at(step, partial(work, target))
@@ -133,7 +161,6 @@ def main() -> None:
         if found != expected:
             sys.exit(f"step {step}: other files than without a stop: {sorted(found)}")
         shutil.rmtree(target)
-    print(steps, len(chosen))
 
 
 def is_finished(form: str, target: Path, expected: dict[str, str]) -> bool:

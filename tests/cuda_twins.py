@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real_gpu
+from filelock import FileLock
 
 from localv4.cuda.compiler import definitions
 from localv4.cuda.twin import SCRATCH, Kernel
@@ -53,18 +54,22 @@ def library(source: str) -> ctypes.CDLL:
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"localv4-cuda-host-{digest}"
     target = folder / f"{source}.so"
-    if not target.exists():
-        folder.mkdir(exist_ok=True)
-        unit = folder / f"{source}.cpp"
-        files = (KERNELS / source, HOST / "launch.cpp")
-        includes = "".join(f'#include "{path}"\n' for path in files)
-        unit.write_text(definitions() + includes)
-        made = folder / f"{source}.{id(target)}.so"
-        command = [COMPILER or "g++", *FLAGS, "-DLOCALV4_HOST", "-shared", "-fPIC", "-w"]
-        command += [f"-I{HOST}", f"-I{KERNELS}", str(unit), "-o", str(made)]
-        subprocess.run(command, check=True)
-        made.replace(target)
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{source}.lock"):  # several processes run tests
+        if not target.exists():
+            _compile(source, target)
     return ctypes.CDLL(str(target))
+
+
+def _compile(source: str, target: Path) -> None:
+    unit, made = target.with_suffix(".cpp"), target.with_suffix(".new")
+    files = (KERNELS / source, HOST / "launch.cpp")
+    includes = "".join(f'#include "{path}"\n' for path in files)
+    unit.write_text(definitions() + includes)
+    command = [COMPILER or "g++", *FLAGS, "-DLOCALV4_HOST", "-shared", "-fPIC", "-w"]
+    command += [f"-I{HOST}", f"-I{KERNELS}", str(unit), "-o", str(made)]
+    subprocess.run(command, check=True)
+    made.replace(target)
 
 
 def launch(kernel: Kernel, words: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,9 @@ CURSOR_QUESTION = b"\x1b[6n"
 needs_jit = pytest.mark.skipif(
     os.environ.get("NUMBA_DISABLE_JIT", "0") != "0", reason="too slow without compiled kernels"
 )
+LAPTOP = ("--assume-ram", "64GiB", "--assume-bandwidth", "90GB/s", "--assume-disk", "7GB/s")
+"""A machine that somebody describes to `localv4 fit`."""
+
 needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on Windows")
 
 
@@ -127,7 +131,10 @@ class Terminal:
         self.written = ""
         self.exit_code: int | None = None
         self._seen = 0
-        self._pid, self._fd = pty.fork()
+        with warnings.catch_warnings():
+            # of other threads, which are no harm: the child becomes another program at once
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid, self._fd = pty.fork()
         if self._pid == 0:
             os.chdir(ROOT)
             command = [*COMMAND, *arguments]

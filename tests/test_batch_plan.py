@@ -1,5 +1,6 @@
 """What a batch takes from the plan for memory, and what its report makes of the counts."""
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from localv4.engine.batch_memory import BatchPlan, plan_batch
 from localv4.engine.batching import BatchStats
 from localv4.engine.engine import Engine
 from localv4.engine.memory import MemoryOptions
+from localv4.kernels.row_operations import COMPACT, FORMATS
 from localv4.library.installed import embedded_model_path
 from localv4.library.registry import ApiPrice, ModelSpec
+from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import Memory
+from localv4.planning.model_facts import held_state_bytes
+from localv4.storage import open_checkpoint
 
 GIB = 1 << 30
 
@@ -54,6 +59,21 @@ def test_memory_of_rows_is_kept_from_experts(monkeypatch: pytest.MonkeyPatch) ->
     assert ram.ram is not None and ram.ram < 4 * GIB and ram.reserve is None
 
 
+def test_rows_are_counted_in_the_format_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    compact = plan(monkeypatch, parallel=8)
+    wide = plan(monkeypatch, parallel=8, options=MemoryOptions(kv="f32"))
+    exact = plan(monkeypatch, parallel=8, exact=True)
+    per_token = {"compact": 0.0, "f32": 0.0}
+    with open_checkpoint(embedded_model_path()) as checkpoint:
+        facts = facts_of_checkpoint("tiny-v4", "", checkpoint)
+    for name in per_token:
+        per_token[name] = replace(facts, rows=FORMATS[name]).state_bytes_per_token
+    assert facts.state_bytes_per_token == per_token["compact"] < per_token["f32"] / 3
+    fewer = (per_token["f32"] - per_token["compact"]) * facts.config.max_positions
+    assert wide.row_bytes - compact.row_bytes == pytest.approx(fewer)
+    assert exact.row_bytes == wide.row_bytes
+
+
 def test_little_memory_means_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy, tight = plan(monkeypatch, threads=16), plan(monkeypatch, 0.85, threads=16)
     assert 1 <= tight.rows < roomy.rows == 64
@@ -66,6 +86,8 @@ def test_the_plan_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.load(embedded_model_path(), threads=1, memory=found.memory)
     assert engine.plan is not None
     assert engine.plan.reserve == found.memory.reserve
+    state = held_state_bytes(engine.config, engine.plan.ctx_size, COMPACT)
+    assert engine.plan.fixed["decoder state"] == state and engine.network.rows is COMPACT
 
 
 def test_cost_at_the_price_of_the_api(capsys: pytest.CaptureFixture[str]) -> None:

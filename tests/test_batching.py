@@ -19,7 +19,9 @@ from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.sampler import Sampling
 from localv4.engine.session import Session
 from localv4.errors import Cancelled, DoesNotFitError, NumericsError
+from localv4.kernels.row_operations import COMPACT
 from localv4.library.installed import embedded_model_path
+from localv4.planning.model_facts import held_state_bytes
 from localv4.text.prompt import parse_messages, render
 
 pytestmark = needs_jit
@@ -247,6 +249,19 @@ def test_rows_wait_for_memory_and_pause_for_it(
         outcomes += shrinking.step()
     assert shrinking.stats.paused > 0
     assert {o.job: tokens(o) for o in outcomes} == {a: alone(engine, a) for a in jobs}
+
+
+def test_rows_join_by_the_bytes_of_their_format(engine: Engine) -> None:
+    batcher = Batcher(engine, 4)
+    asked = [job(engine, text, 24) for text in QUESTIONS[:3]]
+    for each in asked:
+        batcher.submit(each)
+    batcher.step()
+    assert len(batcher._running) == 3
+    for row in batcher._running:
+        tokens = len(row.ids_before) + row.budget
+        most = held_state_bytes(engine.config, tokens, COMPACT)
+        assert held_state_bytes(engine.config, tokens - 24, COMPACT) <= row.planned_bytes <= most
 
 
 def test_memory_that_runs_out_costs_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

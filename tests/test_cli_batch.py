@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from terminal import Ended, Terminal, needs_jit, needs_pty, run_here, start_localv4
 
 from localv4.engine.batch_input import MAX_LINE_BYTES
+from localv4.paging.trace import read_trace
 
 pytestmark = needs_jit
 
@@ -322,6 +324,34 @@ def test_statistics(tmp_path: Path) -> None:
     line = next(line for line in done.stderr.splitlines() if line.startswith("prompts"))
     assert [part.split()[0] for part in line.split(" | ")[:2]] == ["prompts", "gen"]
     assert "rows at a time" in line and "peak RSS" in line
+
+
+def test_routes_of_all_rows_are_recorded(tmp_path: Path) -> None:
+    trace = tmp_path / "routes"
+    assert batch(tmp_path, "--trace-routes", str(trace), rows=ROWS).code == 0
+    found = read_trace(trace)
+    answered = sum(
+        row["response"]["body"]["usage"]["completion_tokens"] for row in results(tmp_path).values()
+    )
+    assert found.chosen.shape[1:] == (8, 4)
+    # the last token of a prompt is decoded with the answer, whose own last is never processed
+    assert (~found.is_prompt).sum() == answered and found.is_prompt.any()
+    for wrong in ("in.jsonl", "out.jsonl"):
+        before = (tmp_path / wrong).read_bytes()
+        done = batch(tmp_path, "--trace-routes", str(tmp_path / wrong))
+        assert done.code == 2 and "a file of their own" in done.stderr
+        assert (tmp_path / wrong).read_bytes() == before
+    assert batch(tmp_path, "--trace-routes", str(trace), "--ray", "auto").code == 2
+
+
+@needs_pty
+def test_kills_at_moments_of_all_kinds_cost_no_row(tmp_path: Path) -> None:
+    """`python tests/batch_crash_loop.py SCRATCH KILLS SEED` takes as many as one likes."""
+    script = Path(__file__).with_name("batch_crash_loop.py")
+    command = [sys.executable, str(script), str(tmp_path), "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(kind in done.stdout for kind in ("'step'", "'write'", "'fsync'"))
 
 
 def started(home: Path, rows: list[Any]) -> "subprocess.Popen[bytes]":

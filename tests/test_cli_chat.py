@@ -148,6 +148,7 @@ def test_stats(chat: Chat) -> None:
         ("/set temp", "needs a value"),
         ("/set temp hot", "temp must be"),
         ("/set tmep 1", "no setting"),
+        ("/clear all", "takes nothing more"),
         ("/read", "needs a file"),
         ("/read /no/such/file", "no such file"),
     ],

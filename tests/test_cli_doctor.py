@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from terminal import needs_jit, run_here
 
-from localv4 import paths
 from localv4.cuda.speed import GpuSpeed
 from localv4.planning import history, measuring, problems, system
 from localv4.planning.machine import DiskFacts, GpuFacts, KernelShares, Machine
@@ -32,10 +31,8 @@ MACHINE = Machine(
 
 
 @pytest.fixture(autouse=True)
-def _known_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _known_machine(own_folders: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes long, and tells something else every time."""
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path / "state")
     monkeypatch.setattr(measuring, "measured_machine", lambda *_: MACHINE)
     monkeypatch.setattr(measuring, "known_machine", lambda *_: MACHINE)
 

@@ -6,22 +6,12 @@ from typing import Any
 
 import pytest
 from loopback_hub import LoopbackHub
-from terminal import Ended, needs_jit, run_here
+from terminal import LAPTOP, Ended, needs_jit, run_here
 
-from localv4 import paths
 from localv4.library.installed import embedded_model_path
 from localv4.planning.plan import GIB
 
-pytestmark = needs_jit
-
-LAPTOP = ("--assume-ram", "64GiB", "--assume-bandwidth", "90GB/s", "--assume-disk", "7GB/s")
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # what this machine has measured or run before must not matter
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path / "state")
+pytestmark = [needs_jit, pytest.mark.usefixtures("own_folders")]
 
 
 def fit(*arguments: str, home: Path, code: int = 0) -> Ended:
@@ -77,6 +67,11 @@ def test_the_rows_of_the_context_are_planned(tmp_path: Path) -> None:
     compact, wide = (state("--kv", name) for name in ("compact", "f32"))
     assert wide - compact == pytest.approx((per_token["f32"] - per_token["compact"]) * 2**20, 1e-4)
     assert state() == compact
+
+
+def test_where_nothing_fits_the_smallest_form_is_told(tmp_path: Path) -> None:
+    done = fit("v4-flash", "--assume-ram", "2GiB", *LAPTOP[2:], home=tmp_path, code=4)
+    assert done.stdout.startswith("deepseek-v4-flash:q2  does not fit")
 
 
 def test_all_forms_are_compared(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_no_arguments_show_the_help(tmp_path: Path) -> None:
     [
         (["rnu"], "Did you mean 'run'?", "localv4 --help"),
         (["run", "--tmep", "1"], "--temp", "localv4 run --help"),
-        (["run", "-n", "many", "x"], "valid integer", "localv4 run --help"),
+        (["run", "-n", "many", "x"], "whole number", "localv4 run --help"),
+        (["run", "--readers", "0", "x"], "--readers", "localv4 run --help"),
         (["eval", "logits"], "--tokens", ""),
         (["chat"], "needs a terminal", "localv4 run"),
         (["run", "x", "-p", "y"], "given twice", ""),

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 import pytest
@@ -12,6 +13,11 @@ from conversions import converted, official_model
 from filelock import FileLock
 from terminal import run_here
 
+from localv4.cli import quantize_progress
+from localv4.cli.quantize_progress import QuantizeProgress
+from quant.errors_made import ErrorTotals
+from quant.task import Progress
+from quant.tensor_class import TensorClass
 from quant.workplace import LOCK_NAME
 
 pytestmark = pytest.mark.skipif(
@@ -109,12 +115,15 @@ def test_a_packed_source(source: Path, tmp_path: Path) -> None:
     assert done.code == 2 and "is packed already" in done.stderr
 
 
-def test_a_second_process_is_refused(source: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    with FileLock(target / LOCK_NAME):
-        done = run_here("quantize", str(source), "-o", str(target), home=tmp_path)
+@pytest.mark.parametrize("form", ["packed", "gguf"])
+def test_a_second_process_is_refused(form: str, source: Path, tmp_path: Path) -> None:
+    name, lock = ("out", f"out/{LOCK_NAME}") if form == "packed" else ("out.gguf", ".out.lock")
+    (tmp_path / lock).parent.mkdir(exist_ok=True)
+    arguments = ("quantize", str(source), "-o", str(tmp_path / name), "--format", form)
+    with FileLock(tmp_path / lock):
+        done = run_here(*arguments, home=tmp_path)
     assert done.code == 1 and "another process is writing" in done.stderr
+    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "out.gguf").exists()
 
 
 def test_files_that_may_not_become_large_enough(source: Path, tmp_path: Path) -> None:
@@ -132,3 +141,21 @@ def test_files_that_may_not_become_large_enough(source: Path, tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (target / "manifest.json").exists()
+
+
+def test_progress_tells_what_is_done_the_time_left_and_the_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((0.0, 0.0, 5.0, 20.0))
+    monkeypatch.setattr(quantize_progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    errors = ErrorTotals()
+    errors.add(TensorClass.HEAD, 1.0, 400.0)
+    state = Progress(0, 4 << 30, 0, 4, errors)
+    with QuantizeProgress(quiet=False) as report:
+        report(state)  # too early for a line, and so is the next one
+        report(state)
+        state.bytes_done, state.files_done = 1 << 30, 1
+        report(state)
+    captured = capsys.readouterr()
+    line = "1.0 GiB of 4.0 GiB, 1 of 4 files, 51.2 MiB/s, 60 s left, error 5.00 %\n"
+    assert (captured.out, captured.err) == ("", line)

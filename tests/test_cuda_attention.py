@@ -7,8 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from attention_cases import (
+    CASES,
+    RELEASED,
+    Case,
+    Run,
+    assert_the_break_is_seen,
+    assert_the_sink_takes_the_weight,
+    case_with_a_broken_key,
+    case_with_a_high_sink,
+    in_formats,
+)
 from cuda_twins import needs_compiler, run_twin
-from test_attend import CASES, RELEASED, Case, Run
 
 from localv4.kernels import attend, row_operations
 
@@ -20,13 +30,7 @@ for fmt in row_operations.FORMATS.values():
     ENTRIES += [fmt.attend, fmt.attend_scores, fmt.attend_values]
 BY_ADDRESS = {entry.address: entry for entry in ENTRIES}
 
-SMALL = {name: case for name, case in CASES.items() if case is not RELEASED}
-IN_FORMATS = {
-    f"{name}, {rows.name}": replace(case, rows=rows)
-    for name, case in SMALL.items()
-    for rows in row_operations.FORMATS.values()
-    if case.ratio or rows is row_operations.F32
-}
+IN_FORMATS = in_formats({name: case for name, case in CASES.items() if case is not RELEASED})
 cases = pytest.mark.parametrize("case", IN_FORMATS.values(), ids=IN_FORMATS.keys())
 
 
@@ -75,18 +79,13 @@ def test_more_parts_than_one_tile_each() -> None:
 
 
 def test_a_high_sink_takes_the_weight() -> None:
-    case = Case(heads=4, n=32, tokens=2, position=40, span=8)
-    case.sinks[1] = 60
-    for result in (TwinRun(case).together().result[0], TwinRun(case).alone(0).result[0]):
-        assert np.abs(result[1]).max() < 1e-20
-        assert np.abs(result[[0, 2, 3]]).max(1).min() > 1e-2
+    case = case_with_a_high_sink()
+    for result in (TwinRun(case).together().result, TwinRun(case).alone(0).result):
+        assert_the_sink_takes_the_weight(result[0])
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 def test_a_broken_key_is_not_hidden(spoilt: float) -> None:
-    case = Case(heads=4, n=32, tokens=4, position=40, span=8)
-    case.window[42 % case.capacity, 3] = spoilt
-    together, alone = TwinRun(case).together().result, TwinRun(case).alone(3).result
-    assert np.isfinite(together[:2]).all()
-    assert not np.isfinite(together[2:, :, 3]).any()
-    assert not np.isfinite(alone[3, :, 3]).any()
+    case = case_with_a_broken_key(spoilt)
+    assert_the_break_is_seen(TwinRun(case).together().result)
+    assert not np.isfinite(TwinRun(case).alone(3).result[3, :, 3]).any()

@@ -1,17 +1,15 @@
 """CUDA twins of products of experts with many tokens: the bits of the CPU's."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_products import FORMATS, random_packed
+from cuda_products import FORMATS
 from cuda_twins import needs_compiler, run_twin
+from expert_cases import Experts
 from operation_runs import ROW_GAP, Rounded, assert_same_bits, run
 from reference_packed import Floats, address, aligned, floats
 
-from localv4.kernels import packed
-from localv4.kernels.formats import OPERATIONS, Operations
 from localv4.kernels.gemm import SCRATCH_BYTES, SPARE_TOKENS
 from localv4.kernels.operation import float_bits
 from localv4.kernels.packed import Q8, PackedFormat
@@ -20,6 +18,7 @@ from localv4.kernels.single_token import quantize
 pytestmark = needs_compiler
 
 LIMIT = 1.5
+FIRST = 3  # slot of the first token
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 COUNTS = (
     pytest.param((5, 0, 8, 1, 2), id="few"),
@@ -34,49 +33,22 @@ def scratch() -> Any:
     return aligned(np.zeros(SCRATCH_BYTES, np.uint8))
 
 
-@dataclass
-class Experts:
-    """Packed experts and the number of tokens that come to each, the first slot not being 0."""
-
-    fmt: PackedFormat
-    hidden: int
-    inner: int
-    counts: tuple[int, ...]
-    first: int = 3
-
-    def __post_init__(self) -> None:
-        shapes = ((2 * self.inner, self.hidden), (self.hidden, self.inner))
-        self.packed = [
-            aligned(np.concatenate([random_packed(seed, self.fmt, *shape) for shape in shapes]))
-            for seed in range(len(self.counts))
-        ]
-        self.records = np.array([address(expert) for expert in self.packed])
-        self.records[np.array(self.counts) == 0] = 0
-        self.starts = np.cumsum([self.first, *self.counts])
-        self.slots = int(self.starts[-1])
-
-    @property
-    def operations(self) -> Operations:
-        return OPERATIONS[self.fmt.name]
-
-    def words(self) -> tuple[int, int, int]:
-        return address(self.records), len(self.counts), address(self.starts)
-
-    def activations(self, seed: int, cols: int, size: float) -> Rounded:
-        x = floats(self.slots, cols)
-        x[...] = size * np.random.default_rng(seed).normal(size=x.shape)
-        rows = Rounded(self.slots + SPARE_TOKENS, cols)
-        run(1, quantize, (address(x), cols, 0, self.slots, cols, *rows.addresses(0)))
-        return rows
+def activations(experts: Experts, seed: int, cols: int, size: float) -> Rounded:
+    """Rounded rows for all slots."""
+    x = floats(experts.slots, cols)
+    x[...] = size * np.random.default_rng(seed).normal(size=x.shape)
+    rows = Rounded(experts.slots + SPARE_TOKENS, cols)
+    run(1, quantize, (address(x), cols, 0, experts.slots, cols, *rows.addresses(0)))
+    return rows
 
 
 @all_formats
 @all_counts
 def test_hidden_layers_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) -> None:
-    experts = Experts(fmt, 256, 256, counts)
-    x = experts.activations(1, 256, 10)
+    experts = Experts(fmt, 256, 256, counts, FIRST)
+    x = activations(experts, 1, 256, 10)
     mine, theirs = (Rounded(experts.slots + SPARE_TOKENS, 256) for _ in range(2))
-    words = (*experts.words(), 2 * 256 // 16, 256, *x.addresses(0))
+    words = (*experts.words, 2 * 256 // 16, 256, *x.addresses(0))
     entry, memory = experts.operations.experts_gate_up, scratch()
     rest = (address(memory), float_bits(LIMIT))
     run(1, entry, (*words, *theirs.addresses(0), *rest))
@@ -89,13 +61,12 @@ def test_hidden_layers_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) ->
 
 def results(experts: Experts, rows: Any, shares: Floats) -> tuple[Floats, Floats]:
     """What the twin and the CPU leave of rows that held something."""
-    hidden = experts.activations(4, experts.inner, 1)
+    hidden = activations(experts, 4, experts.inner, 1)
     before = np.random.default_rng(5).normal(size=(experts.slots, experts.hidden + ROW_GAP))
     outs = tuple(floats(*before.shape) for _ in range(2))
-    words = (*experts.words(), experts.hidden // 16, experts.inner, *hidden.addresses(0))
-    down = packed.down_offset(experts.fmt, experts.hidden, experts.inner)
+    words = (*experts.words, experts.hidden // 16, experts.inner, *hidden.addresses(0))
     entry, memory = experts.operations.experts_down, scratch()
-    tail = (address(rows), address(shares), down)
+    tail = (address(rows), address(shares), experts.down)
     for out in outs:
         out[...] = before
     stride = 4 * (experts.hidden + ROW_GAP)
@@ -108,7 +79,7 @@ def results(experts: Experts, rows: Any, shares: Floats) -> tuple[Floats, Floats
 @all_formats
 @all_counts
 def test_results_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) -> None:
-    experts = Experts(fmt, 512, 256, counts)
+    experts = Experts(fmt, 512, 256, counts, FIRST)
     rng = np.random.default_rng(1)
     rows = rng.permutation(np.arange(experts.slots) // 3)
     shares = rng.normal(size=experts.slots).astype(np.float32)
@@ -117,6 +88,6 @@ def test_results_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) -> None:
 
 
 def test_all_slots_of_one_row_are_added_in_order() -> None:
-    experts = Experts(Q8, 1088, 128, (130, 140, 150))
+    experts = Experts(Q8, 1088, 128, (130, 140, 150), FIRST)
     shares = np.random.default_rng(1).normal(size=experts.slots).astype(np.float32)
     assert_same_bits(*results(experts, np.full(experts.slots, 2), shares))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from cuda_twins import needs_compiler, run_twin
-from reference_packed import Floats, Wide, address, aligned, distance, floats, unpack_f8
+from float_weights import FloatWeights
+from reference_packed import Floats, address, distance, floats, unpack_f8
 
 from localv4.kernels.float_operations import OPERATIONS
 
@@ -14,33 +15,13 @@ TOLERANCE = 1e-5
 GAP = 16
 
 
-class Weights:
-    """A random packed matrix of whole groups, and its values."""
-
-    def __init__(self, name: str, rows: int, cols: int) -> None:
-        rng = np.random.default_rng(rows + cols)
-        self.name, self.rows, self.cols = name, rows, cols
-        self.scale = floats(1, 1)
-        if name == "F8":
-            codes = rng.integers(0, 256, rows * cols, dtype=np.uint8)
-            codes[codes & 0x7F == 0x7F] = 3
-            self.packed = aligned(codes)
-            shape = (-(-rows // 128), cols // 128)
-            self.scale = np.exp2(rng.integers(-12, 3, shape)).astype(F32)
-            self.values: Wide = unpack_f8(self.packed, self.scale, rows, cols).astype(float)
-            return
-        values = rng.standard_normal((rows, cols)).astype(F32)
-        bits = values.view(np.uint32)
-        if name == "B16":
-            bits &= 0xFFFF0000
-        lanes = bits.reshape(-1, 16, cols).transpose(0, 2, 1)
-        self.packed = aligned((lanes >> 16).astype(np.uint16) if name == "B16" else lanes)
-        self.values = values.astype(float)
+class Weights(FloatWeights):
+    """A matrix that the twin multiplies with."""
 
     def products(self, x: Floats) -> Floats:
         """The twin's product with rows of activations."""
         out = floats(len(x), self.rows + GAP, fill=7)
-        words = (address(self.packed), self.rows // 16, self.cols, address(x), address(self.scale))
+        words = (*self.words, address(x), address(self.scale))
         sizes = (x.shape[1], len(x), address(out), 4 * (self.rows + GAP), 0)
         run_twin(OPERATIONS[self.name].gemm, (*words, *sizes))
         assert (out[:, self.rows :] == 7).all()

@@ -10,8 +10,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cuda_twins import needs_compiler, run_twin
+from indexer_cases import (
+    CASES,
+    RELEASED,
+    Case,
+    Run,
+    assert_nan_is_chosen_somehow,
+    best,
+    in_formats,
+)
 from reference_packed import address
-from test_index_scores import CASES, RELEASED, Case, Run, best
 
 from localv4.kernels import index_scores, row_operations
 
@@ -26,11 +34,7 @@ BY_ADDRESS = {entry.address: entry for entry in ENTRIES}
 
 SIZES = {**CASES, "released size": replace(RELEASED, tokens=1)}
 SIZES["wide rows"] = Case(heads=3, n=288, tokens=2, position=90, ratio=2, top_k=5, pairs=9)
-IN_FORMATS = {
-    f"{name}, {rows.name}": replace(case, rows=rows)
-    for name, case in SIZES.items()
-    for rows in row_operations.FORMATS.values()
-}
+IN_FORMATS = in_formats(SIZES)
 cases = pytest.mark.parametrize("case", IN_FORMATS.values(), ids=IN_FORMATS.keys())
 
 
@@ -114,8 +118,4 @@ def test_extreme_scores(k: int) -> None:
 
 
 def test_nan_is_chosen_somehow() -> None:
-    odd = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0xFFC00000], np.uint32).view(F32)
-    scores = np.concatenate([odd, np.arange(5, dtype=F32)])
-    for k in range(1, 10):
-        chosen = top(scores, k)
-        assert (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < 9
+    assert_nan_is_chosen_somehow(top)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from cuda_products import FORMATS, random_packed, rounded
 from cuda_twins import needs_compiler, run_twin
+from float_weights import FloatWeights
 from operation_runs import F32, Floats, Rounded, assert_same_bits, run
-from reference_packed import address, aligned, distance, floats, unpack_f8
+from reference_packed import address, distance, floats, unpack_f8
 
 from localv4.kernels.float_operations import OPERATIONS as FLOAT_OPERATIONS
 from localv4.kernels.formats import OPERATIONS
@@ -73,35 +74,16 @@ def test_errors_are_passed_on() -> None:
     assert np.isnan(out).all()
 
 
-class FloatMatrix:
-    """A random matrix of floats, packed, its values, and the scales of F8."""
-
-    def __init__(self, name: str, rows: int, cols: int) -> None:
-        rng = np.random.default_rng(rows + cols)
-        self.name, self.groups, self.cols = name, rows // 16, cols
-        self.scale = floats(-(-rows // 128), max(1, cols // 128), fill=1)
-        if name == "F8":
-            codes = rng.integers(0, 256, rows * cols, dtype=np.uint8)
-            codes[codes & 0x7F == 0x7F] = 3
-            self.packed = aligned(codes)
-            self.scale[:] = np.exp2(rng.integers(-12, 3, self.scale.shape)) * 1.25
-            self.values = unpack_f8(self.packed, self.scale, rows, cols).astype(np.float64)
-            return
-        lanes = rng.standard_normal(rows * cols).astype(F32).view(np.uint32)
-        if name == "B16":
-            lanes &= np.uint32(0xFFFF0000)
-        self.packed = aligned(lanes if name == "F32R" else (lanes >> 16).astype(np.uint16))
-        groups = lanes.view(F32).reshape(-1, cols, 16).transpose(0, 2, 1)
-        self.values = groups.reshape(rows, cols).astype(np.float64)
+class FloatMatrix(FloatWeights):
+    """A matrix that the twin multiplies with."""
 
     def times(self, x: Floats) -> Floats:
         """The product by the twin."""
-        out = floats(16 * self.groups + 16)
-        source = (address(self.packed), self.groups, self.cols)
-        words = (*source, address(x), address(self.scale), 0, address(out))
+        out = floats(self.rows + 16)
+        words = (*self.words, address(x), address(self.scale), 0, address(out))
         run_twin(FLOAT_OPERATIONS[self.name].matvec, words)
-        assert np.isnan(out[16 * self.groups :]).all()
-        return out[: 16 * self.groups]
+        assert np.isnan(out[self.rows :]).all()
+        return out[: self.rows]
 
 
 @pytest.mark.parametrize(

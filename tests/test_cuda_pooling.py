@@ -7,18 +7,16 @@ value, and codes of a narrow form are those of neighbouring numbers at most.
 import numpy as np
 import pytest
 import row_forms
+from compressor_cases import EPS, Compressor, Sizes, all_compressors, part_of
 from cuda_twins import needs_compiler, run_twin
 from operation_runs import F32, assert_same_bits, cell, padded, run, stride
 from reference_packed import address
-from test_pooling import CASES, Compressor
 
 from localv4.kernels import pooling, row_operations, rows
 from localv4.kernels.operation import float_bits
 from localv4.kernels.row_operations import RowFormat
 
 pytestmark = needs_compiler
-
-EPS = 1e-6
 
 
 def test_angles() -> None:
@@ -70,38 +68,21 @@ def test_projections_go_into_the_rings(ratio: int, start: int) -> None:
         assert_same_bits(own, expected)
 
 
-def decoded(form: str, stored: np.ndarray, n: int, rope: int) -> np.ndarray:
-    """Rows as float32."""
-    return row_forms.decode(form, stored, n, rope)
-
-
-@pytest.mark.parametrize(("ratio", "overlap", "n", "capacity", "pairs", "start", "tokens"), CASES)
+@all_compressors
 @pytest.mark.parametrize("fmt", row_operations.FORMATS.values(), ids=lambda x: x.name)
 @pytest.mark.parametrize("part", ["keys", "index"])
-def test_entries(
-    fmt: RowFormat,
-    part: str,
-    ratio: int,
-    overlap: bool,
-    n: int,
-    capacity: int,
-    pairs: int,
-    start: int,
-    tokens: int,
-) -> None:
-    work = Compressor(ratio, overlap, n, capacity, pairs)
-    form, pool = (fmt.keys, fmt.pool) if part == "keys" else (fmt.index, fmt.index_pool)
-    first, end, size = start // ratio, (start + tokens) // ratio, form.nbytes(n, 2 * pairs)
-    stored, position = [], np.array([start])
+def test_entries(fmt: RowFormat, part: str, sizes: Sizes) -> None:
+    work = Compressor(*sizes)
+    form, pool = part_of(fmt, part)
+    rope, position, stored = 2 * work.pairs, np.array([work.start]), []
     for runner in (lambda *given: run(1, *given), run_twin):
-        entries = np.full((end - first + 1, size), 7, np.uint8)
-        where = cell(entries) - size * first
-        runner(pool, work.words(where, position, tokens))
+        entries, where = work.room(form.nbytes(work.n, rope))
+        runner(pool, work.words(where, position, work.tokens))
         assert (entries[-1] == 7).all()
         stored.append(entries[:-1])
     # nearly all numbers are the same, but one at the edge between two codes may go either way
     step = {"F32": 0, "BF16": 2**-7, "E4M3": 2**-3, "E2M1": 0.5}[form.name]
-    expected, own = (decoded(form.name, rows_, n, 2 * pairs) for rows_ in stored)
+    expected, own = (row_forms.decode(form.name, each, work.n, rope) for each in stored)
     close = np.abs(own - expected) <= 1e-5 * np.abs(expected).max()
     assert close.mean() > (0.999 if step else 0.9999999)
     np.testing.assert_allclose(

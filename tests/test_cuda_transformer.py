@@ -123,6 +123,15 @@ def rows_together(network: FastTransformer) -> NDArray[np.float32]:
     return network.logits(vectors)
 
 
+def prompts_together(network: FastTransformer) -> NDArray[np.float32]:
+    """Read the rest of two prompts in one chunk, then a token more of each."""
+    states = [network.new_state(), network.new_state()]
+    network.forward(IDS[:2], states[0])
+    vectors = [network.forward_many(IDS[2:8], states, [2, 4])]
+    vectors += [network.forward(IDS[8 + n : 9 + n], state) for n, state in enumerate(states)]
+    return network.logits(np.concatenate(vectors))
+
+
 def back_and_on(network: FastTransformer) -> NDArray[np.float32]:
     """Go back to a snapshot and on with other tokens."""
     state = network.new_state()
@@ -134,7 +143,13 @@ def back_and_on(network: FastTransformer) -> NDArray[np.float32]:
     return network.logits(network.forward(IDS[9:10], state))
 
 
-WAYS = {"chunk": read(6), "both": read(4, 1, 1), "rows": rows_together, "back": back_and_on}
+WAYS = {
+    "chunk": read(6),
+    "both": read(4, 1, 1),
+    "rows": rows_together,
+    "prompts": prompts_together,
+    "back": back_and_on,
+}
 
 
 @pytest.fixture(scope="module")

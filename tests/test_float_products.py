@@ -6,8 +6,9 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from float_weights import FloatWeights
 from numpy.typing import NDArray
-from reference_packed import Bytes, Floats, Wide, address, aligned, distance, floats, unpack_f8
+from reference_packed import Bytes, Floats, Wide, address, distance, floats, unpack_f8
 
 from localv4.kernels import gemm, gemm_floats, packing_floats
 from localv4.kernels.buffers import aligned_bytes
@@ -36,11 +37,6 @@ ALONE = Team(1)
 @pytest.fixture(scope="module", params=[1, 3], ids=["one", "three"])
 def team(request: pytest.FixtureRequest) -> Iterator[Team]:
     yield Team(request.param)
-
-
-def upper_halves(values: Floats) -> NDArray[np.uint16]:
-    """The bits of float32 cut to bfloat16."""
-    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def frozen(array: NDArray[Any]) -> Bytes:
@@ -151,33 +147,14 @@ def test_what_has_no_packed_form(rows: int, cols: int) -> None:
 # --- products ---
 
 
-class Weights:
-    """A random matrix of a format, packed, and its values."""
-
-    def __init__(self, name: str, rows: int, cols: int) -> None:
-        rng = np.random.default_rng(rows + cols)
-        self.name, self.cols, self.rows = name, cols, -(-rows // 16) * 16
-        self.scale = floats(1, 1)
-        values = rng.standard_normal((rows, cols)).astype(F32)
-        if name == "F8":
-            codes = rng.integers(0, 256, rows * cols, dtype=np.uint8)
-            codes[codes & 0x7F == 0x7F] = 3
-            self.packed = aligned(codes)
-            shape = (-(-rows // 128), cols // 128)
-            self.scale = np.exp2(rng.integers(-12, 3, shape)).astype(F32)
-            self.values = unpack_f8(self.packed, self.scale, rows, cols).astype(np.float64)
-            return
-        fmt = {"B16": B16, "F32R": F32R}[name]
-        source = upper_halves(values) if fmt is B16 else values
-        pack = packing_floats.pack_bf16 if fmt is B16 else packing_floats.pack_f32
-        self.packed = pack_all(pack, fmt, source, rows, cols)
-        self.values = unpack(fmt, self.packed, cols).astype(np.float64)
+class Weights(FloatWeights):
+    """A matrix that the CPU multiplies with."""
 
     def matvec(self, team: Team, x: Floats) -> Floats:
         """The product with each of some tokens, one at a time."""
         out = floats(len(x), self.rows + GAP)
         entry, scale = OPERATIONS[self.name].matvec.address, address(self.scale)
-        matrix = (entry, address(self.packed), self.rows // 16, self.cols)
+        matrix = (entry, *self.words)
         run(team, *((*matrix, address(x[t]), scale, 0, address(out[t])) for t in range(len(x))))
         return self.trimmed(out)
 
@@ -187,7 +164,7 @@ class Weights:
         scratch = aligned_bytes(team.members * gemm_floats.SCRATCH_BYTES)
         scratch[:] = 0xFF
         entry, scale = OPERATIONS[self.name].gemm.address, address(self.scale)
-        matrix = (entry, address(self.packed), self.rows // 16, self.cols)
+        matrix = (entry, *self.words)
         given = (address(x), scale, self.cols + GAP, tokens)
         run(team, (*matrix, *given, address(out), 4 * (self.rows + GAP), address(scratch)))
         return self.trimmed(out)

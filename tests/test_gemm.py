@@ -1,21 +1,21 @@
 """Products of several tokens: the bits of the mat-vec, whoever the neighbours are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
+from expert_cases import Experts
 from numpy.typing import NDArray
 from operation_runs import assert_same_bits
-from reference_packed import Bytes, Floats, address, aligned, floats, random_weights
+from reference_packed import Bytes, Floats, address, floats, random_weights
 
-from localv4.kernels import activations, packed
+from localv4.kernels import activations
 from localv4.kernels.amx import SOME_TOKENS, TOKENS
 from localv4.kernels.buffers import aligned_bytes
-from localv4.kernels.formats import OPERATIONS, Operations
+from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.gemm import BATCH_TOKENS, SCRATCH_BYTES, SPARE_TOKENS
 from localv4.kernels.many_tokens import FEW_TOKENS
 from localv4.kernels.operation import WORDS, float_bits
@@ -163,61 +163,23 @@ def test_errors_stay_with_their_token(fmt: PackedFormat, tokens: int, bad: float
 # --- experts ---
 
 
-@dataclass
-class Experts:
-    """Packed experts and the tokens that come to each."""
-
-    fmt: PackedFormat
-    hidden: int
-    inner: int
-    counts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        shapes = ((2 * self.inner, self.hidden), (self.hidden, self.inner))
-        self.packed = [
-            aligned(np.concatenate([random_weights(seed, self.fmt, *shape) for shape in shapes]))
-            for seed in range(len(self.counts))
-        ]
-        self.records = np.array([address(expert) for expert in self.packed])
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self.tokens = int(self.starts[-1])
-
-    @property
-    def operations(self) -> Operations:
-        """Those of the format."""
-        return OPERATIONS[self.fmt.name]
-
-    @property
-    def down(self) -> int:
-        """Where the second matrix is in a record."""
-        return packed.down_offset(self.fmt, self.hidden, self.inner)
-
-    def of_each_token(self) -> NDArray[np.int64]:
-        """The record of the expert of each token."""
-        return np.repeat(self.records, self.counts)
-
-
 def gate_up(members: int, experts: Experts, x: Rows) -> Rows:
     """The rounded hidden layers, by one operation."""
-    middle = Rows(np.zeros((experts.tokens, experts.inner), F32))
+    middle = Rows(np.zeros((experts.slots, experts.inner), F32))
     for buffer in middle.buffers:
         buffer[:] = 0xFF
     memory = scratch(members)
-    words = (address(experts.records), len(experts.counts), address(experts.starts))
-    sizes = (2 * experts.inner // 16, experts.hidden)
+    words = (*experts.words, 2 * experts.inner // 16, experts.hidden, *x.at(0), *middle.at(0))
     entry = experts.operations.experts_gate_up
-    run(
-        members,
-        (entry, *words, *sizes, *x.at(0), *middle.at(0), address(memory), float_bits(LIMIT)),
-    )
+    run(members, (entry, *words, address(memory), float_bits(LIMIT)))
     return middle
 
 
 def gate_up_one_by_one(experts: Experts, x: Rows) -> Rows:
     """The same by operations on one token."""
-    h, cols = floats(experts.tokens, experts.inner + ROW_GAP), experts.hidden
+    h, cols = floats(experts.slots, experts.inner + ROW_GAP), experts.hidden
     records = experts.of_each_token()
-    for t in range(experts.tokens):
+    for t in range(experts.slots):
         words = (address(records[t:]), 1, experts.inner // 16, cols, *x.at(t), address(h[t:]))
         run(1, (experts.operations.gate_up, *words, float_bits(LIMIT)))
     return Rows(h[:, : experts.inner])
@@ -235,7 +197,7 @@ EXPERTS = (
 @pytest.mark.parametrize("counts", EXPERTS)
 def test_hidden_layers_of_experts(fmt: PackedFormat, members: int, counts: tuple[int, ...]) -> None:
     experts = Experts(fmt, 256, 128, counts)
-    x = Rows(10 * normal(1, experts.tokens, 256))
+    x = Rows(10 * normal(1, experts.slots, 256))
     middle, expected = gate_up(members, experts, x), gate_up_one_by_one(experts, x)
     q, q_twin = (rows.buffers[0].reshape(-1, rows.sizes[0]) for rows in (middle, expected))
     assert_same_bits(q[: x.count, : experts.inner], q_twin[: x.count, : experts.inner])
@@ -249,12 +211,12 @@ def test_hidden_layers_of_experts(fmt: PackedFormat, members: int, counts: tuple
 @pytest.mark.parametrize("counts", EXPERTS)
 def test_results_of_experts(fmt: PackedFormat, members: int, counts: tuple[int, ...]) -> None:
     experts = Experts(fmt, 384, 128, counts)
-    places = np.random.default_rng(1).permutation(np.arange(experts.tokens) // 2)
-    shares, hidden = normal(3, experts.tokens), normal(4, experts.tokens, 128)
+    places = np.random.default_rng(1).permutation(np.arange(experts.slots) // 2)
+    shares, hidden = normal(3, experts.slots), normal(4, experts.slots, 128)
     middle, size = Rows(hidden), 384 + ROW_GAP
-    out, expected = (floats(experts.tokens, size, fill=0) for _ in range(2))
+    out, expected = (floats(experts.slots, size, fill=0) for _ in range(2))
     memory = scratch(members)
-    words = (address(experts.records), len(counts), address(experts.starts), 384 // 16, 128)
+    words = (*experts.words, 384 // 16, 128)
     target = (address(out), 4 * size, address(memory), address(places), address(shares))
     entry = experts.operations.experts_down
     run(members, (entry, *words, *middle.at(0), *target, experts.down))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cuda_twins import needs_compiler
 from host_gpu import HostGpu
-from terminal import needs_jit, run_here
+from terminal import LAPTOP, needs_jit, run_here
 
 from localv4.cli.bench_figures import figures
 from localv4.cli.bench_report import Report, gpu_lines
@@ -32,7 +32,6 @@ from localv4.planning.roofs import Roof
 from localv4.planning.subject import flash_network
 
 GIB = 1 << 30
-LAPTOP = ("--assume-ram", "64GiB", "--assume-bandwidth", "90GB/s", "--assume-disk", "7GB/s")
 
 
 class TimedGpu(HostGpu):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from localv4 import paths
 from localv4.cuda import offload, probe
 from localv4.cuda.gpu import GpuError
 from localv4.cuda.options import GpuOptions
@@ -25,14 +24,10 @@ from localv4.planning.profile import RoofProfile
 from localv4.planning.recipes import load_recipes
 from localv4.planning.subject import flash_network
 
+pytestmark = pytest.mark.usefixtures("own_folders")
+
 HERE = Machine(Memory(16 * GIB, 15 * GIB), 8, read_bytes_s=40e9, disk=DiskFacts(7e9))
 SPEED = GpuSpeed(900e9, 22e9, 90e12)
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path / "state")
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
 
 
 def machine(gpu: float, gb_s: float = 900, ram: int = 256, disk: float = 7) -> Machine:

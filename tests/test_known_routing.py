@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from terminal import needs_jit, run_here
+from terminal import LAPTOP, needs_jit, run_here
 
 from localv4 import paths
 from localv4.engine.earlier_routing import earlier_routing, traced_routing
@@ -24,14 +24,10 @@ from localv4.storage import open_checkpoint
 
 pytestmark = needs_jit
 
-LAPTOP = ("--assume-ram", "64GiB", "--assume-bandwidth", "90GB/s", "--assume-disk", "7GB/s")
-
 
 @pytest.fixture(autouse=True)
-def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _own_home(own_folders: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(paths, "home_dir", lambda: tmp_path / "home")
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path / "state")
 
 
 def embedded() -> tuple[Path, ModelConfig, str]:

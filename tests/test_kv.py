@@ -119,7 +119,7 @@ def test_the_state_has_the_bytes_that_were_planned(rows: RowFormat) -> None:
         state = State(config, 256, rows)
         state.begin(tokens)
         sizes.append(state.nbytes)
-    planned = held_state_bytes(config, many, 256, rows) - held_state_bytes(config, few, 256, rows)
+    planned = held_state_bytes(config, many, rows) - held_state_bytes(config, few, rows)
     assert sizes[1] - sizes[0] == planned
 
 

@@ -18,8 +18,11 @@ from localv4.engine.engine import Engine, NumericsName
 from localv4.engine.ladder import KEPT_PROMPTS, STEP_TOKENS, Ladder
 from localv4.engine.session import Network, Session, common_prefix
 from localv4.errors import Cancelled, LocalV4Error
-from localv4.library.installed import resolve
+from localv4.kernels.row_operations import COMPACT
+from localv4.library.installed import embedded_model_path, resolve
+from localv4.model.config_json import read_config
 from localv4.model.snapshot import Snapshot, restore, take_snapshot
+from localv4.model.state import State
 
 TOKENS = 560
 IDS: list[int] = np.random.default_rng(3).integers(0, 90, TOKENS).tolist()
@@ -133,6 +136,15 @@ def test_a_rewind_starts_at_the_nearest_rung(network: Network, clean: NDArray[np
     assert session.reuse(IDS[:100]) == 0
 
 
+def test_a_prompt_leaves_rungs_where_its_chunk_passes(
+    network: Network, clean: NDArray[np.float32]
+) -> None:
+    session = run(network, IDS)
+    assert session.ladder.positions == [128, 256, 384, 512]
+    assert session.reuse([*IDS[:200], 1, 2]) == 128
+    assert np.array_equal(session.all_logits(IDS[128:]), clean[128:])
+
+
 def test_rungs_of_another_path_are_forgotten(network: Network, clean: NDArray[np.float32]) -> None:
     session = run(network, IDS[:260], OTHER[:200])
     session.rollback(256)
@@ -237,6 +249,66 @@ def test_the_built_in_model_goes_back_anywhere(numerics: NumericsName) -> None:
 
 
 # the rule itself
+
+
+LONG = 100_000
+CHUNK, PASS = 3840, 240
+
+
+class NoNetwork:
+    """Moves a decoder state on as the fast network does, and computes nothing."""
+
+    slack, chunk_tokens, threads, cancelled = 256, CHUNK, 1, None
+
+    def __init__(self) -> None:
+        self.config = read_config(embedded_model_path() / "config.json")
+        self.processed = 0
+
+    def new_state(self) -> State:
+        return State(self.config, self.slack, COMPACT)
+
+    def forward(self, ids: NDArray[np.int64], state: State) -> NDArray[np.float32]:
+        state.begin(len(ids))
+        for layer in state.layers if state.passer is not None and len(ids) > 1 else ():
+            for first in range(0, len(ids), PASS):
+                start = state.position + first
+                state.passer.note(layer, start, start + min(PASS, len(ids) - first))  # type: ignore[union-attr]
+        state.advance(len(ids))
+        self.processed += len(ids)
+        return np.zeros((1, 1), np.float32)
+
+    def logits(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        return vectors
+
+
+def long_conversation(network: NoNetwork, document: int) -> tuple[Session, list[int]]:
+    """A document, then questions of 300 tokens with answers of 60, LONG tokens in all."""
+    ids = np.random.default_rng(0).integers(2, 500, LONG).tolist()
+    session = Session(network, 2 * LONG)  # type: ignore[arg-type]
+    session.extend(ids[:document])
+    for start in range(document, LONG, 360):
+        session.extend(ids[start : start + 300])
+        for token in ids[start + 300 : start + 360]:
+            session.extend([token])
+    return session, ids
+
+
+@pytest.mark.parametrize("document", [20_000, LONG])
+def test_an_edit_of_a_long_conversation_computes_little_anew(document: int) -> None:
+    network = NoNetwork()
+    whole, ids = long_conversation(network, document)
+    assert whole.position == LONG
+    for back in (1, 50, 100, 127, 128, 129, 400, 1_000, 3_000, 5_000, 20_000, 60_000, 99_000):
+        edited = ids.copy()
+        edited[LONG - back] ^= 1
+        session = whole.fork()
+        again = LONG - back - session.reuse(edited)
+        assert 0 <= again < max(STEP_TOKENS, back / 2)
+    # one word at the end, and what was said after it, gives way to three others
+    edited, before = [*ids[: LONG - 20], 7, 8, 9], network.processed
+    session = whole.fork()
+    session.extend(edited[session.reuse(edited) :])
+    assert session.tokens == edited and network.processed - before <= STEP_TOKENS + 3
 
 
 def rung(position: int) -> Snapshot:

@@ -28,7 +28,8 @@ SOME = (
 
 
 def lower_levels() -> tuple[str, ...]:
-    names = {name[1:] for name in get_host_cpu_features().split(",") if name.startswith("+")}
+    told = os.environ.get("NUMBA_CPU_FEATURES") or get_host_cpu_features()
+    names = {name[1:] for name in told.split(",") if name.startswith("+")}
     levels = available_levels(llvm.get_default_triple(), names)
     # a level that is asked for by name has no AMX
     return levels[levels.index(ISA.level) + (0 if ISA.amx else 1) :]

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,26 +79,71 @@ def test_urgent_records_come_before_guesses(gate: Gate) -> None:
     readers.close()
 
 
-def test_guesses_wait_until_nothing_urgent_is_read_and_leave_threads_free(gate: Gate) -> None:
+def test_guesses_begin_when_nothing_urgent_waits_and_leave_threads_free(gate: Gate) -> None:
     readers = Readers(gate, 4)
-    readers.submit((0, 0), 1)
-    until(lambda: gate.called == [(0, 0)])
+    urgent = [((0, expert), expert) for expert in range(5)]
+    readers.submit_all(urgent)
     for expert in range(1, 5):
-        readers.submit((1, expert), expert, urgent=False)
-    until(lambda: readers._idle == 3)
-    assert gate.called == [(0, 0)]
+        readers.submit((1, expert), 10 + expert, urgent=False)
+    until(lambda: len(gate.called) == 4)
+    assert set(gate.called) < {key for key, _ in urgent} and not readers.has_begun_all
     readers.make_urgent([(1, 3)])
-    until(lambda: gate.called == [(0, 0), (1, 3)])
     first, gate.open = gate.open, threading.Event()  # later calls wait for another opening
     first.set()
-    until(lambda: len(gate.called) == 4)
-    until(lambda: readers._idle == 2)
-    assert sorted(gate.called[2:]) == [(1, 1), (1, 2)]
-    readers.submit((0, 5), 5)
-    until(lambda: len(gate.called) == 5)
-    assert gate.called[4] == (0, 5)
+    until(lambda: len(gate.called) == 8)
+    assert readers.has_begun_all
+    # what was urgent, and two guesses of those asked for last: half of the threads
+    assert set(gate.called[4:]) == {urgent[4][0], (1, 3), (1, 4), (1, 2)}
     gate.open.set()
-    assert len(collect(readers, 6)) == 6
+    assert len(collect(readers, 9)) == 9
+    readers.close()
+
+
+def test_half_of_the_threads_are_free_for_what_becomes_urgent(gate: Gate) -> None:
+    readers = Readers(gate, 4)
+    readers.submit_all([((1, expert), expert) for expert in range(6)], urgent=False)
+    until(lambda: len(gate.called) == 2 and readers._idle == 2)
+    readers.submit((0, 0), 9)
+    until(lambda: len(gate.called) == 3)
+    assert gate.called[2] == (0, 0)
+    gate.open.set()
+    assert len(collect(readers, 7)) == 7
+    readers.close()
+
+
+def test_guesses_that_have_not_begun_can_be_forgotten(gate: Gate) -> None:
+    readers = Readers(gate, 2)
+    readers.submit_all([((1, expert), 50 + expert) for expert in range(4)], urgent=False)
+    until(lambda: gate.called == [(1, 0)])
+    readers.submit((0, 0), 9)
+    until(lambda: len(gate.called) == 2)
+    assert readers.cancel([(1, 0), (1, 2), (0, 0), (5, 5), (1, 2)]) == [((1, 2), 52)]
+    gate.open.set()
+    assert sorted(done.key for done in collect(readers, 4)) == [(0, 0), (1, 0), (1, 1), (1, 3)]
+    assert readers.is_idle and (1, 2) not in gate.called
+    readers.close()
+
+
+def test_the_rest_of_a_guess_waits_for_what_is_urgent(gate: Gate) -> None:
+    begun: list[str] = []
+
+    def split(key: Key, address: int, parts: int) -> list[Callable[[], int]]:
+        def read(part: int) -> int:
+            begun.append(f"{key[1]}{'abcd'[part]}")
+            return gate(key, address)
+
+        return [partial(read, part) for part in range(parts)]
+
+    readers = Readers(gate, 4, split)
+    for expert in (1, 2):
+        readers.submit((1, expert), 1, urgent=False)
+        until(lambda: readers._idle == 2)
+    assert len(begun) == 2 and all(name[0] == "1" for name in begun)
+    readers.make_urgent([(1, 2)])
+    until(lambda: len(begun) == 4)
+    assert sorted(name[0] for name in begun) == ["1", "1", "2", "2"]
+    gate.open.set()
+    assert [done.key for done in sorted(collect(readers, 2), key=str)] == [(1, 1), (1, 2)]
     readers.close()
 
 
@@ -148,23 +194,6 @@ def test_a_lone_record_is_read_by_all_threads() -> None:
     readers.submit((0, 0), 0)
     (done,) = collect(readers, 1)
     assert asked == [4] and done.nbytes == 20
-    readers.close()
-
-
-def test_a_guess_is_not_split() -> None:
-    split_calls: list[Key] = []
-
-    def noted(key: Key, address: int, parts: int) -> list[Callable[[], int]]:
-        split_calls.append(key)
-        return [lambda: 1] * 2
-
-    readers = Readers(lambda key, address: 7, 4, noted)
-    until(lambda: readers._idle == 4)
-    readers.submit((0, 0), 0, urgent=False)
-    assert collect(readers, 1)[0].nbytes == 7 and split_calls == []
-    until(lambda: readers._idle == 4)
-    readers.submit((0, 1), 0)
-    assert collect(readers, 1)[0].nbytes == 2 and split_calls == [(0, 1)]
     readers.close()
 
 

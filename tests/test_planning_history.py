@@ -20,13 +20,9 @@ from localv4.planning.profile import RoofProfile
 from localv4.planning.recipes import load_recipes
 from localv4.planning.subject import flash_network
 
+pytestmark = pytest.mark.usefixtures("own_folders")
+
 MODEL = "v4-flash:q4"
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path / "state")
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
 
 
 def paging() -> tuple[Plan, Forecast]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from localv4.errors import DoesNotFitError, UsageError
+from localv4.kernels.row_operations import F32
 from localv4.library.installed import embedded_model_path
 from localv4.model.config_json import read_config
 from localv4.model.state import State
@@ -85,16 +86,17 @@ def test_the_floor_is_one_and_a_half_tokens_of_experts() -> None:
 
 
 def test_a_long_context_that_does_not_fit_tells_the_one_that_does() -> None:
+    wide = replace(flash(), rows=F32)
     with pytest.raises(DoesNotFitError) as caught:
-        make_plan(flash(), machine(24), ctx=1 << 20)
+        make_plan(wide, machine(24), ctx=1 << 20)
     hint = caught.value.hint or ""
     tokens = int(hint.split()[2])
     assert hint.startswith("use --ctx-size") and 32_768 < tokens < 1 << 20
-    found = make_plan(flash(), machine(24), ctx=tokens)
+    found = make_plan(wide, machine(24), ctx=tokens)
     assert found.ctx_size == tokens and found.expert_budget >= found.floor
     assert found.most_ctx == tokens
     with pytest.raises(DoesNotFitError):
-        make_plan(flash(), machine(24), ctx=tokens + 256)
+        make_plan(wide, machine(24), ctx=tokens + 256)
 
 
 def test_the_remedy_for_too_small_a_bound_is_a_larger_one() -> None:
@@ -139,12 +141,14 @@ def test_memory_of_the_decoder_state_is_that_of_the_state_itself() -> None:
         state.advance(tokens - state.position)
         least = 64 * sum(4 * ((128 + 128) if r == 4 else 128) for r in config.ratios if r)
         # arrays of entries have room for 64 at least, and for the tokens that were asked for
-        assert abs(state.nbytes - held_state_bytes(config, tokens)) <= least
+        assert abs(state.nbytes - held_state_bytes(config, tokens, F32)) <= least
 
 
 def test_the_state_of_flash_takes_as_much_per_token_as_the_documents_say() -> None:
-    assert flash().state_bytes_per_token == 13_760
-    assert flash().state_bytes(10_000) - flash().state_bytes(0) == 137_600_000
+    wide, default = replace(flash(), rows=F32), flash()
+    assert wide.state_bytes_per_token == 13_760 and default.state_bytes_per_token == 3514.25
+    assert wide.state_bytes(10_000) - wide.state_bytes(0) == 137_600_000
+    assert default.state_bytes(10_000) - default.state_bytes(0) == 35_142_500
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are of Linux")

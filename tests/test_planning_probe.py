@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from terminal import needs_jit
 
+from localv4.engine.memory import MemoryOptions, row_format
 from localv4.errors import DoesNotFitError
 from localv4.kernels.compiler import compile_kernels
 from localv4.kernels.team import Team
@@ -44,7 +45,18 @@ def test_filled_weights_are_weights_like_any_others() -> None:
 def test_kernels_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_probe, "ROOF_BYTES", 1 << 22)
     monkeypatch.setattr(kernel_probe, "PROMPT_SECONDS", 0.0)
+    formats = []
+
+    class Watched(FastTransformer):
+        """Tells which rows it has."""
+
+        def new_state(self) -> State:
+            formats.append(self.rows)
+            return super().new_state()
+
+    monkeypatch.setattr(kernel_probe, "FastTransformer", Watched)
     found = measure_kernels(tiny(), LOSSLESS, 1)
+    assert set(formats) == {row_format(MemoryOptions())}
     assert 0 < found.decode < 2 and 0 < found.prefill < 2
     assert 0 <= found.layer_s < 0.1
 

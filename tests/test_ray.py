@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 from terminal import ROOT, environment, needs_jit, run_here
 
-from localv4.cuda.options import GpuOptions
 from localv4.engine.batch_input import BatchInput, Place, parse_row, scan
 from localv4.engine.batch_request import BatchSettings
 from localv4.engine.batch_results import Document
 from localv4.engine.batch_run import answer_rows
 from localv4.engine.fingerprint import weights_fingerprint
-from localv4.engine.memory import MemoryOptions
 from localv4.engine.node_engine import EngineOrder, NodeEngine, NodeFailure
 from localv4.engine.ray_cluster import RayCluster
 from localv4.engine.sampler import Sampling
+from localv4.engine.setup import Setup
 from localv4.errors import Cancelled, UsageError
 from localv4.library.installed import EMBEDDED_NAME, embedded_model_path
 from localv4.storage import open_checkpoint
@@ -53,12 +52,7 @@ def order(**changes: Any) -> EngineOrder:
         "settings": settings,
         "parallel": 4,
         "rows": ROWS,
-        "ctx_size": 400,
-        "threads": 1,
-        "pin": False,
-        "numerics": "fast",
-        "memory": MemoryOptions(),
-        "gpu": GpuOptions("cpu"),
+        "setup": Setup(ctx_size=400, threads=1),
     }
     return EngineOrder(**(facts | changes))
 

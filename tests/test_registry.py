@@ -235,7 +235,7 @@ def test_deep_keys_do_not_hang(case: str, write_user_file: WriteUserFile) -> Non
     start = time.monotonic()
     with pytest.raises(BadFileError):
         load_registry()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # a parser that does hang needs minutes
 
 
 @settings(

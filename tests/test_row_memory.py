@@ -4,18 +4,22 @@ import errno
 import gc
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
+from terminal import needs_jit
 
 from localv4.engine.engine import Engine
 from localv4.engine.memory import MemoryOptions, row_limits, row_memory
 from localv4.errors import DoesNotFitError, LocalV4Error, UsageError
 from localv4.kernels.row_operations import COMPACT, F32
 from localv4.library.installed import embedded_model_path
+from localv4.model import state as state_module
 from localv4.model.config_json import read_config
+from localv4.model.fast_network import FastNetwork
 from localv4.model.snapshot import fork
 from localv4.model.state import BLOCK, State
 from localv4.paging import address_space, row_file
@@ -132,11 +136,9 @@ def test_a_bound_holds_and_nothing_is_lost(tmp_path: Path) -> None:
     for values, wanted in zip(views, expected, strict=True):
         values[:] = wanted
     (file,) = memory._files
-    assert sum(file.look() for _ in range(5)) > 0
-    assert file.resident == 9 * CHUNK
+    assert file.look() == file.resident == 9 * CHUNK
     gone = file.evict(4 * CHUNK)
-    for _ in range(5):
-        file.look()
+    file.look()
     if Path(tmp_path).stat().st_dev != Path("/dev/shm").stat().st_dev:  # that one is memory itself
         assert 4 * CHUNK <= gone <= 5 * CHUNK
         assert file.resident <= 5 * CHUNK
@@ -152,13 +154,85 @@ def test_settling_takes_rows_out_of_memory(tmp_path: Path, monkeypatch: pytest.M
     state = State(CONFIG, 256, COMPACT, memory)
     before = state.nbytes
     for _ in range(8):
+        state.make_way_to_copy(2048)
         fill(state, 2048)
-        state.settle()
     whole = State(CONFIG, 256, COMPACT)
     whole.begin(8 * 2048)
     assert whole.nbytes - before > 2 * cap
-    assert state.nbytes - before <= cap + (4 << 20)
+    assert memory._always + pages_of(memory) <= cap
     check(state)
+
+
+@needs_linux
+def test_a_bound_holds_while_tokens_read_scattered_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the shape of V4-Flash are touched as attention would; every page is counted."""
+    skip_where_disk_is_memory(tmp_path)
+    monkeypatch.setattr(memory_module, "KEYS_BYTES", 24 << 20)
+    config = replace(CONFIG, index_top_k=64)
+    memory = RowMemory(tmp_path)
+    state = State(config, 256, COMPACT, memory)
+    for _ in range(16):
+        state.make_way_to_copy(1024)
+        fill(state, 1024)
+        assert pages_of(memory) <= 24 << 20
+    rng, seen = np.random.default_rng(0), []
+    sparse = [layer.compressor.entries for layer in state.layers if layer.indexer is not None]  # type: ignore[union-attr]
+    for _ in range(12):
+        state.make_way(1)
+        for rows in sparse:
+            rows.values[rng.integers(0, state.position // 4, 64)].sum()
+        seen.append(pages_of(memory))
+    assert 12 << 20 < max(seen) <= 24 << 20
+    assert state.reads(1) > 8 << 20
+    check(state)
+
+
+@needs_linux
+@needs_jit
+def test_a_bound_holds_within_prompts_tokens_and_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_where_disk_is_memory(tmp_path)
+    for name in ("KEYS_BYTES", "LEAST_KEYS_BYTES"):
+        monkeypatch.setattr(memory_module, name, 26 << 12)
+    monkeypatch.setattr(state_module, "_COPIED", 4 << 12)
+    options = MemoryOptions(kv="bf16", kv_dir=tmp_path)
+    engine = Engine.load(embedded_model_path(), threads=1, memory=options)
+    memory, most = engine.network.row_memory, [0]
+    run = FastNetwork.run
+
+    def counted(network: FastNetwork, program: object) -> None:
+        run(network, program)  # type: ignore[arg-type]
+        most[0] = max(most[0], pages_of(memory))
+
+    monkeypatch.setattr(FastNetwork, "run", counted)
+    ids = np.random.default_rng(0).integers(10, 8000, 1200).tolist()
+    session = engine.new_session()
+    session.read(ids[:900])
+    assert 8 << 12 < most[0] <= 26 << 12  # of which all layers together would have far more
+    assert session.state.reads(900) > 2 * (26 << 12)
+    twins = [session.fork() for _ in range(3)]
+    for twin in twins:
+        twin.read(ids[900:1000])
+    assert most[0] <= 26 << 12
+    network = engine.network
+    for token in ids[1000:1010]:
+        network.decode_rows(np.array([token] * 3), [twin.state for twin in twins])
+        # what a single token reads cannot be less; that of three would be three times as much
+        assert pages_of(memory) <= max(26 << 12, twins[0].state.reads(1))
+
+
+def pages_of(memory: RowMemory) -> int:
+    """Return the bytes that rows in files have in memory at this moment."""
+    return sum(file.look() for file in memory._files)
+
+
+def skip_where_disk_is_memory(folder: Path) -> None:
+    """Skip a test on a tmpfs: its pages stay."""
+    if folder.stat().st_dev == Path("/dev/shm").stat().st_dev:
+        pytest.skip("this folder is memory itself")
 
 
 def test_rows_that_every_token_reads_must_fit(tmp_path: Path) -> None:
@@ -210,14 +284,16 @@ def test_plans_count_what_stays_in_memory() -> None:
     config = read_config(embedded_model_path() / "config.json")
     for options in (MemoryOptions(), MemoryOptions(kv_dir=Path("x"))):
         limits = row_limits(options)
-        assert held_state_bytes(config, 4096, limits=limits) == held_state_bytes(config, 4096)
+        unbounded = held_state_bytes(config, 4096, F32)
+        assert held_state_bytes(config, 4096, F32, limits=limits) == unbounded
     capped = row_limits(MemoryOptions(kv_dir=Path("x"), kv_ram=1 << 30))
     whole, bounded = (
-        held_state_bytes(CONFIG, 1 << 20, limits=x) for x in (row_limits(MemoryOptions()), capped)
+        held_state_bytes(CONFIG, 1 << 20, F32, limits=x)
+        for x in (row_limits(MemoryOptions()), capped)
     )
     assert whole - bounded == 13_760 * (1 << 20) - (1 << 30)
     keys = row_limits(MemoryOptions(kv_dir=Path("x")))
-    assert bounded < held_state_bytes(CONFIG, 1 << 20, limits=keys) < whole
+    assert bounded < held_state_bytes(CONFIG, 1 << 20, F32, limits=keys) < whole
     with pytest.raises(UsageError, match="--kv-ram needs a folder"):
         row_memory(MemoryOptions(kv_ram=1 << 30))
 

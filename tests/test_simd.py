@@ -40,9 +40,9 @@ MACHINES = {
     "neoverse-n1": ("aarch64-linux-gnu", frozenset(("dotprod",)), "neon-dotprod"),
     "cortex-a57": ("aarch64-linux-gnu", frozenset[str](), "generic"),
 }
-HOST_FEATURES = frozenset(
-    name[1:] for name in get_host_cpu_features().split(",") if name.startswith("+")
-)
+# an emulator shows the processor beneath: there a variable tells
+TOLD_FEATURES = os.environ.get("NUMBA_CPU_FEATURES") or get_host_cpu_features()
+HOST_FEATURES = frozenset(name[1:] for name in TOLD_FEATURES.split(",") if name.startswith("+"))
 HOST_LEVELS = available_levels(llvm.get_default_triple(), HOST_FEATURES)
 # what the compiler of this process may use: less than the host has where a level is forced
 LEVELS_HERE = HOST_LEVELS[HOST_LEVELS.index(ISA.level) :]
@@ -166,7 +166,8 @@ def test_every_half_is_converted_exactly(fast: bool) -> None:
     halves = aligned(np.arange(65536, dtype=np.uint16))
     out = floats(65536)
     run(address(out), address(halves))
-    expected = halves.view(np.float16).astype(F32)
+    with np.errstate(invalid="ignore"):  # ARM notes the NaNs that signal
+        expected = halves.view(np.float16).astype(F32)
     assert np.array_equal(np.isnan(out), np.isnan(expected))
     numbers = ~np.isnan(expected)
     assert np.array_equal(out[numbers].view(np.uint32), expected[numbers].view(np.uint32))

@@ -1,12 +1,15 @@
 """An opened checkpoint while it is used, and paths that are no model."""
 
+import mmap
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crafted_files import TensorList, indexed_folder, one_tensor, refused, write
+from crafted_files import TensorList, indexed_folder, one_tensor, refused, safetensors_model, write
 
+from localv4.engine.machine import resident_file_bytes
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError
 from localv4.storage import open_checkpoint
 from localv4.storage.safetensors import open_safetensors
@@ -90,6 +93,20 @@ def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     held = [refused(path) for path in (bad, mismatch, empty)]  # errors keep their frames alive
     assert len(held) == 3
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are in the process")
+def test_pages_of_a_tensor_are_dropped(tmp_path: Path) -> None:
+    tensors: TensorList = {"a": ("I8", (1 << 21,)), "b": ("I8", (1 << 21,))}
+    path = write(tmp_path / "model.safetensors", safetensors_model(tensors, 1))
+    with open_safetensors(path) as checkpoint:
+        sums = [int(checkpoint.bytes(name).sum()) for name in tensors]
+        before = resident_file_bytes([path]) or 0
+        checkpoint.drop_pages_of(checkpoint.bytes("b"))
+        dropped = before - (resident_file_bytes([path]) or 0)
+        # but for the pages that it shares with its neighbours
+        assert (1 << 21) - 2 * mmap.PAGESIZE <= dropped <= 1 << 21
+        assert [int(checkpoint.bytes(name).sum()) for name in tensors] == sums
 
 
 def test_missing_tensor_is_named(opened_file: Path) -> None:

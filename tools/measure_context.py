@@ -101,6 +101,7 @@ class Context:
         while state.position < most:
             tokens = min(FILL_POSITIONS, most - state.position)
             state.begin(tokens)
+            state.make_way_to_copy(tokens)
             for layer in state.layers:
                 if layer.compressor is None:
                     continue
@@ -109,7 +110,6 @@ class Context:
                 layer.compressor.entries.values[first:end] = keys[rows]
                 if layer.indexer is not None:
                     layer.indexer.entries.values[first:end] = index[rows]
-                state.settle()
             state.advance(tokens)
 
     def _keys(self) -> NDArray[np.generic]:
@@ -204,9 +204,9 @@ class Context:
             len(new) < MOST_TOKENS and time.perf_counter() - start < LEAST_S
         ):
             self.index_query[:] = self.rng.standard_normal(self.index_query.size, F32)
+            self.state.make_way(1)
             new.append(float(_times(team, programs).sum()))
             best = np.minimum(best, _times(team, programs))
-            self.state.settle()
         is_indexer = np.array([mark for mark, _ in programs])
         index_s, attend_s = float(best[is_indexer].sum()), float(best[~is_indexer].sum())
         resident = psutil.Process().memory_info().rss

@@ -157,19 +157,26 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         own = [row for row in rows if (row["imatrix"], row["feedback"]) == kind]
         if own:
             axes.errorbar(
-                [row["bytes_per_token"] / 1e6 for row in own],
-                [max(row["divergence"]["value"], 1e-6) for row in own],
+                *zip(*map(_place, own), strict=True),
                 yerr=[row["divergence"]["standard_error"] for row in own],
                 fmt=style[0],
                 label=style[1],
             )
-        for row in own:
-            place = (row["bytes_per_token"] / 1e6, max(row["divergence"]["value"], 1e-6))
-            axes.annotate(row["recipe"], place, (6, 4), textcoords="offset points")
-    axes.set(xlabel="MB read per token", ylabel="mean KL divergence, nats", yscale="log")
+    # statistics move a recipe by little: the uppermost of its points bears the name
+    for row in {row["recipe"]: row for row in sorted(rows, key=_place)}.values():
+        axes.annotate(row["recipe"], _place(row), (6, 4), textcoords="offset points")
+    least = min(row["divergence"]["value"] for row in rows if row["divergence"]["value"] > 0)
+    axes.set_yscale("symlog", linthresh=least)
+    axes.margins(x=0.1)
+    axes.set(xlabel="MB read per token", ylabel="mean KL divergence, nats")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+def _place(row: dict[str, Any]) -> tuple[float, float]:
+    """Return where a row stands in the picture."""
+    return row["bytes_per_token"] / 1e6, row["divergence"]["value"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,16 +236,19 @@ def _key(key: str, value: Any) -> bytes:
     return _string(key) + _value(value)
 
 
-def _value(value: Any) -> bytes:
-    """Return type number and bytes of a value: bool, u32, f32, string, or a list of one of them."""
+def _value(value: Any, whole: Literal["I", "i"] = "I") -> bytes:
+    """Return type number and bytes of a value: bool, u32, f32, string, or a list.
+
+    Numbers in a list are i32, as llama.cpp insists on for the kinds of tokens.
+    """
     if isinstance(value, list):
-        items = [_value(item) for item in value]
+        items = [_value(item, "i") for item in value]
         head = struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items))
         return head + b"".join(item[4:] for item in items)
     if isinstance(value, bool):
         return struct.pack("<IB", 7, value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        return struct.pack("<I" + whole, {"I": 4, "i": 5}[whole], value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     return struct.pack("<I", 8) + _string(value)

@@ -5,89 +5,84 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localv4.cancellation import Cancellation
 from localv4.cli import options
-from localv4.cli.engine_options import Arithmetic, EngineOptions
-from localv4.cli.option_groups import with_groups
+from localv4.cli.engine_options import EngineOptions, TraceRoutes
+from localv4.cli.option_groups import option, with_groups
 from localv4.cli.sampling_options import SamplingOptions, ThinkingOptions
 from localv4.errors import Cancelled, UsageError
 
 if TYPE_CHECKING:
     from localv4.cli.batch_report import Report
     from localv4.cli.settings import Settings
-    from localv4.cuda.options import GpuOptions
     from localv4.engine.batch_input import BatchInput, Place, Row
     from localv4.engine.batch_request import BatchSettings
     from localv4.engine.batch_results import Document, ResultFile, Results
-    from localv4.engine.memory import MemoryOptions
+    from localv4.engine.setup import Setup
     from localv4.library.installed import InstalledModel
     from localv4.storage import Checkpoint
 
 ROWS_FAILED, INTERRUPTED, TERMINATED = 3, 130, 143
 MOST_SHARDS = 1_000_000
 
-_PANEL = "Batch"
+_option = partial(option, panel="Batch", env=False)
 Input = Annotated[
     Path,
-    typer.Option(
+    _option(
         "-i",
         "--input",
-        rich_help_panel=_PANEL,
         metavar="FILE",
         help="Rows to answer: JSONL as for OpenAI's Batch API, or .txt with one prompt a line.",
     ),
 ]
 Output = Annotated[
     Path,
-    typer.Option(
+    _option(
         "-o",
         "--output",
-        rich_help_panel=_PANEL,
         metavar="FILE",
         help="Where results go. Rows that are there already are not answered again.",
     ),
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option(
+    _option(
         "--overwrite",
-        rich_help_panel=_PANEL,
         metavar="",
         help="Begin anew: discard what the output holds.",
     ),
 ]
 Parallel = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--parallel",
-        rich_help_panel=_PANEL,
+        panel="Batch",
         metavar="N",
         min=1,
         max=64,
-        envvar="LOCALV4_PARALLEL",
-        show_envvar=False,
         help="Rows that decode together. Default: what processor and memory allow.",
     ),
 ]
 Shard = Annotated[
     str | None,
-    typer.Option(
+    _option(
         "--shard",
-        rich_help_panel=_PANEL,
         metavar="I/N",
         help="Answer only the lines I, I + N, I + 2N ...: one of N equal parts.",
     ),
 ]
 Ray = Annotated[
     str | None,
-    typer.Option(
+    _option(
         "--ray",
-        rich_help_panel=_PANEL,
         metavar="ADDRESS",
         help="Answer rows on all nodes of the Ray cluster there; auto: the one of this machine.",
     ),
@@ -98,12 +93,7 @@ Ray = Annotated[
 class Machine:
     """How the engine is to use this machine, or each one of the cluster at `ray`."""
 
-    ctx_size: int | None
-    threads: int | None
-    pin: bool
-    numerics: Arithmetic
-    memory: "MemoryOptions"
-    gpu: "GpuOptions"
+    setup: "Setup"
     parallel: int | None
     ray: str | None
 
@@ -120,8 +110,8 @@ class Asked:
     @property
     def identity(self) -> str:
         """What tells the results of equal rows apart."""
-        machine = self.machine
-        return self.settings.identity(self.weights, machine.numerics.value, machine.ctx_size)
+        setup = self.machine.setup
+        return self.settings.identity(self.weights, setup.numerics, setup.ctx_size)
 
     @property
     def results(self) -> "Results":
@@ -133,12 +123,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be answered, where it goes, and how much is told about it."""
+    """What is to be answered, where it goes, and how much is told about it.
+
+    `routes` is a file for the experts that tokens choose.
+    """
 
     rows: "BatchInput"
     shard: tuple[int, int]
     output: Path
     overwrite: bool
+    routes: Path | None
     as_json: bool
     stats: bool
     quiet: bool
@@ -157,6 +151,7 @@ def batch(
     overwrite: Overwrite = False,
     ctx_size: options.ContextSize = None,
     engine: EngineOptions,
+    trace_routes: TraceRoutes = None,
     system: options.System = None,
     raw: options.Raw = False,
     sampling: SamplingOptions,
@@ -182,16 +177,14 @@ def batch(
     if raw and (thinking or system is not None):
         raise UsageError("--raw has no chat format: no system prompt and no thinking")
     values = sampling.values()
-    machine = Machine(
-        *(ctx_size, engine.threads, engine.pin, engine.numerics),
-        *(engine.memory(), engine.gpu(), parallel, ray),
-    )
+    machine = Machine(engine.setup(ctx_size), parallel, ray)
     part = parse_shard(shard)
     job = Job(
         rows=scan(input_file),
         shard=part,
         output=output,
         overwrite=overwrite,
+        routes=_checked_routes(trace_routes, input_file, output, ray),
         as_json=options.wants_json(output_format, as_json),
         stats=stats,
         quiet=quiet,
@@ -212,6 +205,17 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     if not 1 <= number <= count <= MOST_SHARDS:
         raise UsageError(f"--shard is {text!r}, expected I/N with I from 1 to N, such as 3/8")
     return number, count
+
+
+def _checked_routes(routes: Path | None, given: Path, output: Path, ray: str | None) -> Path | None:
+    """Return where routes go; never over the rows."""
+    if routes is None:
+        return None
+    if ray is not None:
+        raise UsageError("--trace-routes and --ray cannot be used together: routes stay on nodes")
+    if routes.resolve() in (given.resolve(), output.resolve()):
+        raise UsageError(f"--trace-routes is {routes}: routes need a file of their own")
+    return routes
 
 
 def _open_model(reference: str | None) -> "tuple[InstalledModel, Checkpoint]":
@@ -270,16 +274,17 @@ def _run(job: Job, asked: Asked) -> None:
     from localv4.cli.batch_report import Report
     from localv4.engine.batch_results import ResultFile
 
-    with ResultFile(job.output, job.rows, asked.results, overwrite=job.overwrite) as file:
+    opened = ResultFile(job.output, job.rows, asked.results, overwrite=job.overwrite)
+    with opened as file, ExitStack() as stack:
         number, count = job.shard
         mine = [place for place in job.rows.places if place.line % count == number % count]
         todo = [place for place in mine if place.custom_id not in file.done]
         before = len(mine) - len(todo)
         report = Report(job.output, asked.model.spec, len(mine), before, job.quiet, job.no_color)
         if todo:
-            cancelled = threading.Event()
+            cancelled = Cancellation()
             if asked.machine.ray is None:
-                documents = _on_this_machine(job, asked, todo, cancelled, report)
+                documents = _on_this_machine(job, asked, todo, cancelled, report, stack)
             else:
                 documents = _on_cluster(job, asked, todo, cancelled, report, asked.machine.ray)
             _collect(documents, cancelled, file, report)
@@ -294,35 +299,31 @@ def _on_this_machine(
     todo: "Sequence[Place]",
     cancelled: threading.Event,
     report: "Report",
+    stack: ExitStack,
 ) -> "Iterator[Document]":
-    """Load the model; return the results of the rows as they come."""
+    """Load the model; return the results of the rows as they come. `stack` closes what is open."""
     from localv4.cli import loading
     from localv4.engine.batch_memory import plan_batch
     from localv4.engine.batch_run import answer_rows, make_run
 
-    machine, settings = asked.machine, asked.settings
+    setup, settings = asked.machine.setup, asked.settings
     plan = plan_batch(
         asked.model.path,
-        machine.memory,
-        parallel=machine.parallel,
+        setup.memory,
+        parallel=asked.machine.parallel,
         rows=len(todo),
-        ctx_size=machine.ctx_size,
-        threads=machine.threads,
-        exact=machine.numerics is Arithmetic.EXACT,
+        ctx_size=setup.ctx_size,
+        threads=setup.threads,
+        exact=setup.numerics == "exact",
     )
+    setup = replace(setup, memory=plan.memory, gpu=replace(setup.gpu, state_bytes=plan.room))
     loaded = loading.load_engine(
-        _reference(asked.model),
-        ctx_size=machine.ctx_size,
-        threads=machine.threads,
-        pin=machine.pin,
-        numerics=machine.numerics.value,
-        memory=plan.memory,
-        gpu=replace(machine.gpu, state_bytes=plan.room),
-        quiet=job.quiet,
-        no_color=job.no_color,
+        _reference(asked.model), setup, quiet=job.quiet, no_color=job.no_color
     )
     if not settings.raw and not loaded.knows_chat and not job.quiet:
         loading.warn(f"{loaded.name} is a base model that knows no chat format: use --raw")
+    if job.routes is not None:
+        stack.enter_context(loaded.record_routes(job.routes))
     plan = plan.within(loaded.engine.gpu_plan)
     run = make_run(
         loaded.engine, settings, asked.results, rows=plan.rows, room=plan.room, cancelled=cancelled
@@ -343,20 +344,14 @@ def _on_cluster(
     from localv4.engine.node_engine import EngineOrder
     from localv4.engine.ray_cluster import RayCluster
 
-    machine = asked.machine
     order = EngineOrder(
         reference=_reference(asked.model),
         weights=asked.weights,
         identity=asked.identity,
         settings=asked.settings,
-        parallel=machine.parallel,
+        parallel=asked.machine.parallel,
         rows=len(todo),
-        ctx_size=machine.ctx_size,
-        threads=machine.threads,
-        pin=machine.pin,
-        numerics=machine.numerics.value,
-        memory=machine.memory,
-        gpu=machine.gpu,
+        setup=asked.machine.setup,
     )
     cluster = RayCluster(address, order, job.rows.is_text, report.tell, cancelled)
     return cluster.answer(job.rows.lines(todo))

@@ -5,21 +5,19 @@ from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from localv4.cancellation import Cancellation
 from localv4.cli import options
 from localv4.cli.engine_options import EngineOptions
-from localv4.cli.option_groups import with_groups
+from localv4.cli.option_groups import option, with_groups
 from localv4.errors import Cancelled, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from localv4.cli.bench_report import Report
     from localv4.engine.benchmark import Benchmark, Plan
-    from localv4.engine.engine import Engine
 
 INTERRUPTED = 130
 MAX_SIZES = 64
@@ -50,9 +48,7 @@ class FlashAttention(StrEnum):
     OFF = "off"
 
 
-def _option(*names: str, panel: str = "Test", **rest: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **rest)
-
+_option = partial(option, panel="Test", env=False)
 
 PromptTokens = Annotated[
     str, _option("-p", "--prompt-tokens", metavar="N,...", help="Tokens to read; 0: none.")
@@ -113,6 +109,7 @@ PeerRepack = Annotated[
     _option(
         "--peer-repack/--no-peer-repack",
         panel="Comparison",
+        metavar="",
         help="Whether llama.cpp keeps weights in the layouts of its fastest kernels.",
     ),
 ]
@@ -164,7 +161,7 @@ def bench(
     sizes = _parse_all(prompt_tokens, gen_tokens, depth)
     _check_plot(plot)
     reference = options.one_of(model_argument, model, "--model")
-    cancelled = threading.Event()
+    cancelled = Cancellation()
 
     # imported before the model is loaded: the probes are kernels, compiled with the others
     from localv4.cli import bench_peer, loading, worker
@@ -173,24 +170,14 @@ def bench(
     from localv4.engine.benchmark import Benchmark, plan
     from localv4.engine.peer import PeerSettings
 
-    memory = engine.memory()
+    setup = engine.setup()
     settings = PeerSettings(peer_ubatch, peer_flash_attn.value, peer_repack)
     with ExitStack() as stack:
         rival = None
         if compare is not None:
             rival = bench_peer.start_rival(reference, peer_python, settings, cancelled, quiet)
             stack.callback(rival.close)
-        loaded = loading.load_engine(
-            reference,
-            ctx_size=None,
-            threads=engine.threads,
-            pin=engine.pin,
-            numerics=engine.numerics.value,
-            memory=memory,
-            gpu=engine.gpu(),
-            quiet=quiet,
-            no_color=no_color,
-        )
+        loaded = loading.load_engine(reference, setup, quiet=quiet, no_color=no_color)
         cases = plan(*sizes, loaded.engine.ctx_size)
         _tell_skipped(cases, loaded.engine.ctx_size, quiet)
         progress = stack.enter_context(Progress(quiet=quiet, no_color=no_color))
@@ -198,7 +185,7 @@ def bench(
         if rival is not None:
             make = partial(make, peer=rival.peer)
             if not rival.fits_together:
-                make = partial(make, reload=_reload(loaded.model.path, engine))
+                make = partial(make, reload=partial(setup.load, loaded.model.path))
         benchmark = worker.call(partial(make, loaded.engine, cancelled=cancelled))
         report = Report(loaded.name, benchmark, cases.skipped, rival)
         del loaded  # the benchmark may have to forget the engine: it must be the last to hold it
@@ -210,21 +197,6 @@ def bench(
         draw(report, plot)
     if not report.is_complete:
         raise typer.Exit(INTERRUPTED)
-
-
-def _reload(path: Path, engine: EngineOptions) -> "Callable[[], Engine]":
-    """Return what loads our engine once more, after the other one was there in its stead."""
-    from localv4.engine.engine import Engine
-
-    return partial(
-        Engine.load,
-        path,
-        threads=engine.threads,
-        pin=engine.pin,
-        numerics=engine.numerics.value,
-        memory=engine.memory(),
-        gpu=engine.gpu(),
-    )
 
 
 def _check_plot(plot: Path | None) -> None:

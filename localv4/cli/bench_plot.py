@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from localv4.cli.picture import BLUE, GREY, GRID, ORANGE, TEXT, save_figure
+from localv4.cli.picture import BLUE, GREY, ORANGE, TEXT, save_figure, set_style, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def make_figure(report: "Report") -> "Figure":
     for kind, axes in zip(kinds, panels, strict=True):
         measurements = [m for m in report.measurements if m.case.kind == kind]
         _draw_panel(axes, kind, measurements)
-    figure.suptitle(_title(report), fontsize=11, color=TEXT, x=0.01, ha="left")
+    set_title(figure, _title(report))
     return figure
 
 
@@ -55,8 +55,7 @@ def _title(report: "Report") -> str:
 
     benchmark = report.benchmark
     threads = f"{benchmark.threads} thread" + ("s" if benchmark.threads > 1 else "")
-    title = f"{report.model}, {benchmark.numerics}, {threads}, {machine_facts()['cpu']}"
-    return title.replace("$", r"\$")  # a dollar sign would begin a formula
+    return f"{report.model}, {benchmark.numerics}, {threads}, {machine_facts()['cpu']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +98,7 @@ def _draw_panel(axes: "Axes", kind: "CaseKind", measurements: "Sequence[Measurem
     axes.set_ylim(0, axes.dataLim.y1 * HEADROOM)
     if len(depths) > 1:
         _label_points(axes, curves, depths)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=TEXT, length=0, labelsize=9)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    set_style(axes, grid="y")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
             loc="upper center",

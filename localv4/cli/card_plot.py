@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from localv4.cli.picture import BLUE, GREY, GRID, ORANGE, TEXT, drawn
+from localv4.cli.picture import BLUE, GREY, ORANGE, TEXT, drawn, plain_text, set_style, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,12 +32,9 @@ def make_figure(card: "Card", others: Sequence["Card"]) -> "Figure":
     _draw_quality(left, card, others)
     _draw_positions(right, card)
     for axes in (left, right):
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=TEXT, length=0, labelsize=9, which="both")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    title = f"{_short(card.model)}, {card.numerics}; text: {_short(card.text.name)}"
-    figure.suptitle(title, fontsize=11, color=TEXT, x=0.01, ha="left")
+        set_style(axes)
+    name, text = (_cut(each) for each in (card.model, card.text.name))
+    set_title(figure, f"{name}, {card.numerics}; text: {text}")
     return figure
 
 
@@ -232,6 +229,9 @@ def _longest(card: "Card") -> int:
 
 
 def _short(name: str) -> str:
-    """Return a name that has room in a picture, where a dollar sign begins a formula."""
-    text = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 3]}..."
-    return text.replace("$", r"\$")
+    return plain_text(_cut(name))
+
+
+def _cut(name: str) -> str:
+    """Return a name that has room in a picture."""
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 3]}..."

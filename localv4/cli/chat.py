@@ -49,17 +49,9 @@ def chat(
     from localv4.cli.archive import open_archive
     from localv4.cli.repl import Chat
 
-    loaded = loading.load_engine(
-        options.one_of(model_argument, model, "--model"),
-        ctx_size=ctx_size,
-        threads=engine.threads,
-        pin=engine.pin,
-        numerics=engine.numerics.value,
-        memory=engine.memory(),
-        gpu=engine.gpu(),
-        quiet=quiet,
-        no_color=no_color,
-    )
+    reference = options.one_of(model_argument, model, "--model")
+    setup = engine.setup(ctx_size)
+    loaded = loading.load_engine(reference, setup, quiet=quiet, no_color=no_color)
     talking = Chat(
         loaded,
         terminal.make_console(sys.stdout, no_color=no_color),

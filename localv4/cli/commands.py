@@ -33,7 +33,10 @@ def execute(chat: Chat, line: str) -> str | None:
             f"there is no command /{name}",
             hint=f"{hint} (a message that begins with a slash needs a space before it)",
         )
-    return COMMANDS[name].run(chat, argument.strip())
+    command, argument = COMMANDS[name], argument.strip()
+    if argument and command.usage == f"/{name}":
+        raise UsageError(f"/{name} takes nothing more", hint=command.usage)
+    return command.run(chat, argument)
 
 
 def _help(chat: Chat, argument: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localv4.cli import options, terminal, worker
-from localv4.cli.fit import Assumed, assumptions
+from localv4.cli.fit import Assumed, assess_by_experience, assumptions
 from localv4.errors import LocalV4Error
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def doctor(
     )
     found = worker.call(lambda: _examine(model, quick, assumed, quiet))
     if options.wants_json(output_format, as_json):
-        from localv4.cli.show import print_json
-
-        print_json(_document(found))
+        terminal.print_json(_document(found))
         return
     _print(terminal.make_console(sys.stdout, no_color=no_color), found)
 
@@ -111,8 +109,7 @@ def _measure(place: Any, quick: bool, gpu: bool, quiet: bool) -> "Machine":
 def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
     """Plan and predict a model; damaged files are a finding, not an error."""
     from localv4.engine.earlier_routing import earlier_routing
-    from localv4.planning.assessment import assess
-    from localv4.planning.history import correction, past_runs
+    from localv4.planning.history import past_runs
     from localv4.planning.measuring import known_machine
     from localv4.planning.subject import facts_of_installed
 
@@ -126,10 +123,7 @@ def _look_at(model: "InstalledModel", machine: "Machine") -> Examined:
     if own_disk is not None and "disk" not in machine.assumed:
         machine = replace(machine, disk=own_disk)
     routing = earlier_routing(model.path, facts.config)
-    one = assess(facts, machine, routing=routing)
-    if runs and one.plan is not None:
-        known = correction(runs, one.plan, one.gpu)
-        one = assess(facts, machine, routing=routing, correction=known)
+    one = assess_by_experience(facts, machine, None, routing, runs)
     return Examined(name, one, None, runs)
 
 

@@ -5,11 +5,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from localv4.cli.option_groups import option
+from localv4.cli.option_groups import flag, option
 
 if TYPE_CHECKING:
     from localv4.cuda.options import GpuOptions
     from localv4.engine.memory import MemoryOptions
+    from localv4.engine.setup import Setup
 
 
 class Arithmetic(StrEnum):
@@ -56,7 +57,7 @@ Threads = Annotated[
 ]
 Pin = Annotated[
     bool,
-    option(
+    flag(
         "--pin",
         panel="Model",
         help="Bind each thread to a core of its own. For machines with nothing else to do.",
@@ -119,7 +120,7 @@ ExpertReaders = Annotated[
 ]
 Prefetch = Annotated[
     bool,
-    option(
+    flag(
         "--prefetch/--no-prefetch",
         panel="Memory",
         help="Read what the next layer may need while that makes tokens faster.",
@@ -209,12 +210,20 @@ class EngineOptions:
     device: Device = "auto"
     gpu_mem: GpuMem = None
 
-    def gpu(self) -> "GpuOptions":
-        """Return what was said about GPUs. Raises UsageError for what is no device or no size."""
-        return gpu_options(self.device, self.gpu_mem)
+    def setup(self, ctx_size: int | None = None) -> "Setup":
+        """Return all of it. Raises UsageError for what is no device or no size."""
+        from localv4.engine.setup import Setup
 
-    def memory(self) -> "MemoryOptions":
-        """Return what was said about memory. Raises UsageError for what is no size."""
+        return Setup(
+            ctx_size=ctx_size,
+            threads=self.threads,
+            pin=self.pin,
+            numerics=self.numerics.value,
+            memory=self._memory(),
+            gpu=gpu_options(self.device, self.gpu_mem),
+        )
+
+    def _memory(self) -> "MemoryOptions":
         from localv4.cli.sizes import parse_bytes
         from localv4.engine.memory import MemoryOptions
 

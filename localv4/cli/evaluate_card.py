@@ -93,11 +93,9 @@ def card(
     cuts = [evaluation.cut_text(loaded.engine, tokens, size, windows, bos) for size in sizes]
     base = None
     if base_model is not None:
-        arithmetic = base_numerics or numerics
-        rows = evaluation.base_rows(kv, base_kv, arithmetic)
-        base_gpu = gpu if arithmetic is engine_options.Arithmetic.FAST else None
-        base = evaluation.load(
-            base_model, threads, pin, arithmetic, quiet, no_color, rows, base_gpu
+        arithmetic, rows = base_numerics or numerics, (kv, base_kv)
+        base = evaluation.load_base(
+            base_model, threads, pin, arithmetic, quiet, no_color, rows, gpu
         )
         evaluation.check_same_tokens(loaded.engine, base.engine, tokens)
     with Progress(quiet=quiet, no_color=no_color) as progress:

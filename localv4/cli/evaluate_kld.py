@@ -9,7 +9,6 @@ import typer
 
 from localv4.cli import engine_options, evaluation, options, terminal
 from localv4.cli.evaluation import figure, pair, percent
-from localv4.cli.show import print_json
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -89,11 +88,9 @@ def kld(
             source = stack.enter_context(_open_file(base, engine, windows))
             about = {"file": base.name}
         else:
-            numerics = base_numerics or numerics
-            rows = evaluation.base_rows(kv, base_kv, numerics)
-            base_gpu = gpu if numerics is engine_options.Arithmetic.FAST else None
-            other = evaluation.load(
-                base_model, threads, pin, numerics, quiet, no_color, rows, base_gpu
+            arithmetic, rows = base_numerics or numerics, (kv, base_kv)
+            other = evaluation.load_base(
+                base_model, threads, pin, arithmetic, quiet, no_color, rows, gpu
             )
             tokens = evaluation.tokenize(engine, text, file)
             evaluation.check_same_tokens(engine, other.engine, tokens)
@@ -107,7 +104,7 @@ def kld(
         measured = measure(engine, source, floor_windows, progress)
     floors = min(floor_windows, len(source.windows))
     if as_json:
-        print_json(_document(loaded, about, source.windows, measured, floors))
+        terminal.print_json(_document(loaded, about, source.windows, measured, floors))
     else:
         _print(loaded, about, source.windows, measured, no_color)
 

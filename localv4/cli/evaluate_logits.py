@@ -30,11 +30,17 @@ def _option(*names: str, panel: str, **rest: Any) -> Any:
 
 _LIST, _BASE = "All logits of a list of tokens", "A base for `eval kld`"
 Tokens = Annotated[
-    Path | None, _option("--tokens", panel=_LIST, help="JSON list of token ids to read.")
+    Path | None,
+    _option("--tokens", panel=_LIST, metavar="FILE", help="JSON list of token ids to read."),
 ]
 Out = Annotated[
     Path | None,
-    _option("--out", panel=_LIST, help="NumPy file (.npy) to write: positions x vocabulary."),
+    _option(
+        "--out",
+        panel=_LIST,
+        metavar="FILE",
+        help="NumPy file (.npy) to write: positions x vocabulary.",
+    ),
 ]
 Chunk = Annotated[
     int | None,

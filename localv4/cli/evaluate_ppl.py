@@ -7,7 +7,6 @@ import typer
 
 from localv4.cli import engine_options, evaluation, options, terminal
 from localv4.cli.evaluation import figure, finite, pair, percent
-from localv4.cli.show import print_json
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
@@ -64,7 +63,7 @@ def ppl(
     with Progress(quiet=quiet, no_color=no_color) as progress:
         found = measure_all(engine, cuts, floor_windows, progress)
     if as_json:
-        print_json(_document(loaded, tokens, stride, found))
+        terminal.print_json(_document(loaded, tokens, stride, found))
     else:
         _print(loaded, tokens, found, no_color)
 

@@ -31,7 +31,7 @@ def _option(*names: str, panel: str = "Text", **rest: Any) -> Any:
 
 TextFile = Annotated[
     Path | None,
-    _option("-f", "--file", help="Text to read. Default: 190 kB of old novels."),
+    _option("-f", "--file", metavar="FILE", help="Text to read. Default: 190 kB of old novels."),
 ]
 Sizes = Annotated[
     str, _option("-c", "--ctx-size", metavar="N,...", help="Tokens of a window, or several sizes.")
@@ -192,16 +192,6 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def base_rows(
-    kv: "engine_options.Kv | None",
-    base_kv: "engine_options.Kv | None",
-    numerics: "engine_options.Arithmetic",
-) -> "engine_options.Kv | None":
-    """Return how a base that is computed in `numerics` stores its context."""
-    is_exact = numerics is engine_options.Arithmetic.EXACT
-    return base_kv or (None if is_exact else kv)
-
-
 def load(
     model: str | None,
     threads: int | None,
@@ -214,16 +204,35 @@ def load(
 ) -> "Loaded":
     """Load a model with the whole context that it allows."""
     from localv4.cli import loading
+    from localv4.cuda.options import GpuOptions
     from localv4.engine.memory import MemoryOptions
+    from localv4.engine.setup import Setup
 
-    return loading.load_engine(
-        model,
-        ctx_size=None,
+    setup = Setup(
         threads=threads,
         pin=pin,
         numerics=numerics.value,
         memory=MemoryOptions(kv=kv.value if kv is not None else None),
-        gpu=gpu,
-        quiet=quiet,
-        no_color=no_color,
+        gpu=gpu or GpuOptions("cpu"),
     )
+    return loading.load_engine(model, setup, quiet=quiet, no_color=no_color)
+
+
+def load_base(
+    model: str | None,
+    threads: int | None,
+    pin: bool,
+    numerics: "engine_options.Arithmetic",
+    quiet: bool,
+    no_color: bool,
+    rows: "tuple[engine_options.Kv | None, engine_options.Kv | None]",
+    gpu: "GpuOptions",
+) -> "Loaded":
+    """Load what a model is compared with.
+
+    `rows`: how the model stores its context, and how the base shall. In `exact` arithmetic a base
+    is computed by the processor, with rows of float32 unless others are asked for.
+    """
+    is_exact = numerics is engine_options.Arithmetic.EXACT
+    kv = rows[1] or (None if is_exact else rows[0])
+    return load(model, threads, pin, numerics, quiet, no_color, kv, None if is_exact else gpu)

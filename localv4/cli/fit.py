@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from localv4.cuda.options import GpuOptions
     from localv4.planning.assessment import Assessment, Request
+    from localv4.planning.history import Run
     from localv4.planning.hit_rate import Routing
     from localv4.planning.machine import Machine
+    from localv4.planning.model_facts import ModelFacts
     from localv4.planning.subject import Subject
 
 TYPICAL_RATE = "100Mbit/s"
@@ -152,9 +154,7 @@ def fit(
 
     answer = worker.call(answered)
     if options.wants_json(output_format, as_json):
-        from localv4.cli.show import print_json
-
-        print_json(_document(answer))
+        terminal.print_json(_document(answer))
     else:
         console = terminal.make_console(sys.stdout, no_color=no_color)
         if all_quants:
@@ -219,8 +219,8 @@ def _answer(
     quiet: bool,
 ) -> Answer:
     from localv4 import paths
-    from localv4.planning.assessment import assess, choose
-    from localv4.planning.history import correction, past_runs
+    from localv4.planning.assessment import choose
+    from localv4.planning.history import past_runs
     from localv4.planning.recipes import load_recipes
 
     if not subject.forms:
@@ -229,16 +229,31 @@ def _answer(
     record = max(facts.largest_expert_bytes for facts in subject.forms)
     machine = describe_machine(assumed, place, record, gpu, quiet)
     runs = [] if machine.assumed else past_runs(subject.name)
-    routing, found = _routing(subject, routes), []
-    for facts in subject.forms:
-        one = assess(facts, machine, request, routing=routing)
-        if runs and one.plan is not None:
-            known = correction(runs, one.plan, one.gpu)
-            one = assess(facts, machine, request, routing=routing, correction=known)
-        found.append(one)
+    routing = _routing(subject, routes)
+    found = [
+        assess_by_experience(facts, machine, request, routing, runs) for facts in subject.forms
+    ]
     is_free = subject.chosen is None
     chosen = choose(found, load_recipes().default.name) if is_free else found[subject.chosen or 0]
     return Answer(subject, machine, request, chosen, found, rate, routing)
+
+
+def assess_by_experience(
+    facts: "ModelFacts",
+    machine: "Machine",
+    request: "Request | None",
+    routing: "Routing | None",
+    runs: "Sequence[Run]",
+) -> "Assessment":
+    """Plan and predict a model; what earlier runs of it achieved corrects the forecast."""
+    from localv4.planning.assessment import assess
+    from localv4.planning.history import correction
+
+    one = assess(facts, machine, request, routing=routing)
+    if not runs or one.plan is None:
+        return one
+    known = correction(runs, one.plan, one.gpu)
+    return assess(facts, machine, request, routing=routing, correction=known)
 
 
 def _routing(subject: "Subject", routes: Path | None) -> "Routing | None":

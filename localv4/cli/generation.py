@@ -1,10 +1,10 @@
 """One reply, made on the engine thread and watched from the main one."""
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from localv4.cancellation import Cancellation
 from localv4.cli import worker
 from localv4.cli.signals import interrupt_sets
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from localv4.engine.reply import Reply
     from localv4.engine.session import Session
     from localv4.text.completion import Delta
+
+
+BOUNDS = {"GPU": "the GPU", "host": "the host", "PCIe": "PCIe", "disk": "the disk"}
+"""What can hold tokens up where a GPU helps."""
 
 
 class Generation:
@@ -35,7 +39,7 @@ class Generation:
         self._prompt_ids = prompt_ids
         self._options = options
         self._first_token_at: float | None = None
-        self.cancelled = threading.Event()
+        self.cancelled = Cancellation()
         self.reply: Reply | None = None
         self.prefill = (0, len(prompt_ids))  # prompt tokens done, and all of them
         self.tokens = 0
@@ -154,9 +158,6 @@ def gpu_lines(reply: "Reply") -> list[str]:
         f"{gpu.per_token(gpu.uploaded_bytes) / 1e9:.3f} GB uploaded per token | "
         f"bound by {BOUNDS[gpu.bound(seconds)]}",
     ]
-
-
-BOUNDS = {"GPU": "the GPU", "host": "the host", "PCIe": "PCIe", "disk": "the disk"}
 
 
 def format_bytes(count: int) -> str:

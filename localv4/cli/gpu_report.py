@@ -17,7 +17,6 @@ BOTTLENECKS = {
     "PCIe": "PCIe",
     "disk": "the disk",
 }
-SHORT_BOTTLENECKS = {"GPU": "the GPU", "host": "the host", "PCIe": "PCIe", "disk": "the disk"}
 
 PROMPT_BOTTLENECKS = {
     "GPU": "products on the GPU",

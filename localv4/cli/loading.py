@@ -16,9 +16,8 @@ from localv4.cli.settings import Settings, recommended
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from localv4.cuda.options import GpuOptions
-    from localv4.engine.engine import Engine, NumericsName
-    from localv4.engine.memory import MemoryOptions
+    from localv4.engine.engine import Engine
+    from localv4.engine.setup import Setup
     from localv4.library.installed import InstalledModel
     from localv4.paging.trace import TraceWriter
 
@@ -64,18 +63,7 @@ class Loaded:
         return record_routes(self.engine.network, self.engine.checkpoint, self.model.name, path)
 
 
-def load_engine(
-    reference: str | None,
-    *,
-    ctx_size: int | None,
-    threads: int | None,
-    pin: bool,
-    numerics: "NumericsName",
-    memory: "MemoryOptions | None" = None,
-    gpu: "GpuOptions | None" = None,
-    quiet: bool,
-    no_color: bool,
-) -> Loaded:
+def load_engine(reference: str | None, setup: "Setup", *, quiet: bool, no_color: bool) -> Loaded:
     """Find and load a model; tell on stderr when the built-in one stands in for a real one."""
     from localv4.library import installed
 
@@ -86,7 +74,7 @@ def load_engine(
 
     def load() -> "Engine":
         # the import is slow as well: it belongs to the part that Ctrl-C can end at once
-        from localv4.engine.engine import COMPILING, Engine
+        from localv4.engine.engine import COMPILING
         from localv4.kernels.bus_error import end_with_a_line
         from localv4.kernels.compiler import can_keep
 
@@ -99,16 +87,7 @@ def load_engine(
                 progress.announce(phase)
             progress(phase, done, total)
 
-        engine = Engine.load(
-            model.path,
-            ctx_size=ctx_size,
-            threads=threads,
-            pin=pin,
-            numerics=numerics,
-            memory=memory,
-            gpu=gpu,
-            on_progress=report,
-        )
+        engine = setup.load(model.path, report)
         end_with_a_line()
         return engine
 

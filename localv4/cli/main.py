@@ -42,6 +42,18 @@ SPELLINGS = {
     "system-prompt": "system",
 }
 
+# What the libraries that read numbers say of them, and what people understand.
+WORDS = {
+    "Value error, ": "",
+    "Input should be a valid integer": "expected a whole number",
+    "Input should be a valid number": "expected a number",
+    "Input should be greater than or equal to": "expected at least",
+    "Input should be less than or equal to": "expected at most",
+    ", unable to parse string as an integer": "",
+    ", unable to parse string as a number": "",
+    "is not a valid integer": "is not a whole number",  # other versions of typer
+}
+
 app = typer.Typer(
     name="localv4",
     help="Run DeepSeek-V4 models on this computer; a GPU helps where there is one.",
@@ -163,7 +175,9 @@ def _print_usage_error(error: Exception) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         sys.stderr.write(message)  # empty when typer has printed the help itself
     else:
-        line = " ".join(message.split()).replace("Value error, ", "")  # pydantic's own words
+        line = " ".join(message.split())
+        for words, ours in WORDS.items():
+            line = line.replace(words, ours)
         _print_error(line, f"{path} --help", None)
     return 2
 

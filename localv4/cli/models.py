@@ -1,6 +1,5 @@
 """`localv4 list`: the models on this computer, and those that are known."""
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +34,7 @@ def list_models(
     if options.wants_json(output_format, as_json):
         rows = [_document(model) for model in models]
         rows += [_known_document(name, spec) for name, spec in missing.items()]
-        print(terminal.escape_json(json.dumps(rows, ensure_ascii=False, indent=2)))
+        terminal.print_json(rows)
         return
     _print(models, missing, no_color)
     _mention_leftovers()

@@ -20,7 +20,9 @@ class OutputFormat(StrEnum):
 
 MODEL_HELP = "Name of an installed model, or a path: a checkpoint folder or a .gguf file."
 # LOCALV4_MODEL is read where a missing name is resolved: an argument must win over it
-Model = Annotated[str | None, option("-m", "--model", panel="Model", env=False, help=MODEL_HELP)]
+Model = Annotated[
+    str | None, option("-m", "--model", panel="Model", env=False, metavar="MODEL", help=MODEL_HELP)
+]
 ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ContextSize = Annotated[
     int | None,
@@ -68,7 +70,9 @@ PromptOption = Annotated[
 ]
 PromptFile = Annotated[
     Path | None,
-    option("-f", "--file", panel="Prompt", env=False, help="Add the text of a file."),
+    option(
+        "-f", "--file", panel="Prompt", env=False, metavar="FILE", help="Add the text of a file."
+    ),
 ]
 Tools = Annotated[
     Path | None,
@@ -76,6 +80,7 @@ Tools = Annotated[
         "--tools",
         panel="Prompt",
         env=False,
+        metavar="FILE",
         help="JSON list of tools that the model may call; it calls none itself.",
     ),
 ]
@@ -150,6 +155,7 @@ Quiet = Annotated[
 NoColor = Annotated[
     bool, flag("--no-color", panel="Output", help="No colours (NO_COLOR does the same).")
 ]
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")]
 
 
 def wants_json(output_format: OutputFormat, as_json: bool) -> bool:

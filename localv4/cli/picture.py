@@ -10,6 +10,7 @@ from localv4.errors import LocalV4Error, NotFoundError, UsageError
 from localv4.finished_file import finished_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
@@ -29,6 +30,24 @@ def check_target(path: Path) -> None:
         raise LocalV4Error(f"cannot write {path}")
     if importlib.util.find_spec("matplotlib") is None:
         raise NotFoundError("--plot needs matplotlib", hint="pip install 'localv4[plot]'")
+
+
+def set_title(figure: "Figure", text: str) -> None:
+    """Write the title of a whole picture."""
+    figure.suptitle(plain_text(text), fontsize=11, color=TEXT, x=0.01, ha="left")
+
+
+def plain_text(text: str) -> str:
+    """Return a text in which a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
+def set_style(axes: "Axes", grid: Literal["both", "y"] = "both") -> None:
+    """Give a panel the grid, ticks and borders of all pictures."""
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=TEXT, length=0, labelsize=9, which="both")
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

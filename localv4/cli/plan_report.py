@@ -1,11 +1,12 @@
 """Plans and forecasts for people and for programs: rows of text, and JSON values."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from localv4.cli.generation import format_bytes
+from localv4.cli.generation import BOUNDS, format_bytes
 from localv4.cli.gpu_report import (
-    SHORT_BOTTLENECKS,
+    COMPONENT_NAMES,
     gpu_document,
     gpu_forecast_document,
     gpu_plan_document,
@@ -26,15 +27,6 @@ Rows = list[tuple[str, str]]
 SHOWN_RUNS = 3
 HOUR_S, MINUTE_S = 3600, 60
 
-COMPONENT_NAMES = {
-    "dense weights": "dense weights",
-    "head": "output matrix",
-    "decoder state": "context",
-    "workspace": "workspace",
-    "program": "program",
-    "experts": "experts",
-}
-
 BOTTLENECKS = {
     "memory": "memory bandwidth",
     "compute": "the processor's cores",
@@ -45,7 +37,7 @@ BOTTLENECKS = {
 def bottleneck_of(forecast: Forecast | GpuForecast) -> str:
     """Name what bounds decoding, in a word or two."""
     if isinstance(forecast, GpuForecast):
-        return SHORT_BOTTLENECKS[forecast.bottleneck]
+        return BOUNDS[forecast.bottleneck]
     return BOTTLENECKS[forecast.bottleneck]
 
 
@@ -104,7 +96,7 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
             remark = f"for {plan.ctx_size:,} tokens; up to {plan.most_ctx:,} would fit"
         if name == "experts" and not plan.fits:
             remark = f"{100 * plan.resident_share:.0f} % of {format_bytes(plan.all_experts)}"
-        rows.append((COMPONENT_NAMES[name], format_bytes(nbytes), remark))
+        rows.append((COMPONENT_NAMES.get(name, name), format_bytes(nbytes), remark))
     left = f"{format_bytes(plan.reserve)} are left to other programs"
     usable = f"of {format_bytes(plan.usable)} usable; {left}"
     return [*rows, ("together", format_bytes(plan.total), usable)]
@@ -286,9 +278,9 @@ def _plan_document(plan: Plan) -> dict[str, Any]:
 
 def _forecast_document(forecast: Forecast) -> dict[str, Any]:
     return {
-        "decode_tok_s": _bounds_document(forecast.decode),
-        "prefill_tok_s": _bounds_document(forecast.prefill),
-        "hit_rate": _bounds_document(forecast.hit_rate),
+        "decode_tok_s": asdict(forecast.decode),
+        "prefill_tok_s": asdict(forecast.prefill),
+        "hit_rate": asdict(forecast.hit_rate),
         "bottleneck": forecast.bottleneck,
         "roofline_tok_s": forecast.roofline,
         "read_bytes": forecast.token_bytes,
@@ -300,10 +292,6 @@ def _forecast_document(forecast: Forecast) -> dict[str, Any]:
         "routing": forecast.routing,
         "correction": forecast.correction,
     }
-
-
-def _bounds_document(bounds: Bounds) -> dict[str, float]:
-    return {"low": bounds.low, "likely": bounds.likely, "high": bounds.high}
 
 
 def machine_document(machine: Machine) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`localv4 pull`: a model from the Hugging Face hub to this computer, resumed and checked."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +72,7 @@ def pull(
         _report_offline(model, revision, local_dir, force, wants_json)
         return
     if not quiet and (note := hub.ignored_settings()):
-        _say(f"note: {note}")
+        terminal.say(f"note: {note}")
     try:
         task = worker.call(lambda: _plan(model, revision, local_dir, force, quiet))
         if wants_json and dry_run:
@@ -86,14 +85,14 @@ def pull(
             return
         folder = _carry_out(task, jobs, quiet, no_color)
     except (KeyboardInterrupt, Terminated):
-        _say(f"stopped; to go on: localv4 pull {model}")
+        terminal.say(f"stopped; to go on: localv4 pull {model}")
         raise
     if wants_json:
         _print_json(task, folder)
     else:
         print(terminal.sanitize_line(str(folder)))
     if not quiet:
-        _say(_next_step(task, folder, local_dir))
+        terminal.say(_next_step(task, folder, local_dir))
 
 
 def _import() -> None:
@@ -109,7 +108,7 @@ def _plan(
 
     def note(text: str) -> None:
         if not quiet:
-            _say(f"note: {text}")
+            terminal.say(f"note: {text}")
 
     wanted = find_published(model, revision)
     if local_dir is not None and local_dir.exists() and not local_dir.is_dir():
@@ -134,15 +133,15 @@ def _print_plan(task: "Plan") -> None:
     from localv4.cli.generation import format_bytes
 
     store = task.store
-    _say(f"{task.wanted.name}: {task.wanted.repo} at {task.listing.commit[:12]}")
+    terminal.say(f"{task.wanted.name}: {task.wanted.repo} at {task.listing.commit[:12]}")
     here = f", {format_bytes(task.total - task.needed)} is here" if task.needed < task.total else ""
     if task.missing:
         here += f", {format_bytes(task.needed)} to fetch"
-    _say(f"  files   {len(task.files)}, {format_bytes(task.total)}{here}")
-    _say(f"  to      {store.folder}")
-    _say(f"  disk    {format_bytes(task.free)} free")
+    terminal.say(f"  files   {len(task.files)}, {format_bytes(task.total)}{here}")
+    terminal.say(f"  to      {store.folder}")
+    terminal.say(f"  disk    {format_bytes(task.free)} free")
     if (line := worker.call(lambda: fit_line(task.wanted.name))) is not None:
-        _say(f"  memory  {line}")
+        terminal.say(f"  memory  {line}")
 
 
 def fit_line(reference: str) -> str | None:
@@ -184,21 +183,18 @@ def _report_offline(
     model: str, revision: str | None, local_dir: Path | None, force: bool, wants_json: bool
 ) -> None:
     """Say whether the model is here, from what is on the disk alone; exit code 1 when not."""
-    from localv4.cli.show import print_json
     from localv4.library import installed
 
     if force or revision is not None:
         raise UsageError("offline there is nothing to fetch again, and no revision to look up")
     found = installed.resolve(str(local_dir.absolute()) if local_dir is not None else model)
     if wants_json:
-        print_json({"name": found.name, "path": str(found.path), "bytes": found.nbytes})
+        terminal.print_json({"name": found.name, "path": str(found.path), "bytes": found.nbytes})
     else:
         print(terminal.sanitize_line(str(found.path)))
 
 
 def _print_json(task: "Plan", folder: Path | None) -> None:
-    from localv4.cli.show import print_json
-
     missing = {file.name for file in task.missing}
     document: dict[str, Any] = {
         "name": task.wanted.name,
@@ -215,9 +211,4 @@ def _print_json(task: "Plan", folder: Path | None) -> None:
             for file in task.files
         ],
     }
-    print_json(document)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{terminal.sanitize_line(text)}\n")
-    sys.stderr.flush()
+    terminal.print_json(document)

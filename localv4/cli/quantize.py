@@ -1,7 +1,5 @@
 """`localv4 quantize`: a model into one that takes fewer bytes, by a recipe."""
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -144,9 +142,9 @@ def quantize(
                 work.run(target, progress)
             document["error"] = work.converter.errors.relative()
             if not quiet:
-                sys.stderr.write(terminal.sanitize_line(f"wrote {target}") + "\n")
+                terminal.say(f"wrote {target}")
     if as_json:
-        print(terminal.escape_json(json.dumps(document, ensure_ascii=False, indent=2)))
+        terminal.print_json(document)
 
 
 def _digest(path: Path) -> str:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 def forecast_line(plan: "Plan", config: "ModelConfig", name: str, recipe: str) -> str:
     """Return one line: does it fit into memory, and how fast; measures nothing."""
+    from localv4.cli.plan_report import bounds_text
     from localv4.planning.assessment import assess
     from localv4.planning.measuring import known_machine
 
@@ -21,7 +22,7 @@ def forecast_line(plan: "Plan", config: "ModelConfig", name: str, recipe: str) -
     line = f"on this machine: {verdict[found.verdict]}"
     if found.forecast is not None:
         decode = found.forecast.decode
-        line += f", about {decode.likely:.3g} tokens/s ({decode.low:.3g} to {decode.high:.3g})"
+        line += f", {bounds_text(decode)} tokens/s"
     return line
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localv4.cli import options, terminal
-from localv4.errors import UsageError
 
 if TYPE_CHECKING:
     from localv4.library.removal import Removal
@@ -15,14 +14,16 @@ if TYPE_CHECKING:
 Names = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Names as `localv4 list` shows them.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", metavar="", help="Show what would be removed, and stop.")
 ]
 
 
 def remove(
-    models: Names, yes: Yes = False, dry_run: DryRun = False, no_color: options.NoColor = False
+    models: Names,
+    yes: options.Yes = False,
+    dry_run: DryRun = False,
+    no_color: options.NoColor = False,
 ) -> None:
     """Remove models from this computer."""
     from localv4.library.removal import plan_removal
@@ -31,13 +32,15 @@ def remove(
     _carry_out(list({item.path: item for item in removals}.values()), yes, dry_run, no_color)
 
 
-def prune(yes: Yes = False, dry_run: DryRun = False, no_color: options.NoColor = False) -> None:
+def prune(
+    yes: options.Yes = False, dry_run: DryRun = False, no_color: options.NoColor = False
+) -> None:
     """Remove unfinished downloads and files that no model has."""
     from localv4.library.removal import find_leftovers
 
     leftovers = list(find_leftovers())
     if not leftovers:
-        _say("nothing to remove")
+        terminal.say("nothing to remove")
         return
     _carry_out(leftovers, yes, dry_run, no_color)
 
@@ -50,23 +53,10 @@ def _carry_out(removals: "Sequence[Removal]", yes: bool, dry_run: bool, no_color
     rows = [(item.name, format_bytes(item.nbytes), str(item.path)) for item in removals]
     print_table(console, rows, header=("NAME", "FREES", "WHERE"), numbers=frozenset({1}))
     sys.stdout.flush()
-    if dry_run or not (yes or _asked(len(removals))):
+    question = "Remove this?" if len(removals) == 1 else f"Remove these {len(removals)}?"
+    if dry_run or not (yes or terminal.confirmed(question)):
         return
     for item in removals:
         item.execute()
     freed = sum(item.nbytes for item in removals)
-    _say(f"{format_bytes(freed)} freed")
-
-
-def _asked(count: int) -> bool:
-    """Ask on a terminal; raises UsageError where nobody can answer."""
-    if not (terminal.is_terminal(sys.stdin) and terminal.is_terminal(sys.stderr)):
-        raise UsageError("nothing was removed: there is nobody to ask", hint="add -y to remove")
-    sys.stderr.write("Remove this? [y/N] " if count == 1 else f"Remove these {count}? [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{terminal.sanitize_line(text)}\n")
-    sys.stderr.flush()
+    terminal.say(f"{format_bytes(freed)} freed")

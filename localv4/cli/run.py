@@ -91,17 +91,8 @@ def run(
     values = sampling.values()
     known_tools = tuple(read_tools(tools)) if tools is not None else ()
     text = inputs.read_prompt(given, file, exact=raw, warn=loading.warn)
-    loaded = loading.load_engine(
-        model,
-        ctx_size=ctx_size,
-        threads=engine.threads,
-        pin=engine.pin,
-        numerics=engine.numerics.value,
-        memory=engine.memory(),
-        gpu=engine.gpu(),
-        quiet=quiet,
-        no_color=no_color,
-    )
+    setup = engine.setup(ctx_size)
+    loaded = loading.load_engine(model, setup, quiet=quiet, no_color=no_color)
     request = Request(text, system, known_tools, raw, thinking, effort, tuple(stop or ()), session)
     output = Output(
         as_json=options.wants_json(output_format, as_json),

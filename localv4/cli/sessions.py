@@ -1,6 +1,5 @@
 """`localv4 sessions`: saved conversations, listed, shown and removed."""
 
-import json
 import sys
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +26,6 @@ Names = Annotated[
     typer.Argument(metavar="NAME...", help="As `localv4 sessions list` shows them."),
 ]
 All = Annotated[bool, typer.Option("--all", metavar="", help="All sessions, and all their files.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")]
 
 
 @app.command("list", cls=Command)
@@ -46,7 +44,7 @@ def list_sessions(
         warn(f"{fault.message}: not shown")
     if options.wants_json(output_format, as_json):
         rows = [_document(session, folder) for session in sessions]
-        print(terminal.escape_json(json.dumps(rows, ensure_ascii=False, indent=2)))
+        terminal.print_json(rows)
         return
     print_sessions(terminal.make_console(sys.stdout, no_color=no_color), sessions, folder)
     held = sum(file.nbytes for file in folder.files())
@@ -72,7 +70,7 @@ def show(
             "tools": session.tools,
             "messages": [message.model_dump(exclude_none=True) for message in session.messages],
         }
-        print(terminal.escape_json(json.dumps(document, ensure_ascii=False, indent=2)))
+        terminal.print_json(document)
         return
     console = terminal.make_console(sys.stdout, no_color=no_color)
     rows = [
@@ -92,7 +90,7 @@ def show(
 
 
 @app.command("rm", cls=Command)
-def remove(names: Names = None, everything: All = False, yes: Yes = False) -> None:
+def remove(names: Names = None, everything: All = False, yes: options.Yes = False) -> None:
     """Remove saved conversations, and what only they have on the disk."""
     from localv4.cli.generation import format_bytes
     from localv4.cli.loading import note
@@ -104,7 +102,8 @@ def remove(names: Names = None, everything: All = False, yes: Yes = False) -> No
     for name in chosen:
         if not saved.exists(name):
             saved.read(name)  # raises the error that says so
-    if not (yes or _asked(chosen, everything)):
+    what = f"all {len(chosen)} sessions" if everything else ", ".join(chosen)
+    if not (yes or terminal.confirmed(f"Remove {what}?")):
         return
     freed = _remove(folder, saved, chosen)
     if everything:
@@ -177,13 +176,3 @@ def _document(session: "SavedSession", folder: "SessionFolder") -> dict[str, Any
         "bytes": folder.nbytes_of(session.blocks),
         "title": session.title,
     }
-
-
-def _asked(names: list[str], everything: bool) -> bool:
-    """Ask on a terminal; raises UsageError where nobody can answer."""
-    if not (terminal.is_terminal(sys.stdin) and terminal.is_terminal(sys.stderr)):
-        raise UsageError("nothing was removed: there is nobody to ask", hint="add -y to remove")
-    what = f"all {len(names)} sessions" if everything else ", ".join(names)
-    sys.stderr.write(f"Remove {terminal.sanitize_line(what)}? [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -1,8 +1,7 @@
 """`localv4 show`: what a model is, read from the headers of its files alone."""
 
-import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,14 +47,9 @@ def show(
     description = describe(found)
     if wants_json:
         quality = card_page.document(found.path)
-        print_json({**description.document(tensors=tensors), "quality": quality})
+        terminal.print_json({**description.document(tensors=tensors), "quality": quality})
     else:
         _print_description(description, tensors, no_color)
-
-
-def print_json(value: Any) -> None:
-    """Write a JSON document for people and programs to stdout."""
-    print(terminal.escape_json(json.dumps(value, ensure_ascii=False, indent=2)))
 
 
 def _print_description(description: "Description", tensors: bool, no_color: bool) -> None:
@@ -97,7 +91,7 @@ def _show_known(
     """Print what the registry knows of a model that is not here."""
     facts = spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     if wants_json:
-        print_json({"name": name, "installed": False, **facts})
+        terminal.print_json({"name": name, "installed": False, **facts})
         return
     from rich.text import Text
 

@@ -1,12 +1,13 @@
 """The terminal: what may reach it, in which colours, and how it is left behind."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from localv4.errors import LocalV4Error
+from localv4.errors import LocalV4Error, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,6 +72,17 @@ def sanitize_line(text: str) -> str:
 def escape_json(text: str) -> str:
     r"""Write as \uXXXX what a terminal would obey in JSON text; the value it stands for is kept."""
     return "".join(_json_escape(char) if ord(char) in _SIGNS else char for char in text)
+
+
+def say(text: str) -> None:
+    """Write a line for people to stderr."""
+    sys.stderr.write(f"{sanitize_line(text)}\n")
+    sys.stderr.flush()
+
+
+def print_json(value: Any) -> None:
+    """Write a JSON document for people and programs to stdout."""
+    print(escape_json(json.dumps(value, ensure_ascii=False, indent=2)))
 
 
 def _json_escape(char: str) -> str:
@@ -155,6 +167,15 @@ def silence_stdout() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
+
+
+def confirmed(question: str) -> bool:
+    """Ask before something is removed; raises UsageError where nobody can answer."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        raise UsageError("nothing was removed: there is nobody to ask", hint="add -y to remove")
+    sys.stderr.write(f"{sanitize_line(question)} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @contextlib.contextmanager

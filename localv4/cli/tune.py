@@ -122,9 +122,7 @@ def tune(
             )
         )
     if options.wants_json(output_format, as_json):
-        from localv4.cli.show import print_json
-
-        print_json(document(report))
+        terminal.print_json(document(report))
     else:
         print_report(report, no_color)
     if plot is not None:

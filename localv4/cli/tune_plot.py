@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localv4.cli.picture import BLUE, GREY, GRID, ORANGE, TEXT, save_figure
+from localv4.cli.picture import BLUE, GREY, ORANGE, TEXT, save_figure, set_style, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,9 +65,7 @@ def make_figure(report: "Report") -> "Figure":
     reads.set_ylim(bottom=0)
     _mark(reads, report)
     hits.legend(loc="lower right", frameon=False, fontsize=8.5, labelcolor=TEXT)
-    name = report.trace.head.model.replace("$", r"\$")  # a dollar sign would begin a formula
-    title = f"{name}: {report.replay.scored:,} generated tokens"
-    figure.suptitle(title, fontsize=11, color=TEXT, x=0.01, ha="left")
+    set_title(figure, f"{report.trace.head.model}: {report.replay.scored:,} generated tokens")
     return figure
 
 
@@ -77,10 +75,7 @@ def _finish(axes: "Axes", report: "Report", title: str, unit: str) -> None:
     axes.set_xlabel(f"{units.memory_name} of memory for experts", color=TEXT, fontsize=9.5)
     axes.set_ylabel(unit, color=TEXT, fontsize=9.5)
     axes.set_xlim(0, report.total_bytes / units.memory)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=TEXT, length=0, labelsize=9)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    set_style(axes)
 
 
 def _mark(axes: "Axes", report: "Report") -> None:

@@ -62,16 +62,14 @@ def verify(
         if not wants_json:
             print_proof(proof, no_color)
     if wants_json:
-        from localv4.cli.show import print_json
-
-        print_json(document)
+        terminal.print_json(document)
     sys.stdout.flush()
     refuse_wrong(found, reports)
     if source is not None:
         refuse_disproved(found.path, proof)
     if not quiet:
         count = f"all {len(reports)} files" if reports else "all values that were kept"
-        sys.stderr.write(f"{terminal.sanitize_line(found.name)}: {count} right\n")
+        terminal.say(f"{found.name}: {count} right")
 
 
 def _prove(found: "InstalledModel", source: str, quiet: bool, no_color: bool) -> "Proof":

@@ -92,6 +92,18 @@ class GpuNetwork(FastNetwork):
         self._on_host = False
         super().begin(chunk, ids, state)
 
+    def begin_many(
+        self,
+        chunk: ChunkBuffers,
+        ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        cells: NDArray[np.int64],
+    ) -> None:
+        """Take in tokens of several sequences; the first layers are the GPU's."""
+        self._on_host = False
+        super().begin_many(chunk, ids, states, counts, cells)
+
     def begin_rows(
         self,
         chunk: ChunkBuffers,

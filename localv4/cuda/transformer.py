@@ -34,8 +34,6 @@ class GpuTransformer(FastTransformer):
     GpuError or GpuMemoryError when the GPU cannot be used for this network.
     """
 
-    reads_together = False
-
     slack = GPU_SLACK_TOKENS
     together = GPU_TOGETHER
 
@@ -115,12 +113,16 @@ class GpuTransformer(FastTransformer):
     def forward_many(
         self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
     ) -> Floats:
-        """Process the next tokens of several sequences, one sequence after the other.
-
-        When anything is raised, the sequences that were finished have advanced.
-        """
-        each = np.split(token_ids, np.cumsum(counts)[:-1])
-        return np.concatenate([self.forward(*own) for own in zip(each, states, strict=True)])
+        """Process the next tokens of several sequences as the host does."""
+        if self._alone is None:
+            try:
+                return super().forward_many(token_ids, states, counts)
+            except GpuMemoryError as error:
+                self._leave_gpu(error)
+        assert self._alone is not None
+        for state in states:
+            _take_home(state)
+        return self._alone.forward_many(token_ids, states, counts)
 
     def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
         """Process one token of each of several sequences as the host does."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localv4.engine.batching import EXPECTED_TOKENS
-from localv4.engine.memory import MemoryOptions, plan_memory, row_format
+from localv4.engine.memory import MemoryOptions, plan_memory, row_format, row_limits
 from localv4.kernels.row_operations import F32
 from localv4.kernels.threads import default_threads
 from localv4.model.fast import SLACK_TOKENS, FastTransformer
@@ -70,11 +70,12 @@ def plan_batch(
     wanted = max(1, min(wanted, rows, FastTransformer.most_rows))
     tokens = min(ctx_size or config.max_positions, 2 * EXPECTED_TOKENS)
     stored = F32 if exact else row_format(options)
-    row_bytes = held_state_bytes(config, tokens, SLACK_TOKENS, stored)
+    row_bytes = held_state_bytes(config, tokens, stored, SLACK_TOKENS)
     if exact:
         room = int(STATE_SHARE * read_memory().available)
         return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options, row_bytes)
-    plan = plan_memory(replace(facts, rows=stored), options, ctx_size, threads)
+    facts = replace(facts, rows=stored, limits=row_limits(options))
+    plan = plan_memory(facts, options, ctx_size, threads)
     own = plan.fixed["decoder state"]
     beyond = plan.usable - plan.total  # what neither the model nor one row takes
     most = plan.usable - sum(plan.fixed.values()) - plan.floor

@@ -20,6 +20,7 @@ from localv4.engine.batch_input import BatchInput, Place, RowError
 from localv4.engine.batch_request import Request
 from localv4.engine.batch_rows import Answer
 from localv4.errors import LocalV4Error, UsageError
+from localv4.finished_file import sync_folder
 from localv4.text.completion import Completion
 
 Document = dict[str, Any]
@@ -146,7 +147,7 @@ class ResultFile:
             end = self._read(rows.places, results)
             self._file.truncate(end)
             self._file.seek(end)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             self._lock.release()
             raise LocalV4Error(f"cannot write {path}: {error.strerror}") from error
@@ -259,13 +260,3 @@ def _may_be_cut_row(data: bytes) -> bool:
     """Say whether the end of a file may be a row that a crash has cut; some leave zeros there."""
     start = data.rstrip(b"\0")[: len(_OPENING)]
     return _OPENING.startswith(start)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's name last; Windows has no way to ask for it."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

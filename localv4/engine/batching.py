@@ -304,7 +304,7 @@ class Batcher:
         """Say whether the state of another row fits beside those that run; one always does."""
         tokens = len(row.ids_before) + min(row.budget, EXPECTED_TOKENS)
         row.planned_bytes = held_state_bytes(
-            self._network.config, tokens, self._network.slack, self._network.rows
+            self._network.config, tokens, self._network.rows, self._network.slack
         )
         if self._room is None or not (self._running or self._joining):
             return True

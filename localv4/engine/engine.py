@@ -112,6 +112,7 @@ class Engine:
         weights = read_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
         if numerics == "fast" and can_run(config):
             options = memory or MemoryOptions()
+            rows = row_memory(options)
             facts = facts_of_tensors(checkpoint, table, config, name=checkpoint.path.name)
             facts = replace(facts, rows=row_format(options), limits=row_limits(options))
             plan = plan_memory(facts, options, ctx_size, count)
@@ -122,7 +123,7 @@ class Engine:
                 *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
                 *(facts, plan.ctx_size, gpu or GpuOptions("cpu")),
             )
-            engine = cls(checkpoint, computing.network, size, row_memory(options))
+            engine = cls(checkpoint, computing.network, size, rows)
             engine.facts, engine.plan = facts, plan
             engine.gpu_plan, engine._gpu_note = computing.gpu, computing.note
             engine._begin_usage()

@@ -11,14 +11,11 @@ from localv4.paging.faults import Faults
 from localv4.paging.options import IoChoice, PagingOptions, PolicyName
 from localv4.paging.row_memory import KEYS_BYTES, RowMemory
 from localv4.planning.memory import read_memory
-from localv4.planning.model_facts import ModelFacts, RowLimits
+from localv4.planning.model_facts import DEFAULT_ROWS, ModelFacts, RowLimits
 from localv4.planning.plan import DEFAULT_CTX, Plan, make_plan
 from localv4.storage import Checkpoint, PackedFolder
 
 KvName = Literal["f32", "bf16", "compact"]
-
-DEFAULT_KV: KvName = "compact"
-"""docs/long_context.md has the measurements that decided it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ def plan_memory(
 
 def row_format(options: MemoryOptions) -> RowFormat:
     """Return how compressed rows are stored in the arithmetic `fast`."""
-    return FORMATS[options.kv or DEFAULT_KV]
+    return DEFAULT_ROWS if options.kv is None else FORMATS[options.kv]
 
 
 def row_memory(options: MemoryOptions) -> RowMemory:

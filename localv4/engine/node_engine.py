@@ -8,15 +8,13 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from localv4.cuda.options import GpuOptions
 from localv4.engine.batch_input import Row, parse_row
 from localv4.engine.batch_memory import plan_batch
 from localv4.engine.batch_request import BatchSettings
 from localv4.engine.batch_results import Document, Results
 from localv4.engine.batch_run import BatchRun, make_run
-from localv4.engine.engine import Engine, NumericsName
 from localv4.engine.fingerprint import weights_fingerprint
-from localv4.engine.memory import MemoryOptions
+from localv4.engine.setup import Setup
 from localv4.errors import LocalV4Error, UsageError
 from localv4.library import installed
 from localv4.storage import open_checkpoint
@@ -35,12 +33,7 @@ class EngineOrder:
     settings: BatchSettings
     parallel: int | None
     rows: int
-    ctx_size: int | None
-    threads: int | None
-    pin: bool
-    numerics: NumericsName
-    memory: MemoryOptions
-    gpu: GpuOptions
+    setup: Setup
 
     def load(self) -> BatchRun:
         """Load the model of this machine. Raises what `Engine.load` raises, and UsageError."""
@@ -50,22 +43,15 @@ class EngineOrder:
             raise UsageError(f"{model.path} has other weights than where the batch was started")
         plan = plan_batch(
             model.path,
-            self.memory,
+            self.setup.memory,
             parallel=self.parallel,
             rows=self.rows,
-            ctx_size=self.ctx_size,
-            threads=self.threads,
-            exact=self.numerics == "exact",
+            ctx_size=self.setup.ctx_size,
+            threads=self.setup.threads,
+            exact=self.setup.numerics == "exact",
         )
-        engine = Engine.load(
-            model.path,
-            ctx_size=self.ctx_size,
-            threads=self.threads,
-            pin=self.pin,
-            numerics=self.numerics,
-            memory=plan.memory,
-            gpu=replace(self.gpu, state_bytes=plan.room),
-        )
+        gpu = replace(self.setup.gpu, state_bytes=plan.room)
+        engine = replace(self.setup, memory=plan.memory, gpu=gpu).load(model.path)
         plan = plan.within(engine.gpu_plan)
         results = Results(self.identity, self.settings.model)
         return make_run(

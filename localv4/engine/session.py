@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from localv4.engine.ladder import STEP_TOKENS, Ladder, last_step
+from localv4.engine.ladder import STEP_TOKENS, Ladder, last_step, wanted_rungs
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.threads import use_threads
 from localv4.model.fast import FastTransformer
 from localv4.model.matrix import Floats
-from localv4.model.snapshot import Snapshot, fork, restore, take_snapshot
+from localv4.model.snapshot import Passing, Snapshot, fork, restore, take_snapshot
 from localv4.model.state import State
 from localv4.model.transformer import Transformer
 
@@ -169,7 +170,7 @@ class Session:
                 left = ids.shape[0] - start
                 size = -(-left // -(-left // size))  # equal parts: a short one costs as much
                 part = ids[start : start + size]
-                vectors = self.network.forward(part, self._state)
+                vectors = self._pass(part)
                 self.tokens.extend(part.tolist())
                 self._climb(part.shape[0])
                 start += part.shape[0]
@@ -183,6 +184,19 @@ class Session:
             ) from None
         finally:
             self.network.cancelled = None
+
+    def _pass(self, part: NDArray[np.int64]) -> Floats:
+        """Process some tokens; put up the rungs that they pass where the rings move on."""
+        first, end = self.position, self.position + len(part)
+        passing = Passing(wanted_rungs(first, end - self.network.slack))
+        self._state.passer = passing
+        try:
+            vectors = self.network.forward(part, self._state)
+        finally:
+            self._state.passer = None
+        for rung in passing.taken(self._state):
+            self.ladder.add(rung)
+        return vectors
 
     def _climb(self, tokens: int) -> None:
         """Put up the rungs that the last `tokens` tokens have passed, where the rings allow it."""

@@ -26,6 +26,9 @@ LEFT_FREE = 1 << 30
 THREADS = min(4, os.cpu_count() or 1)
 """Files that are read or written at the same time: disks want several requests."""
 
+COPIED_BLOCKS = 64
+"""Blocks that are copied between two looks at the memory for rows: 25 MB of Flash."""
+
 T = TypeVar("T")
 Warn = Callable[[str], None]
 
@@ -83,8 +86,11 @@ class SessionStore:
             index, path = item
             return self._read(path, lambda path: blocks.put_block(path, state, index, token_ids))
 
+        done: list[int | None] = []
         with ThreadPoolExecutor(THREADS) as pool:
-            done = list(pool.map(put, wanted))  # all of them, so that every bad one is removed
+            for some in _parts(wanted):  # all of them, so that every bad one is removed
+                state.make_way_to_copy(len(some) * BLOCK_TOKENS)
+                done += pool.map(put, some)
         if None in done:
             return None
         restore(state, snapshot)
@@ -101,7 +107,9 @@ class SessionStore:
             ]
             if pending and self._has_room(sum(item.form.nbytes for item in pending)):
                 with ThreadPoolExecutor(THREADS) as pool:
-                    self._held = (self._held or 0) + sum(pool.map(_write, pending))
+                    for some in _parts(pending):
+                        session.state.make_way_to_copy(len(some) * BLOCK_TOKENS)
+                        self._held = (self._held or 0) + sum(pool.map(_write, some))
             self._touch(names, marks)
         except (OSError, LocalV4Error) as error:
             self._tell(f"cannot keep this session in {self.folder.folder}: {error}")
@@ -184,6 +192,11 @@ def _write(pending: _Pending) -> int:
     pending.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     blocks.write_file(pending.path, pending.form, pending.arrays)
     return pending.form.nbytes
+
+
+def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Cut a sequence into parts that are copied at a time."""
+    return (items[at : at + COPIED_BLOCKS] for at in range(0, len(items), COPIED_BLOCKS))
 
 
 def _has_size(path: Path, nbytes: int) -> bool:

@@ -4,14 +4,13 @@ The built-in file ships with the package; a user may add models in `models.toml`
 configuration folder, but never change a built-in one.
 """
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -25,11 +24,10 @@ from pydantic import (
 from localv4 import paths
 from localv4.errors import BadFileError
 from localv4.small_file import read_small_file
+from localv4.toml_file import first_problem, parse_toml
 
 SCHEMA_VERSION = 1
 MAX_REGISTRY_BYTES = 128 * 1024  # the built-in file has under 20 kB
-MAX_LINE_CHARS = 500  # tomllib needs minutes for one key of 60,000 dotted parts
-MAX_FIELD_CHARS = 120  # of a key path in an error line
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
 REPO_PATTERN = rf"^{_PART}/{_PART}$"
@@ -186,7 +184,7 @@ def _built_in_path() -> Path:
 
 
 def _read(path: Path) -> dict[str, ModelSpec]:
-    table = _parse(path)
+    table = parse_toml(read_small_file(path, MAX_REGISTRY_BYTES), path)
     version = table.get("schema")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise BadFileError(
@@ -197,33 +195,11 @@ def _read(path: Path) -> dict[str, ModelSpec]:
     try:
         models = _RegistryFile.model_validate(table).models
     except ValidationError as error:
-        raise BadFileError(path, _first_problem(error)) from error
+        tables = (_RegistryFile, ModelSpec, QuantSpec, ApiPrice)
+        known = {key for table_type in tables for key in table_type.model_fields}
+        raise BadFileError(path, first_problem(error, known)) from error
     _check_names(models, path)
     return models
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    raw = read_small_file(path, MAX_REGISTRY_BYTES)
-    try:
-        text = raw.decode("utf-8")
-        for number, line in enumerate(text.split("\n"), start=1):
-            if len(line) > MAX_LINE_CHARS:
-                raise BadFileError(
-                    path, f"line {number} is longer than {MAX_LINE_CHARS} characters"
-                )
-        # ValueError covers bad UTF-8, bad TOML and integers of thousands of digits
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise BadFileError(path, f"not valid TOML: {detail}") from error
-
-
-def _first_problem(error: ValidationError) -> str:
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    field = ".".join(str(part) for part in first["loc"])[:MAX_FIELD_CHARS]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{field}: {first['msg']}{more}"
 
 
 def _check_names(models: Mapping[str, ModelSpec], path: Path) -> None:

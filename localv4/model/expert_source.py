@@ -75,7 +75,7 @@ def _loader(
     experts: Experts, options: PagingOptions, checkpoint: Checkpoint | None
 ) -> tuple[Load, Split | None, str | None]:
     if options.io == "map":
-        return MappedPacker(experts).load, None, None
+        return MappedPacker(experts, checkpoint).load, None, None
     assert checkpoint is not None, "records are read from the files of a checkpoint"
     open_file = options.faults.open_file if options.faults else RecordFile.open
     chosen: Io = options.io
@@ -108,16 +108,20 @@ def _parts(expert: Expert) -> list[Packed]:
 
 
 class MappedPacker:
-    """Packs experts out of mapped files."""
+    """Packs experts out of mapped files, those of `checkpoint` if there is one."""
 
-    def __init__(self, experts: Experts) -> None:
-        self._experts = experts
+    def __init__(self, experts: Experts, checkpoint: Checkpoint | None) -> None:
+        self._experts, self._checkpoint = experts, checkpoint
 
     def load(self, key: Key, address: int) -> int:
         """Pack an expert to an address; return the bytes that it has in its file."""
         expert = self._experts.layers[key[0]][key[1]]
+        parts = _parts(expert)
         _pack_to(address, self._experts, key, expert)
-        return sum(part.nbytes for part in _parts(expert))
+        if self._checkpoint is not None:
+            for part in parts:  # what was copied need not be in this process twice
+                self._checkpoint.drop_pages_of(part)
+        return sum(part.nbytes for part in parts)
 
 
 class StagedPacker:

@@ -8,7 +8,7 @@ same bits whatever is processed together with it, by however many threads.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,10 +240,13 @@ class FastTransformer:
         if len(states) == 1:
             return self.forward(token_ids, states[0])
         with self.store.in_use():
-            vectors = self._rows.run(token_ids, states)
+            parts = [
+                self._rows.run(token_ids[first:end], states[first:end])
+                for first, end in _groups(states)
+            ]
         for state in states:
             state.advance(1)
-        return vectors
+        return np.concatenate(parts)
 
     def _decode(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         """Process one token, looking ahead while that pays."""
@@ -256,7 +259,8 @@ class FastTransformer:
         vectors = self._token.run(token_ids, state)
         # one that need not wait since its guesses were right is what guessing is for
         lacked = counts.wait_s > waited_s or counts.guesses_used > used
-        look_ahead.note(time.perf_counter() - start, lacked)
+        is_full = counts.evictions > 0  # while memory is being filled, tokens get faster anyhow
+        look_ahead.note(time.perf_counter() - start, lacked and is_full)
         return vectors
 
     def logits(self, vectors: Floats) -> Floats:
@@ -282,3 +286,19 @@ class FastTransformer:
         self._network.run(program)
         self._network.fetch(self._logits.values[:count])
         return self._logits.values[:count]
+
+
+def _groups(states: Sequence[State]) -> Iterator[tuple[int, int]]:
+    """Divide sequences into groups that have room in memory for what a token of each reads."""
+    room = states[0].memory.room
+    if room is None:
+        yield 0, len(states)
+        return
+    first, taken = 0, 0
+    for number, state in enumerate(states):
+        coming = state.reads(1)
+        if number > first and taken + coming > room:
+            yield first, number
+            first, taken = number, 0
+        taken += coming
+    yield first, len(states)

@@ -40,6 +40,7 @@ class ChunkPlan:
         self._chunk: ChunkBuffers | None = None
         self._attention: AttentionBuffers | None = None
         self._waves: WaveBuffers | None = None
+        self._cells = np.zeros((0, network.config.n_layers, CELLS), np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -68,22 +69,26 @@ class ChunkPlan:
         starts = [state.position for state in states]
         end = max(start + count for start, count in zip(starts, counts, strict=True))
         chunk, attention, waves = self._buffers(tokens, end)
-        cells = np.zeros((len(states), network.config.n_layers, CELLS), np.int64)
+        sequences = [[layer.cells for layer in network.layers]]
         if len(states) == 1:
             network.begin(chunk, ids, states[0])
         else:
+            cells = self._cells_for(len(states))
             network.begin_many(chunk, ids, states, counts, cells)
-        passes = list(_passes(starts, counts, self._together))
+            sequences = [[Cells.of(layer) for layer in own] for own in cells]
+        passes = list(_passes(starts, counts, self._most_together(states)))
         routes = []
         for index, layer in enumerate(network.layers):
             network.enter_layer(index, chunk, tokens)
-            sequences = [layer.cells]
-            if len(states) > 1:
-                sequences = [Cells.of(own[index]) for own in cells]
-            self._attend(layer, chunk, attention, tokens, passes, sequences)
+            self._enter(layer, chunk, tokens)
+            for first, pieces in passes:
+                reads = (states[piece.sequence].reads(piece.tokens, index) for piece in pieces)
+                states[0].memory.make_way(sum(reads))
+                cells_of = [sequences[piece.sequence][index] for piece in pieces]
+                self._attend(layer, chunk.part(first), attention, pieces, cells_of)
+                for piece in pieces:
+                    _tell(states[piece.sequence], index, piece)
             self._mix(layer, index, chunk, waves, tokens)
-            for state in states:
-                state.settle()
             if network.on_routes is not None:
                 routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:
@@ -113,40 +118,52 @@ class ChunkPlan:
             self._attention = attention
         return chunk, attention, waves
 
+    def _cells_for(self, sequences: int) -> NDArray[np.int64]:
+        """Return cells (sequences, layers, CELLS)."""
+        if len(self._cells) < sequences:
+            self._network.disown(self._cells)
+            self._cells = np.zeros((sequences, *self._cells.shape[1:]), np.int64)
+            self._network.adopt(self._cells)
+        return self._cells[:sequences]
+
+    def _most_together(self, states: Sequence[State]) -> int:
+        """Return how many tokens attention takes at a time, so that what they read has room."""
+        tokens, room = self._together, states[0].memory.room
+        layers = range(self._network.config.n_layers)
+        while room is not None and tokens > 1:
+            if max(sum(state.reads(tokens, layer) for state in states) for layer in layers) <= room:
+                break
+            tokens //= 2
+        return tokens
+
+    def _enter(self, layer: FastLayer, chunk: ChunkBuffers, tokens: int) -> None:
+        """Begin a layer with all tokens."""
+        layer.moe.request_first(tokens)
+        program = self._network.new_program()
+        layer.add_mixing(program, chunk, tokens)
+        self._network.run(program)
+
     def _attend(
         self,
         layer: FastLayer,
         chunk: ChunkBuffers,
         buffers: AttentionBuffers,
-        tokens: int,
-        passes: Sequence[Sequence[Piece]],
-        sequences: Sequence[Cells],
+        pieces: Sequence[Piece],
+        cells: Sequence[Cells],
     ) -> None:
-        """Attention of a layer, some tokens after the others: they see what those have stored."""
-        layer.moe.request_first(tokens)
-        program = self._network.new_program()
-        layer.add_mixing(program, chunk, tokens)
+        """Attention of some tokens in a layer: they see what those before have stored."""
+        program, count = self._network.new_program(), sum(piece.tokens for piece in pieces)
+        buffers.context[: len(pieces)] = [piece.position for piece in pieces]
+        self._network.publish(buffers.context)
+        parts = [
+            Part(buffers.part(place, piece.first), own, piece.tokens, by_token=count > 1)
+            for place, (piece, own) in enumerate(zip(pieces, cells, strict=True))
+        ]
+        with program.alongside():
+            for part in parts:
+                part.buffers.add_angles(program, part.tokens)
+        layer.add_attention(program, chunk, buffers, count, parts)
         self._network.run(program)
-        first = 0
-        for pieces in passes:
-            program, count = self._network.new_program(), sum(piece.tokens for piece in pieces)
-            buffers.context[: len(pieces)] = [piece.position for piece in pieces]
-            self._network.publish(buffers.context)
-            parts = [
-                Part(
-                    buffers.part(place, piece.first),
-                    sequences[piece.sequence],
-                    piece.tokens,
-                    by_token=count > 1,
-                )
-                for place, piece in enumerate(pieces)
-            ]
-            with program.alongside():
-                for part in parts:
-                    part.buffers.add_angles(program, part.tokens)
-            layer.add_attention(program, chunk.part(first), buffers, count, parts)
-            self._network.run(program)
-            first += count
 
     def _mix(
         self,
@@ -181,13 +198,22 @@ class ChunkPlan:
             network.mix_stored(index, chunk, tokens)
 
 
-def _passes(starts: Sequence[int], counts: Sequence[int], together: int) -> Iterator[list[Piece]]:
+def _tell(state: State, layer: int, piece: Piece) -> None:
+    """Tell whoever listens that some tokens have passed a layer; a GPU keeps its rings."""
+    if state.passer is not None and state.device is None:
+        state.passer.note(state.layers[layer], piece.position, piece.position + piece.tokens)
+
+
+def _passes(
+    starts: Sequence[int], counts: Sequence[int], together: int
+) -> Iterator[tuple[int, list[Piece]]]:
     """Cut `counts` tokens of each sequence, from positions `starts` on, into passes.
 
-    Each is `together` tokens, but for the last one.
+    Each is `together` tokens, but for the last one. Yields them with the numbers of their first
+    tokens.
     """
     pieces: list[Piece] = []
-    taken = 0
+    first = taken = 0
     for sequence, (start, count) in enumerate(zip(starts, counts, strict=True)):
         done = 0
         while done < count:
@@ -195,7 +221,7 @@ def _passes(starts: Sequence[int], counts: Sequence[int], together: int) -> Iter
             pieces.append(Piece(sequence, start + done, taken, tokens))
             done, taken = done + tokens, taken + tokens
             if taken == together:
-                yield pieces
-                pieces, taken = [], 0
+                yield first, pieces
+                first, pieces, taken = first + together, [], 0
     if pieces:
-        yield pieces
+        yield first, pieces

@@ -128,10 +128,21 @@ class FastMoe:
         """Whether the layer's experts can be guessed: those of a table are known, not guessed."""
         return self.router.table is None and bool(self.forms)
 
-    def request_known(self, token: int) -> None:
-        """Have the experts read that a table names for a token, before anything is computed."""
-        if self.router.table is not None and self.forms:
-            self.store.request(self.index, self.router.table[token].tolist())
+    def known(self, token: int) -> list[int]:
+        """Return the experts that a table names for a token; none if there is no table."""
+        if self.router.table is None or not self.forms:
+            return []
+        numbers: list[int] = self.router.table[token].tolist()
+        return numbers
+
+    def likeliest_first(self, guess: ChunkBuffers) -> list[int]:
+        """Return the experts that one token is guessed to choose by what their router gives."""
+        chosen = guess.chosen[0]
+        merit = np.sqrt(np.logaddexp(0, guess.logits.values[0, chosen]))
+        if self.router.bias is not None:
+            merit += self.router.bias[chosen]
+        numbers: list[int] = chosen[np.argsort(-merit)].tolist()
+        return numbers
 
     def request_first(self, tokens: int) -> None:
         """Have the first experts read before it is known which ones many tokens choose."""

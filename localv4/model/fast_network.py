@@ -1,12 +1,15 @@
 """What the programs for one token and for many have in common: layers, team, experts, state."""
 
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.cancellation import Cancellation
 from localv4.errors import Cancelled
+from localv4.kernels.operation import COUNTER
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
@@ -18,6 +21,12 @@ from localv4.model.state import CELLS, State
 from localv4.model.weights import Weights
 from localv4.model.workspace import ChunkBuffers
 from localv4.paging.store import ExpertStore
+
+NO_CHUNK = 1 << 40
+"""More than an operation has chunks."""
+
+LOOKED_UP = 16
+"""Embeddings that are read between two looks at whether to stop."""
 
 OnRoutes = Callable[[NDArray[np.integer], bool], None]
 """Told which experts (tokens, layers, k) some tokens have chosen, and whether they are a prompt."""
@@ -39,7 +48,8 @@ class FastNetwork:
         rows: RowFormat,
     ) -> None:
         self.config, self.weights, self.rows = config, weights, rows
-        self.cancelled: threading.Event | None = None
+        self._cancelled: threading.Event | None = None
+        self._running: NDArray[np.int64] | None = None
         self.on_routes: OnRoutes | None = None
         self.team = team
         self.experts = Experts([layer.experts for layer in weights.layers])
@@ -96,10 +106,46 @@ class FastNetwork:
     def fetch(self, *arrays: NDArray[np.generic]) -> None:
         """See what programs have written into some of their arrays."""
 
-    def run(self, program: Program) -> None:
-        """Run a program that nothing halts; raise Cancelled, before it, when asked to stop."""
+    @property
+    def cancelled(self) -> threading.Event | None:
+        """The event that makes programs end, and whoever runs them raise Cancelled.
+
+        One that can tell ends the program that runs, others are looked at between two programs.
+        """
+        return self._cancelled
+
+    @cancelled.setter
+    def cancelled(self, event: threading.Event | None) -> None:
+        if isinstance(self._cancelled, Cancellation):
+            self._cancelled.listener = None
+        self._cancelled = event
+        if isinstance(event, Cancellation):
+            event.listener = self._abandon
+
+    def _abandon(self) -> None:
+        """End the program that runs: members finish the chunks that they have, and take no more.
+
+        It halts at the next barrier, so that nothing reads what was not finished.
+        """
+        running = self._running
+        if running is not None:
+            ctypes.c_int64.from_address(self.team.halt_address).value = 1
+            running[:, COUNTER] += NO_CHUNK
+
+    def run_some(self, program: NDArray[np.int64]) -> int:
+        """Run a finished program; return how many operations were done. Raises Cancelled."""
+        self._running = program
+        try:
+            done = self.team.run(program)
+        finally:
+            self._running = None
         self.check_cancelled()
-        self.team.run(program.finish())
+        return done
+
+    def run(self, program: Program) -> None:
+        """Run a program that nothing halts; raise Cancelled when asked to stop."""
+        self.check_cancelled()
+        self.run_some(program.finish())
 
     def check_cancelled(self) -> None:
         """Raise Cancelled when the event `cancelled` is set."""
@@ -108,14 +154,11 @@ class FastNetwork:
 
     def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
         """Take in tokens: their embeddings in all streams, room in the state, its addresses."""
-        tokens = len(ids)
-        self._begin_state(state, tokens)
+        self._begin_state(state, len(ids))
         self._cells[:] = state.addresses
-        chunk.ids[:tokens] = ids
-        chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
-        self.publish(chunk.ids[:tokens], chunk.streams[:tokens])
+        self._embed(chunk, ids)
         self.publish_addresses(self._cells)
-        self.store.uses.clock += tokens
+        self.store.uses.clock += len(ids)
 
     def begin_many(
         self,
@@ -129,8 +172,8 @@ class FastNetwork:
         for state, count, own in zip(states, counts, cells, strict=True):
             self._begin_state(state, count)
             own[:] = state.addresses
-        chunk.ids[: len(ids)] = ids
-        chunk.streams[: len(ids)] = look_up(self.weights.embed, ids)[:, None, :]
+        self._embed(chunk, ids)
+        self.publish_addresses(cells)
         self.store.uses.clock += len(ids)
 
     def begin_rows(
@@ -144,11 +187,19 @@ class FastNetwork:
         for state, own in zip(states, cells, strict=True):
             self._begin_state(state, 1)
             own[:] = state.addresses
-        chunk.ids[:] = ids
-        chunk.streams[:] = look_up(self.weights.embed, ids)[:, None, :]
-        self.publish(chunk.ids, chunk.streams)
+        self._embed(chunk, ids)
         self.publish_addresses(cells)
         self.store.uses.clock += 1
+
+    def _embed(self, chunk: ChunkBuffers, ids: NDArray[np.int64]) -> None:
+        """Put tokens and their embeddings, which may have to come from the disk, into a chunk."""
+        tokens = len(ids)
+        chunk.ids[:tokens] = ids
+        for first in range(0, tokens, LOOKED_UP):
+            self.check_cancelled()
+            part = slice(first, min(first + LOOKED_UP, tokens))
+            chunk.streams[part] = look_up(self.weights.embed, ids[part])[:, None, :]
+        self.publish(chunk.ids[:tokens], chunk.streams[:tokens])
 
     def _begin_state(self, state: State, tokens: int) -> None:
         """Make room; other kernels than those of its format would read its rows as noise."""

@@ -91,6 +91,7 @@ class RowsProgram:
         """Process the tokens; return False, with nothing lost, if the program is out of date."""
         network = self._network
         network.begin_rows(self._chunk, ids, states, self._cells)
+        states[0].memory.make_way(sum(state.reads(1) for state in states))
         self._attention.context[:] = [state.position for state in states]
         for segment in self._segments:
             network.check_cancelled()
@@ -117,7 +118,7 @@ class RowsProgram:
         """Run a segment, fetching experts where it halts; False if a layer cannot be packed."""
         network, done = self._network, 0
         while True:
-            done += network.team.run(segment.program[done:])
+            done += network.run_some(segment.program[done:])
             if done == len(segment.program):
                 return True
             layer = segment.lookups[done - 1]

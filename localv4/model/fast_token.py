@@ -1,5 +1,6 @@
 """Decoding: one token through all layers in one program."""
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,8 +39,9 @@ class Segment:
 class TokenPlan:
     """The program for one token; built again when the context outgrows its buffers.
 
-    `looks_ahead`: what the experts of a layer may be is guessed before its attention, and read
-    meanwhile: its router is asked for what the streams hold then.
+    `looks_ahead`: what the experts of a layer may be is guessed, and read meanwhile. Its router is
+    asked for what the streams hold before its attention, and, while the layer before waits for
+    experts, for what they would hold without these.
     """
 
     def __init__(self, network: FastNetwork) -> None:
@@ -47,10 +49,12 @@ class TokenPlan:
         self._chunk = ChunkBuffers(network.config, 1)
         self._hidden = HiddenLayers(network.config, network.most_forms)
         self._guess = ChunkBuffers(network.config, 1)
+        self._outlook = copy(self._guess)  # with streams of its own: the others go on
         self._guess.streams = self._chunk.streams
         self._positions = 0
         self._attention: AttentionBuffers
         self._segments: list[Segment] = []
+        self._outlooks: dict[int, NDArray[np.int64]] = {}
         self.looks_ahead = False
 
     @property
@@ -58,7 +62,7 @@ class TokenPlan:
         """Bytes of the buffers."""
         owners = [self._chunk, self._hidden, self._guess]
         owners += [self._attention] if self._segments else []
-        return sum(map(buffer_bytes, owners))
+        return sum(map(buffer_bytes, owners)) + self._outlook.streams.nbytes
 
     def run(self, ids: NDArray[np.int64], state: State) -> Floats:
         """Process the one token of `ids`; return its final vector (1, hidden)."""
@@ -96,9 +100,10 @@ class TokenPlan:
         """Run all segments; return False if the plan is out of date, with nothing lost."""
         network = self._network
         network.begin(self._chunk, ids, state)
+        state.make_way(1)
         self._attention.context[0] = state.position
-        for layer in network.layers:
-            layer.moe.request_known(int(ids[0]))
+        known = {layer.moe.index: layer.moe.known(int(ids[0])) for layer in network.layers}
+        network.store.foresee({layer: numbers for layer, numbers in known.items() if numbers})
         for segment in self._segments:
             network.check_cancelled()
             if not self._run_segment(segment):
@@ -111,12 +116,12 @@ class TokenPlan:
         """Run a segment, seeing to experts where it halts; False if a layer cannot be packed."""
         network, done = self._network, 0
         while True:
-            done += network.team.run(segment.program[done:])
+            done += network.run_some(segment.program[done:])
             if done == len(segment.program):
                 return True
             last = done - 1
             if last in segment.glances:
-                network.store.guess(segment.glances[last], self._guess.chosen[0].tolist())
+                self._read_guess(segment.glances[last])
                 continue
             layer = segment.lookups[last]
             try:
@@ -125,7 +130,7 @@ class TokenPlan:
                 network.experts.drop_forms(layer)
                 return False
             assert (network.store.addresses[layer, self._chunk.chosen[0]] > 0).all()
-            network.team.run(segment.program[last:done])
+            network.run_some(segment.program[last:done])
             if len(network.layers[layer].moe.forms) > 1:
                 self._run_late_down(layer)
             done = segment.resumes[layer]
@@ -133,8 +138,9 @@ class TokenPlan:
     def _fetch(self, layer: int) -> None:
         """Bring the token's experts of a layer into memory; compute with those that are there.
 
-        Their outputs are added as far as their order allows: up to the first that is not there.
-        Experts of several forms have another order: nothing is added of those.
+        When there is nothing to compute, and the disk would soon rest, the next layer is guessed.
+        Outputs are added as far as their order allows: up to the first that is not there. Experts
+        of several forms have another order: nothing is added of those.
         """
         network, store = self._network, self._network.store
         moe, numbers = network.layers[layer].moe, self._chunk.chosen[0]
@@ -142,13 +148,18 @@ class TokenPlan:
         store.count_misses(layer, numbers.tolist())
         self._run_shared(layer)
         ready = np.zeros(len(numbers) + 1, bool)
-        added = 0
+        added, looked_with = 0, -1
         while not ready[:-1].all():
             records = store.addresses[layer, numbers]
             there = np.flatnonzero((records > 0) & ~ready[:-1]).tolist()
             if not there:
                 network.check_cancelled()
-                store.wait(layer, numbers.tolist())
+                count = int(ready.sum())
+                if layer in self._outlooks and looked_with < count and store.may_guess:
+                    self._look_further(layer, ready[:-1])
+                    looked_with = count
+                else:
+                    store.wait(layer, numbers.tolist())
                 continue
             self._hidden.early[:] = records
             program = network.new_program()
@@ -159,6 +170,22 @@ class TokenPlan:
                 moe.add_early_down(program, self._chunk, self._hidden, range(added, end))
                 added = end
             network.run(program)
+
+    def _look_further(self, layer: int, ready: NDArray[np.bool_]) -> None:
+        """Guess what the next layer needs from the outputs of those experts that are `ready`."""
+        network, hidden = self._network, self._hidden
+        numbers = self._chunk.chosen[0]
+        forms = np.arange(len(hidden.records))[:, None]
+        is_there = (network.experts.form_numbers[layer, numbers] == forms) & ready
+        hidden.records[:] = np.where(is_there, network.store.addresses[layer, numbers], 0)
+        self._outlook.streams[:] = self._chunk.streams
+        network.team.run(self._outlooks[layer])
+        self._read_guess(layer + 1)
+
+    def _read_guess(self, layer: int) -> None:
+        """Have that read which the buffers of guesses say of a layer."""
+        numbers = self._network.layers[layer].moe.likeliest_first(self._guess)
+        self._network.store.guess(layer, numbers)
 
     def _run_late_down(self, layer: int) -> None:
         program, moe = self._network.new_program(), self._network.layers[layer].moe
@@ -191,6 +218,12 @@ class TokenPlan:
             self._add_experts(program, segment, index)
         self._add_head(program)
         self._segments.append(replace(segment, program=program.finish()))
+        ahead = range(1, len(network.layers)) if self.looks_ahead else ()
+        self._outlooks = {
+            index - 1: self._build_outlook(index)
+            for index in ahead
+            if network.layers[index].moe.can_guess and network.layers[index - 1].moe.forms
+        }
 
     def _new_segment(self) -> tuple[Program, Segment]:
         nothing = np.zeros((0, WORDS), np.int64)
@@ -212,6 +245,23 @@ class TokenPlan:
         layer.add_router(program, self._guess, 1, leaves=False)
         layer.moe.add_glance(program, self._guess, self._network.team.halt_address)
         segment.glances[len(program) - 1] = index
+
+    def _build_outlook(self, index: int) -> NDArray[np.int64]:
+        """Choose what a layer would without its attention and what has not come for the one before.
+
+        `add_late_down` leaves out experts that have no address in `hidden.records`.
+        """
+        network, chunk, outlook = self._network, self._chunk, self._outlook
+        before, layer = network.layers[index - 1], network.layers[index]
+        leaving = copy(outlook)  # of the token: what of the layer before is not its experts' sum
+        leaving.mix, leaving.shares = chunk.mix, chunk.shares
+        leaving.shared_update = chunk.shared_update
+        program = network.new_program()
+        before.moe.add_late_down(program, leaving, self._hidden)
+        layer.ffn_site.add_mixing(program, leaving, 1, updates=2, leaves=True)
+        layer.ffn_site.add_entry(program, outlook, 1)
+        layer.moe.add_router(program, outlook, 1)
+        return program.finish()
 
     def _add_head(self, program: Program) -> None:
         site = self._network.head_site

@@ -6,11 +6,12 @@ the rows that `Ring.first_needed` tells. At multiples of all compression rates t
 of a heavily compressed layer none, of the others those that the next entry reaches back to.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from localv4.errors import LocalV4Error
 from localv4.model.matrix import Floats
-from localv4.model.state import Ring, State
+from localv4.model.state import LayerState, Ring, State
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +25,26 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of memory that the rows take."""
         return sum(rows.nbytes for rows in self.rows)
+
+
+class Passing:
+    """Takes snapshots at positions that a chunk of tokens passes, layer by layer."""
+
+    def __init__(self, positions: Iterable[int]) -> None:
+        self._rows: dict[int, list[Floats]] = {position: [] for position in positions}
+
+    def note(self, layer: LayerState, first: int, end: int) -> None:
+        """Copy what the tokens at first ... end - 1 have left, while the rings still hold it."""
+        for position, rows in self._rows.items():
+            if first < position <= end:
+                rows += [ring.read(ring.first_needed(position), position) for ring in layer.rings]
+
+    def taken(self, state: State) -> Iterator[Snapshot]:
+        """Yield the snapshots that are whole: none if the host did not see the tokens pass."""
+        rings = len(rings_of(state))
+        for position, rows in self._rows.items():
+            if len(rows) == rings:
+                yield Snapshot(position, tuple(rows))
 
 
 def take_snapshot(state: State, position: int) -> Snapshot:

@@ -19,7 +19,7 @@ from localv4.kernels.row_forms import RowForm
 from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32, Floats
-from localv4.paging.row_memory import RowArray, RowMemory, Wanted, view
+from localv4.paging.row_memory import PAGE, RowArray, RowMemory, Wanted, view
 
 Stored = NDArray[np.float32] | NDArray[np.uint8]
 
@@ -51,18 +51,29 @@ class Rows:
         """Size of a row."""
         return int(self.values.shape[1]) * self.values.dtype.itemsize
 
+    def most_pages(self, chosen: int, added: int) -> int:
+        """Return the bytes of the most pages that hold so many chosen rows and new ones."""
+        some = chosen * ((self.row_bytes - 2) // PAGE + 2) + added * self.row_bytes // PAGE + 2
+        return PAGE * min(some, len(self.values) * self.row_bytes // PAGE + 2)
+
     def reserve(self, count: int) -> None:
         """Make `count` rows in all usable; raises MemoryError or DoesNotFitError."""
         if self.memory is not None and count > len(self.values):
             self.memory.commit(count * self.row_bytes)
             self.values = view(self.memory, count, self.values.shape[1], self.values.dtype)
 
-    def move(self, memory: RowArray, count: int) -> None:
-        """Go on in other memory with the first `count` rows; forks keep the old one."""
+    def move(self, memory: RowArray, count: int, make_way: Callable[[int], None]) -> None:
+        """Go on in other memory with the first `count` rows; forks keep the old one.
+
+        `make_way` is told of bytes of sparse rows before they come into memory.
+        """
         before, self.memory = self.values[:count], memory
         self.values = self.values[:0]
         self.reserve(count)
-        self.values[:count] = before
+        step = max(1, _COPIED // self.row_bytes)
+        for first in range(0, count, step):
+            make_way(2 * (_COPIED + 2 * PAGE) if self.is_sparse else 0)
+            self.values[first : first + step] = before[first : first + step]
 
     def write(self, first: int, rows: Floats) -> None:
         """Put rows of float32 at index `first` and after, over whatever was there."""
@@ -150,6 +161,17 @@ class DeviceCopy(Protocol):
         """Note that the arrays have been written to: the device is to get them again."""
 
 
+_COPIED = 4 << 20
+"""Bytes of rows that are copied between two looks at the memory for them."""
+
+
+class Passer(Protocol):
+    """Told when tokens of a chunk have passed a layer."""
+
+    def note(self, layer: LayerState, first: int, end: int) -> None:
+        """The rings of a layer end with the tokens at positions first ... end - 1."""
+
+
 BLOCK = 128
 """Positions for whose entries room is made at a time."""
 
@@ -165,10 +187,11 @@ class State:
     did not end; both follow from the size of the rings. `addresses` (layers, CELLS) i64 says where
     the arrays of the layers are, as of the last `begin`. `rows` is the format of the compressed
     rows; `exact` takes float32 only. `memory` says where they are kept. `device` has copies of the
-    arrays, if programs run elsewhere.
+    arrays, if programs run elsewhere; else `passer` is told of the parts of a chunk.
     """
 
     device: DeviceCopy | None = None
+    passer: Passer | None = None
 
     def __init__(
         self,
@@ -219,11 +242,30 @@ class State:
         if end > self._reserved:
             self._reserve(end)
         self._held = end
-        self.memory.settle()
+        self.memory.check()
 
-    def settle(self) -> None:
-        """Keep the memory for rows within its bounds, between two steps that read them."""
-        self.memory.settle()
+    def reads(self, tokens: int, layer: int | None = None) -> int:
+        """Return the most bytes of rows in files that come into memory with the next tokens.
+
+        They are those that the tokens read and write in one layer, or in all.
+        """
+        layers = self.layers if layer is None else self.layers[layer : layer + 1]
+        chosen = tokens * self.config.index_top_k
+        return sum(
+            rows.most_pages(chosen, tokens // each.ratio + 1)
+            for each in layers
+            for rows in each.entries
+            if rows.is_sparse
+        )
+
+    def make_way(self, tokens: int, layer: int | None = None) -> None:
+        """Keep the memory for rows within its bound while the next tokens read, and write, them."""
+        self.memory.make_way(self.reads(tokens, layer))
+
+    def make_way_to_copy(self, positions: int) -> None:
+        """The same while all rows of so many positions are copied, here or from here."""
+        sparse = [(e.ratio, r) for e in self.layers for r in e.entries if r.is_sparse]
+        self.memory.make_way(sum(r.most_pages(0, positions // ratio) for ratio, r in sparse))
 
     def _is_held_by_others(self, position: int) -> bool:
         """Say whether a fork has entries of its own at `position` or after in our arrays."""
@@ -264,7 +306,7 @@ class State:
             ]
         )
         for (ratio, rows), array in zip(parts, arrays, strict=True):
-            rows.move(array, position // ratio)
+            rows.move(array, position // ratio, self.memory.make_way)
             rows.reserve(self._reserved // ratio)
         self._capacity = capacity
         self._note_addresses()

@@ -114,7 +114,8 @@ class Transformer:
         state.begin(token_ids.shape[0])
         embedded = look_up(self.weights.embed, token_ids)
         streams = np.repeat(embedded[:, None, :], self.config.hc_mult, axis=1)
-        for block, layer_state in zip(self.blocks, state.layers, strict=True):
+        for index, (block, layer_state) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            state.make_way(token_ids.shape[0], index)
             streams = block(streams, token_ids, layer_state, state.position)
         state.advance(token_ids.shape[0])
         return self.head_hc.collapse_head(streams)

@@ -1,8 +1,9 @@
 """A store with room for some of the records: others are read when they are needed.
 
 Decoding. A record that a token lacks is read at once, in the place of the coldest one
-(`departures`). What the router of a layer would choose before its attention is read as a guess,
-into a few slots that guesses have among themselves: one that turns out wrong is the first to go.
+(`departures`). What a token will probably choose in the next layer is read as a guess, when nothing
+else waits to be read. A guess stays until its layer has passed: one that turns out wrong is the
+first to go, or is not read at all if that has not begun.
 
 Prompts. Nearly every expert of a layer is used once and not again for the rest of a chunk, so that
 a scan would wash out everything. So a layer keeps as many records as it had: those that the prompt
@@ -12,7 +13,7 @@ uses most. The others pass through a few slots.
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 
 import numpy as np
@@ -59,7 +60,8 @@ class PagedStore:
         self._is_mixed = bool((nbytes != nbytes.flat[0]).any())
         self._claimed = np.zeros(nbytes.shape, bool)
         self._departures = Departures(policy, uses, self.addresses, nbytes)
-        self._guessed: set[Key] = set()
+        self._needed: set[Key] = set()  # by the layer at hand and later ones, for certain
+        self._guessed: set[Key] = set()  # of layers that have not passed
         self._warming: set[Key] = set()  # of an earlier session, read when there is nothing else
         self._stays = np.zeros(nbytes.shape, bool)  # what a prompt shall leave in memory
         self._in_use = threading.Lock()
@@ -131,16 +133,29 @@ class PagedStore:
         for layer, number in np.argwhere(self.addresses == address).tolist():
             self._give_up((layer, number))
 
+    def foresee(self, known: Mapping[int, Sequence[int]]) -> None:
+        """Be told what a token that begins needs of some layers, and have that read."""
+        self._needed = {(layer, number) for layer, some in known.items() for number in some}
+        for layer, numbers in known.items():
+            self._request(layer, numbers)
+
     def request(self, layer: int, numbers: Iterable[int]) -> None:
-        """Have absent records read; they are needed soon."""
-        self._collect(self.readers.finished())
+        """Have absent records read; the token at hand needs them now."""
         wanted = list(numbers)
+        later = {key for key in self._needed if key[0] > layer}
+        self._needed = later | {(layer, number) for number in wanted}
+        self._request(layer, wanted)
+
+    def _request(self, layer: int, wanted: Sequence[int]) -> None:
+        self._collect(self.readers.finished())
+        self._settle_guesses(layer)
         states = self.addresses[layer, wanted].tolist()
         absent = [(layer, n) for n, at in zip(wanted, states, strict=True) if at == ABSENT]
         under_way = [(layer, n) for n, at in zip(wanted, states, strict=True) if at == ON_ITS_WAY]
         if under_way:
             unhurried = self._guessed | self._warming
             self.readers.make_urgent(key for key in under_way if key in unhurried)
+        self._drop_guesses(key for key in self._guessed - self._needed if key[0] == layer)
         if absent:
             self._read(absent, {(layer, number) for number in wanted})
 
@@ -148,48 +163,84 @@ class PagedStore:
         """Note that a token stands still for want of some records."""
         self.counts.misses[layer] += np.count_nonzero(self.addresses[layer, list(numbers)] <= 0)
 
-    def _read(self, keys: Sequence[Key], spared: Set[Key]) -> None:
-        """Read some records now; none that is `spared` is given up for them."""
+    def _read(self, keys: Sequence[Key], wanted: Set[Key]) -> None:
+        """Read some records now; none that is `wanted` with them is given up for them.
+
+        Nor is what was guessed or is needed later, if there is room.
+        """
+        spared = wanted | self._needed | self._guessed
         if not self._is_mixed:
             need = len(keys) * int(self.nbytes.flat[0]) - (self.arena.capacity - self.arena.used)
             for victim in self._departures.choose(need, spared, self._claimed):
                 self._give_up(victim)
         placed: list[tuple[Key, int]] = []
         for key in keys:
-            address = self._place(key, spared, self._claimed)
-            while address is None:
+            while (address := self._place(key, spared, self._claimed)) is None:
                 # slots of records that are being read cannot be had before these are there
                 self._submit(placed, urgent=True)
                 placed = []
-                if not self._await_record():
+                if self._drop_guesses(self._guessed - wanted) or self._await_record():
+                    continue
+                if spared == wanted:
                     raise DoesNotFitError(
                         f"no room for the experts of layer {key[0]}", hint="give more with --ram"
                     )
-                address = self._place(key, spared, self._claimed)
+                spared = wanted
             placed.append((key, address))
         self._submit(placed, urgent=True)
 
-    def guess(self, layer: int, numbers: Iterable[int], spared: Iterable[int] = ()) -> None:
-        """Have absent records read while nothing else is; they may be needed.
+    @property
+    def may_guess(self) -> bool:
+        """Whether a guess would be read soon: all that is needed has come or is being read."""
+        return self.readers.has_begun_all
 
-        `spared` of the layer before are in use. What the token has used so far stays, too.
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read, the likeliest first, while nothing that is needed waits.
+
+        They take the place of what was guessed for the layer before and has not begun.
         """
         self._collect(self.readers.finished())
-        wanted = list(numbers)
-        in_use = {(layer, number) for number in wanted}
-        in_use |= {(layer - 1, number) for number in spared}
-        kept = self._claimed | (self.uses.last >= self.uses.clock)
+        self._settle_guesses(layer - 1)
+        wanted = [(layer, number) for number in numbers]
+        self._drop_guesses(key for key in self._guessed.difference(wanted) if key[0] == layer)
+        spared = self._needed | self._guessed | set(wanted)
+        kept = self._claimed | (self.uses.last >= self.uses.clock)  # what the token has used so far
         placed = []
-        for key in [(layer, number) for number in wanted]:
+        for key in wanted:
             if self.addresses[key] != ABSENT or len(self._guessed) >= GUESS_SLOTS:
                 continue
-            address = self._place(key, in_use, kept)
+            address = self._place(key, spared, kept)
             if address is None:
                 break
             self._guessed.add(key)
             self.counts.guesses += 1
             placed.append((key, address))
         self._submit(placed, urgent=False)
+
+    def _drop_guesses(self, keys: Iterable[Key]) -> bool:
+        """Forget guesses whose reading has not begun; say whether there were any."""
+        dropped = self.readers.cancel(keys)
+        for key, address in dropped:
+            self._guessed.discard(key)
+            self.counts.guesses -= 1
+            self.arena.give_back(address)
+            self.addresses[key] = ABSENT
+        return bool(dropped)
+
+    def _settle_guesses(self, layer: int) -> None:
+        """Learn what became of guesses for the layers before one: wrong ones go first."""
+        passed = {key for key in self._guessed if key[0] < layer}
+        if not passed:
+            return
+        self._drop_guesses(passed)
+        for key in passed & self._guessed:
+            if self.addresses[key] == ON_ITS_WAY:
+                continue
+            self._guessed.discard(key)
+            if self.uses.last[key] == self.uses.clock[0]:
+                self.counts.guesses_used += 1
+            else:
+                self._departures.add(key)
 
     def warm(self, keys: Iterable[Key]) -> None:
         """Have records read into free memory while nothing else is, in this order."""
@@ -266,15 +317,10 @@ class PagedStore:
 
     def end_token(self) -> None:
         """Learn what became of guesses: wrong ones are the first to go."""
-        clock = int(self.uses.clock[0])
         self.counts.tokens += 1
+        self._needed = set()
+        self._settle_guesses(len(self.addresses))
         self._observe()
-        for key in [key for key in self._guessed if self.addresses[key] != ON_ITS_WAY]:
-            self._guessed.discard(key)
-            if self.uses.last[key] == clock:
-                self.counts.guesses_used += 1
-            else:
-                self._departures.add(key)
 
     def _observe(self) -> None:
         """Let the policy learn, which takes a part of a millisecond, where anything is given up."""
@@ -311,7 +357,7 @@ class PagedStore:
         self._claimed[layer, wanted] = True
         for number in wanted:
             self._departures.discard((layer, number))
-        self.request(layer, wanted)
+        self._request(layer, wanted)
 
     def release(self, layer: int, numbers: Iterable[int]) -> None:
         """Let claimed records go; those that the prompt uses most stay."""

@@ -1,4 +1,8 @@
-"""A few threads that read records: urgent ones first, guesses when there is nothing else to do."""
+"""A few threads that read records: urgent ones first, guesses as soon as no urgent one waits.
+
+Records are read one after the other, each by several threads: so the first one is there early, a
+guess that is not wanted any more has seldom begun, and what is urgent soon has all threads.
+"""
 
 import threading
 import time
@@ -18,6 +22,10 @@ Load = Callable[[Key, int], int]
 
 Split = Callable[[Key, int, int], Sequence[Callable[[], int]]]
 """Cuts the reading of a record to an address into about so many parts, one or more."""
+
+
+RECORDS_AT_ONCE = 4
+"""Records that all threads together read at a time, of many that wait."""
 
 
 class ReadError(LocalV4Error):
@@ -41,34 +49,54 @@ class _Job:
 
     key: Key
     address: int
-    is_urgent: bool
     begun: float = 0.0
     parts_left: int = 1
     nbytes: int = 0
     error: BaseException | None = None
 
 
-class Readers:
-    """`count` threads that call `load` for one record after the other.
+class _Queue:
+    """Records to read in this order: parts of those that have begun, and the others."""
 
-    With `split`, an urgent record that few others wait behind is read by the idle threads together.
-    Guesses have the disk only while nothing urgent is being read, and half of the threads at most:
-    what is urgent next finds the others free. Results are collected by one thread, with `finished`
-    or `wait`. A key may be under way once.
+    def __init__(self) -> None:
+        self.parts: deque[tuple[_Job, Callable[[], int]]] = deque()
+        self.waiting: OrderedDict[Key, _Job] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self.parts or self.waiting)
+
+    def move_to(self, other: "_Queue", key: Key) -> int:
+        """Put a record behind those of another queue; return how many pieces of work that is."""
+        job = self.waiting.pop(key, None)
+        if job is not None:
+            other.waiting[key] = job
+            return 1
+        moved = [part for part in self.parts if part[0].key == key]
+        for part in moved:
+            self.parts.remove(part)
+        other.parts.extend(moved)
+        return len(moved)
+
+
+class Readers:
+    """`count` threads that read records: with `split` in parts, else each as a whole, by `load`.
+
+    A guess begins, and goes on part by part, only while nothing urgent waits for a thread, and has
+    half of the threads at most: what is urgent next finds the others free. Results are collected by
+    one thread, with `finished` or `wait`. A key may be under way once.
     """
 
     def __init__(self, load: Load, count: int, split: Split | None = None) -> None:
         self._load, self._split = load, split
-        self._urgent: OrderedDict[Key, _Job] = OrderedDict()
-        self._guesses: OrderedDict[Key, _Job] = OrderedDict()
-        self._parts: deque[tuple[_Job, Callable[[], int]]] = deque()
+        self._fewest_parts = max(1, count // RECORDS_AT_ONCE)
+        self._urgent, self._guesses = _Queue(), _Queue()
         self._finished: deque[Finished] = deque()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._news = threading.Condition(self._lock)
-        self._idle = 0
-        self._under_way = {True: 0, False: 0}  # urgent records and guesses that are being read
-        self._most_guesses = max(1, count // 2)
+        self._idle = 0  # threads
+        self._guessing, self._most_guessing = 0, max(1, count // 2)  # threads that read guesses
+        self._under_way = 0  # records that have begun
         self._closing = False
         self._meter = ReadMeter()
         self._threads = [
@@ -83,23 +111,33 @@ class Readers:
         self.submit_all([(key, address)], urgent=urgent)
 
     def submit_all(self, places: Collection[tuple[Key, int]], *, urgent: bool = True) -> None:
-        """Ask for several records at once, each at its address."""
+        """Ask for several records at once, each at its address; of guesses, the last come first."""
+        jobs = {key: _Job(key, address) for key, address in places}
         with self._lock:
             self._check_open()
-            queue = self._urgent if urgent else self._guesses
-            for key, address in places:
-                queue[key] = _Job(key, address, urgent)
-            self._work.notify(len(places))
+            if urgent:
+                self._urgent.waiting.update(jobs)
+            else:
+                self._guesses.waiting = OrderedDict([*jobs.items(), *self._guesses.waiting.items()])
+            self._work.notify(len(jobs))
 
     def make_urgent(self, keys: Iterable[Key]) -> None:
         """Put guesses that turned out right behind the urgent ones; others are left alone."""
         with self._lock:
             for key in keys:
-                job = self._guesses.pop(key, None)
-                if job is not None:
-                    job.is_urgent = True
-                    self._urgent[key] = job
-                    self._work.notify()
+                self._work.notify(self._guesses.move_to(self._urgent, key))
+
+    def cancel(self, keys: Iterable[Key]) -> list[tuple[Key, int]]:
+        """Forget guesses that have not begun; return which ones those were, with addresses."""
+        with self._lock:
+            jobs = [self._guesses.waiting.pop(key, None) for key in keys]
+            return [(job.key, job.address) for job in jobs if job is not None]
+
+    @property
+    def has_begun_all(self) -> bool:
+        """Whether no urgent record waits: a guess would be read now, or soon."""
+        with self._lock:
+            return not self._urgent.waiting
 
     def finished(self) -> list[Finished]:
         """Return what was finished since the last time, without waiting."""
@@ -137,8 +175,8 @@ class Readers:
         """
         with self._lock:
             self._closing = True
-            self._urgent.clear()
-            self._guesses.clear()
+            self._urgent.waiting.clear()
+            self._guesses.waiting.clear()
             self._work.notify_all()
         interrupt = None
         for thread in self._threads:
@@ -151,7 +189,7 @@ class Readers:
             raise interrupt
 
     def _wanted(self) -> int:
-        return len(self._urgent) + len(self._guesses) + sum(self._under_way.values())
+        return len(self._urgent.waiting) + len(self._guesses.waiting) + self._under_way
 
     def _check_open(self) -> None:
         if self._closing:
@@ -166,50 +204,52 @@ class Readers:
         """Do parts of records until the end."""
         while True:
             with self._lock:
-                taken = self._take()
-                if taken is None:
+                queue = self._wait_for_work()
+                if queue is None:
                     return
-            job, part = taken
+                job, part = self._take(queue)
+                is_guess = queue is self._guesses
+                self._guessing += is_guess
             nbytes, error = 0, None
             try:
                 nbytes = part()
             except BaseException as failure:
                 error = failure
             with self._lock:
+                self._guessing -= is_guess
                 self._end_part(job, nbytes, error)
 
-    def _take(self) -> tuple[_Job, Callable[[], int]] | None:
-        """Wait for a part of a record, None when the readers close; the lock is held."""
+    def _wait_for_work(self) -> _Queue | None:
+        """Return the queue to take from, None when the readers close; the lock is held."""
         while True:
-            if self._parts:
-                return self._parts.popleft()
-            queue = self._urgent or (self._guesses if self._may_guess() else None)
-            if queue:
-                self._begin(queue.popitem(last=False)[1])
-                continue
+            if self._urgent:
+                return self._urgent
+            if self._guesses and self._guessing < self._most_guessing:
+                return self._guesses
             if self._closing:
                 return None
             self._idle += 1
             self._work.wait()
             self._idle -= 1
 
-    def _begin(self, job: _Job) -> None:
-        """Put a record's parts in line: one, or more if there are idle threads for them."""
-        job.begun = time.perf_counter()
-        self._under_way[job.is_urgent] += 1
-        self._meter.begin(job.begun)
-        parts = self._cut(job, (self._idle + 1) // (len(self._urgent) + 1))
-        job.parts_left = len(parts)
-        self._parts.extend((job, part) for part in parts)
-        self._work.notify(len(parts) - 1)
-
-    def _may_guess(self) -> bool:
-        return not self._under_way[True] and self._under_way[False] < self._most_guesses
+    def _take(self, queue: _Queue) -> tuple[_Job, Callable[[], int]]:
+        """Return the next part, of a record that begins now if none has begun."""
+        if not queue.parts:
+            _, job = queue.waiting.popitem(last=False)
+            job.begun = time.perf_counter()
+            self._under_way += 1
+            self._meter.begin(job.begun)
+            parts = self._cut(job, (self._idle + 1) // (len(queue.waiting) + 1))
+            job.parts_left = len(parts)
+            queue.parts.extend((job, part) for part in parts)
+            self._work.notify(len(parts) - 1)
+        return queue.parts.popleft()
 
     def _cut(self, job: _Job, threads: int) -> Sequence[Callable[[], int]]:
-        if self._split is not None and threads > 1 and job.is_urgent:
+        parts = max(self._fewest_parts, threads)
+        if self._split is not None and parts > 1:
             with suppress(Exception):  # `load` then meets what is wrong, and its error is kept
-                return self._split(job.key, job.address, threads)
+                return self._split(job.key, job.address, parts)
         return (lambda: self._load(job.key, job.address),)
 
     def _end_part(self, job: _Job, nbytes: int, error: BaseException | None) -> None:
@@ -221,9 +261,7 @@ class Readers:
         if job.parts_left:
             return
         now = time.perf_counter()
-        self._under_way[job.is_urgent] -= 1
-        if self._may_guess():
-            self._work.notify(min(len(self._guesses), self._most_guesses))
+        self._under_way -= 1
         self._meter.end(job.begun, now, job.nbytes)
         done = Finished(job.key, job.address, job.nbytes, now - job.begun, job.error)
         self._finished.append(done)

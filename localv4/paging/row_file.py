@@ -29,10 +29,6 @@ from localv4.errors import DoesNotFitError, LocalV4Error
 CHUNK = 1 << 20
 """Bytes that come to the disk, and leave memory, together."""
 
-_LOOKS = 4
-"""Calls of `look` after which all of a file was looked at."""
-
-_PAGE_OUT = 21  # MADV_PAGEOUT, which the module mmap lacks
 _is_told = sys.platform.startswith("linux")
 
 
@@ -56,7 +52,7 @@ class RowFile:
         _advise(self._map, "MADV_DONTFORK")
         self._resident = np.zeros(total, np.int64)
         self._is_new = np.ones(total, np.bool_)  # not known to be on the disk
-        self._looked, self._hand = 0, 0
+        self._hand = 0
         numbers = [number for count in counts for number in range(count)]
         # the oldest rows of all arrays first
         self._order = np.argsort(numbers, kind="stable").tolist()
@@ -93,10 +89,8 @@ class RowFile:
         self._resident[start // CHUNK : end // CHUNK] = CHUNK
 
     def look(self) -> int:
-        """See what is in memory of some more chunks; return the bytes of all."""
-        end = min(self._looked + -(-len(self._resident) // _LOOKS), len(self._resident))
-        self._look_at(self._looked, end)
-        self._looked = end % len(self._resident)
+        """See what is in memory of all chunks; return the bytes."""
+        self._look_at(0, len(self._resident))
         return self.resident
 
     def evict(self, nbytes: int) -> int:
@@ -112,8 +106,7 @@ class RowFile:
             self._hand = (self._hand + 1) % len(self._order)
             if self._resident[chunk]:
                 gone += int(self._resident[chunk])
-                self._drop(chunk * CHUNK)
-                self._look_at(chunk, chunk + 1)
+                self._drop(chunk)
                 gone -= int(self._resident[chunk])
         return gone
 
@@ -124,22 +117,31 @@ class RowFile:
             counts = found.reshape(end - first, -1).sum(1, dtype=np.int64)
             self._resident[first:end] = counts * mmap.PAGESIZE
 
-    def _drop(self, start: int) -> None:
+    def _drop(self, chunk: int) -> None:
         """Let go of the pages of a chunk, which is written to the disk before the first time.
 
-        Pages that were written to after that stay until the system has written them, too.
+        Pages that were written to after that stay unless they are written once more.
         """
-        if self._is_new[start // CHUNK]:
-            try:
-                self._map.flush(start, CHUNK)
-            except OSError as error:
-                raise self._failure(error, CHUNK) from error
-            self._is_new[start // CHUNK] = False
+        if self._is_new[chunk]:
+            self._write(chunk)
+        self._page_out(chunk)
+        if self._resident[chunk]:
+            self._write(chunk)
+            self._page_out(chunk)
+
+    def _write(self, chunk: int) -> None:
         try:
-            self._map.madvise(_PAGE_OUT, start, CHUNK)
-        except OSError:  # Linux before 5.4: out of the map, then out of the page cache
-            self._map.madvise(mmap.MADV_DONTNEED, start, CHUNK)
-            os.posix_fadvise(self._file.fileno(), start, CHUNK, os.POSIX_FADV_DONTNEED)
+            self._map.flush(chunk * CHUNK, CHUNK)
+        except OSError as error:
+            raise self._failure(error, CHUNK) from error
+        self._is_new[chunk] = False
+
+    def _page_out(self, chunk: int) -> None:
+        start = chunk * CHUNK
+        # MADV_PAGEOUT would leave those that another processor has touched a moment ago
+        self._map.madvise(mmap.MADV_DONTNEED, start, CHUNK)
+        os.posix_fadvise(self._file.fileno(), start, CHUNK, os.POSIX_FADV_DONTNEED)
+        self._look_at(chunk, chunk + 1)
 
     def _failure(self, error: OSError, nbytes: int) -> LocalV4Error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

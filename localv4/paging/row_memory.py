@@ -6,6 +6,7 @@ reads a chosen few may lie in a file (`paging.row_file`), of which as much stays
 is room for.
 """
 
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ LEAST_KEYS_BYTES = 16 << 20
 
 LARGE_BYTES = 32 << 20
 """Arrays of this size ask for large pages; smaller ones would fill a good part of one with air."""
+
+PAGE = mmap.PAGESIZE
 
 _STEP = 256 << 10
 _SPARE = 8  # an eighth of the room is made free at a time
@@ -83,6 +86,7 @@ class RowMemory:
         self._folder, self._cap = folder, cap
         self._arrays: weakref.WeakSet[InMemory] = weakref.WeakSet()
         self._files: weakref.WeakSet[RowFile] = weakref.WeakSet()
+        self._came = 0  # bytes that may have come into memory since all of it was looked at
 
     def make(self, wanted: Sequence[Wanted]) -> list[RowArray]:
         """Return the arrays of one state. Raises MemoryError, or DoesNotFitError for a file."""
@@ -102,28 +106,46 @@ class RowMemory:
                 arrays.append(array)
         return arrays
 
-    def settle(self) -> None:
-        """Take rows out of memory until the rest is within bounds.
-
-        Raises DoesNotFitError when those that must stay are too many.
-        """
+    @property
+    def room(self) -> int | None:
+        """Bytes that rows in files may have in memory; None if nothing bounds them."""
         if not self._files:
+            return None
+        return KEYS_BYTES if self._cap is None else max(LEAST_KEYS_BYTES, self._cap - self._always)
+
+    @property
+    def _always(self) -> int:
+        """Bytes of the rows that must stay in memory."""
+        return sum(array.resident for array in self._arrays)
+
+    def check(self) -> None:
+        """Raise DoesNotFitError when rows that must stay leave too little for the others."""
+        if not self._files or self._cap is None or self._cap - self._always >= LEAST_KEYS_BYTES:
             return
-        room = KEYS_BYTES
-        if self._cap is not None:
-            always = sum(array.resident for array in self._arrays)
-            room = self._cap - always
-            if room < LEAST_KEYS_BYTES:
-                raise DoesNotFitError(
-                    f"the rows that every token reads take {always >> 20} MiB by now, "
-                    f"--kv-ram is {self._cap >> 20} MiB",
-                    hint=f"use --kv-ram {(always + 4 * LEAST_KEYS_BYTES) >> 20}MiB or more",
-                )
+        raise DoesNotFitError(
+            f"the rows that every token reads take {self._always >> 20} MiB by now, "
+            f"--kv-ram is {self._cap >> 20} MiB",
+            hint=f"use --kv-ram {(self._always + 4 * LEAST_KEYS_BYTES) >> 20}MiB or more",
+        )
+
+    def make_way(self, coming: int) -> None:
+        """Take rows out of memory until there is room for `coming` bytes more of those in files.
+
+        That is the most that may come before the next call, so the bound holds at any moment. What
+        is more than the room itself will exceed it.
+        """
+        room = self.room
+        if room is None or coming == 0:
+            return
         files = list(self._files)
-        held = sum(file.look() for file in files)
-        if held <= room:
+        self._came += coming
+        if sum(file.resident for file in files) + self._came <= room:
+            return  # whatever of it has come, it cannot be too much
+        excess = sum(file.look() for file in files) + coming - room
+        self._came = coming
+        if excess <= 0:
             return
-        excess = held - room + room // _SPARE
+        excess += room // _SPARE
         for file in sorted(files, key=lambda file: -file.resident):
             excess -= file.evict(excess)
 

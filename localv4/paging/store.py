@@ -6,7 +6,7 @@ program runs nothing is done here, so no record that it uses can be given up.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -33,11 +33,18 @@ class ExpertStore(Protocol):
     def held_bytes(self) -> int:
         """Bytes of memory that belong to the store."""
 
-    def request(self, layer: int, numbers: Iterable[int]) -> None:
-        """Have absent records read; they are needed soon."""
+    def foresee(self, known: Mapping[int, Sequence[int]]) -> None:
+        """Be told what a token that begins needs of some layers, and have that read."""
 
-    def guess(self, layer: int, numbers: Iterable[int], spared: Iterable[int] = ()) -> None:
-        """Have absent records read while nothing else is; they may be needed."""
+    def request(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read; the token at hand needs them now."""
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether a guess would be read soon: all that is needed has come or is being read."""
+
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read, the likeliest first, while nothing that is needed waits."""
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
         """Note that a token stands still for want of some records."""
@@ -93,10 +100,18 @@ class MappedStore:
         self.populator = Populator(ranges)
         self.close = weakref.finalize(self, self.populator.close)
 
+    def foresee(self, known: Mapping[int, Sequence[int]]) -> None:
+        """Do nothing: the records are there."""
+
     def request(self, layer: int, numbers: Iterable[int]) -> None:
         """Do nothing: the record is there."""
 
-    def guess(self, layer: int, numbers: Iterable[int], spared: Iterable[int] = ()) -> None:
+    @property
+    def may_guess(self) -> bool:
+        """There is nothing to be read."""
+        return False
+
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
         """Do nothing."""
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:

@@ -137,13 +137,15 @@ def choose(found: Sequence[Assessment], default: str) -> Assessment:
     """Return the form to recommend, of several in order of precision.
 
     The default if it decodes at USABLE_TOK_S or more; else the most precise one that does, of those
-    with fewer bits; else the fastest. What does not fit is taken only if nothing does.
+    with fewer bits; else the fastest. Where nothing fits it is the smallest one.
     """
     names = [one.facts.quant for one in found]
     first = names.index(default) if default in names else 0
     for one in found[first:]:
         if one.tok_s >= USABLE_TOK_S:
             return one
+    if all(one.plan is None for one in found):
+        return min(found, key=lambda one: one.facts.file_bytes)
     return max(found, key=lambda one: one.tok_s)
 
 

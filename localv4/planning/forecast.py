@@ -136,7 +136,7 @@ def make_forecast(
     rates = [
         1.0
         / (
-            _token_s(facts, nbytes, min(share * roof, core_rate), hit, disk, machine.cores, ahead)
+            _token_s(facts, position, min(share * roof, core_rate), hit, disk, machine.cores, ahead)
             + config.n_layers * layer_s
         )
         for share, hit, ahead in (
@@ -185,7 +185,7 @@ def _slowest(name: str) -> str:
 
 def _token_s(
     facts: ModelFacts,
-    nbytes: int,
+    position: int,
     rate: float,
     hit: float,
     disk: DiskFacts | None,
@@ -193,15 +193,13 @@ def _token_s(
     ahead: float,
 ) -> float:
     """Return the seconds of a token; `rate` is what kernels read, `ahead` is foretold in time."""
+    reads, config = facts.layer_reads(position), facts.config
     if disk is None or hit >= 1.0:
-        return nbytes / rate
-    config = facts.config
-    shared = sum(part.read for part in facts.parts if part.component == "shared experts")
-    before = nbytes - facts.head_bytes - facts.cycle_bytes - shared
-    layer = _Layer(*(n / rate / config.n_layers for n in (before, shared, facts.cycle_bytes)))
-    one = facts.cycle_bytes / config.n_layers / config.experts_per_token
-    one_s = one / (disk.bytes_s * GROUPED_READS)
-    mean = _layer_s(layer, config.experts_per_token, 1 - hit, ahead, one_s, disk.latency_s)
+        return (facts.weight_bytes_per_token + facts.state_read_bytes(position)) / rate
+    chosen = config.experts_per_token
+    layer = _Layer(reads.before / rate, reads.shared / rate, chosen * reads.expert / rate)
+    one_s = reads.expert / (disk.bytes_s * GROUPED_READS)
+    mean = _layer_s(layer, chosen, 1 - hit, ahead, one_s, disk.latency_s)
     reading_s = disk.cpu_s_per_gb * (1 - hit) * facts.cycle_bytes / 1e9 / cores
     return config.n_layers * mean + facts.head_bytes / rate + reading_s
 
@@ -216,13 +214,13 @@ def _layer_s(
     total = 0.0
     for count in range(chosen + 1):
         for foretold in range(count + 1):
-            chance = _chance(chosen, count, missed) * _chance(count, foretold, ahead)
+            both = chance(chosen, count, missed) * chance(count, foretold, ahead)
             reads = foretold * one_s, (count - foretold) * one_s
-            total += chance * _halted_s(layer, chosen, *reads, latency_s)
+            total += both * _halted_s(layer, chosen, *reads, latency_s)
     return total
 
 
-def _chance(of: int, count: int, each: float) -> float:
+def chance(of: int, count: int, each: float) -> float:
     """Return the probability that `count` of some events happen, each with the same one."""
     return comb(of, count) * each**count * (1 - each) ** (of - count)
 

@@ -10,7 +10,7 @@ that are not on the GPU are uploaded while it multiplies. `docs/planning.md` has
 """
 
 from dataclasses import dataclass
-from math import ceil, comb
+from math import ceil
 from typing import Literal
 
 from localv4.planning.forecast import (
@@ -18,12 +18,13 @@ from localv4.planning.forecast import (
     LAYER_S,
     PREFILL_SHARE,
     PROMPT_TOKENS,
+    chance,
     decode_shares,
 )
 from localv4.planning.gpu_plan import GpuPlan
 from localv4.planning.hit_rate import Bounds, Routing, TypicalText
 from localv4.planning.machine import GpuFacts, Machine
-from localv4.planning.model_facts import ModelFacts
+from localv4.planning.model_facts import LayerReads, ModelFacts
 from localv4.planning.plan import Plan
 
 GpuBottleneck = Literal["GPU", "host", "PCIe", "disk"]
@@ -89,15 +90,6 @@ class GpuForecast:
 
 
 @dataclass(frozen=True, slots=True)
-class _Traffic:
-    """Bytes of a mean layer that a token reads: before the choice, shared expert, one expert."""
-
-    before: float
-    shared: float
-    expert: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Rates:
     """Bytes per second of the GPU, the host and its disk; seconds of each layer of the host."""
 
@@ -137,14 +129,14 @@ def make_gpu_forecast(
         raise ValueError("the machine was not measured")
     config = facts.config
     known = routing or TypicalText(config.experts_per_token / config.n_experts)
-    traffic = _traffic(facts, position)
+    reads = facts.layer_reads(position)
     times = []
     hits = known.hit_rate(gpu.resident_share), known.hit_rate(plan.resident_share)
     shares = decode_shares(facts, machine)
     for which in ("low", "likely", "high"):
         tiers = _tiers(getattr(hits[0], which), getattr(hits[1], which))
         rates = _rates(machine, card, getattr(GPU_SHARE, which), getattr(shares, which), roof)
-        times.append(_token(facts, gpu, traffic, tiers, rates))
+        times.append(_token(facts, gpu, reads, tiers, rates))
     likely, tiers = times[1], _tiers(hits[0].likely, hits[1].likely)
     prefill, uploaded, prompt_bottleneck = _prompt(facts, plan, gpu, machine, card)
     tiers = _of_all_layers(tiers, gpu)
@@ -164,15 +156,6 @@ def make_gpu_forecast(
         routing=known.source,
         correction=correction,
     )
-
-
-def _traffic(facts: ModelFacts, position: int) -> _Traffic:
-    layers = facts.config.n_layers
-    shared = sum(part.read for part in facts.parts if part.component == "shared experts")
-    dense = facts.weight_bytes_per_token - facts.head_bytes - facts.cycle_bytes - shared
-    before = dense + facts.state_read_bytes(position)
-    one = facts.cycle_bytes / facts.config.experts_per_token
-    return _Traffic(before / layers, shared / layers, one / layers)
 
 
 def _tiers(on_gpu: float, in_memory: float) -> TierShares:
@@ -198,12 +181,12 @@ def _rates(
 
 
 def _token(
-    facts: ModelFacts, gpu: GpuPlan, traffic: _Traffic, tiers: TierShares, rates: _Rates
+    facts: ModelFacts, gpu: GpuPlan, reads: LayerReads, tiers: TierShares, rates: _Rates
 ) -> _Times:
     """Return the seconds of a token through all layers and the output matrix."""
     chosen = facts.config.experts_per_token
-    on_gpu = _gpu_layer(traffic, chosen, tiers, rates, waits=not gpu.fits)
-    alone = _host_layer(traffic, chosen, tiers, rates)
+    on_gpu = _gpu_layer(reads, chosen, tiers, rates, waits=not gpu.fits)
+    alone = _host_layer(reads, chosen, tiers, rates)
     own, others = gpu.layers, gpu.all_layers - gpu.layers
     on_host = facts.head_bytes / rates.host if others else 0.0
     head_s = on_host or facts.head_bytes / rates.gpu
@@ -216,35 +199,35 @@ def _token(
 
 
 def _gpu_layer(
-    traffic: _Traffic, chosen: int, tiers: TierShares, rates: _Rates, waits: bool
+    reads: LayerReads, chosen: int, tiers: TierShares, rates: _Rates, waits: bool
 ) -> _Times:
     """Return the mean seconds of a layer on the GPU over how many of its experts it lacks.
 
     Each is lacking with the same probability; while the host computes those, the GPU does the rest.
     """
-    before = traffic.before / rates.gpu + GPU_LAYER_S + (EXCHANGE_S if waits else 0.0)
+    before = reads.before / rates.gpu + GPU_LAYER_S + (EXCHANGE_S if waits else 0.0)
     lacking = tiers.memory + tiers.disk
     from_disk = tiers.disk / lacking if lacking else 0.0
-    one_host, one_disk = traffic.expert / rates.host, from_disk * traffic.expert / rates.disk
+    one_host, one_disk = reads.expert / rates.host, from_disk * reads.expert / rates.disk
     total = gpu_s = host_s = disk_s = 0.0
     for count in range(chosen + 1):
-        chance = comb(chosen, count) * lacking**count * (1 - lacking) ** (chosen - count)
-        experts_s = (traffic.shared + (chosen - count) * traffic.expert) / rates.gpu
+        probability = chance(chosen, count, lacking)
+        experts_s = (reads.shared + (chosen - count) * reads.expert) / rates.gpu
         reads_s, computes_s = count * one_disk, count * one_host
         # what is read last is computed last
         joined_s = max(computes_s, reads_s + from_disk * one_host) if count else 0.0
-        total += chance * (before + max(experts_s, joined_s))
-        gpu_s += chance * (before + experts_s)
-        host_s += chance * computes_s
-        disk_s += chance * reads_s
+        total += probability * (before + max(experts_s, joined_s))
+        gpu_s += probability * (before + experts_s)
+        host_s += probability * computes_s
+        disk_s += probability * reads_s
     return _Times(total, gpu_s, host_s, disk_s)
 
 
-def _host_layer(traffic: _Traffic, chosen: int, tiers: TierShares, rates: _Rates) -> _Times:
+def _host_layer(reads: LayerReads, chosen: int, tiers: TierShares, rates: _Rates) -> _Times:
     """Return the seconds of a layer that the host computes; reads overlap with its experts."""
-    before = traffic.before / rates.host + rates.host_layer_s
-    experts_s = (traffic.shared + chosen * traffic.expert) / rates.host
-    disk_s = chosen * tiers.disk * traffic.expert / rates.disk
+    before = reads.before / rates.host + rates.host_layer_s
+    experts_s = (reads.shared + chosen * reads.expert) / rates.host
+    disk_s = chosen * tiers.disk * reads.expert / rates.disk
     return _Times(before + max(experts_s, disk_s), 0.0, before + experts_s, disk_s)
 
 

@@ -16,7 +16,7 @@ from localv4.model.weights import Weights
 from localv4.planning.filled_weights import DISTINCT_EXPERTS, filled_weights
 from localv4.planning.machine import KernelShares
 from localv4.planning.memory import read_memory
-from localv4.planning.model_facts import facts_of_recipe
+from localv4.planning.model_facts import DEFAULT_ROWS, facts_of_recipe
 from localv4.planning.network import multiply_adds
 from localv4.planning.recipes import Recipe
 from localv4.planning.roofs import RoofProbe
@@ -45,7 +45,7 @@ def measure_kernels(config: ModelConfig, recipe: Recipe, threads: int) -> Kernel
             f"measuring kernels takes {need / 2**30:.1f} GiB of memory", hint="close other programs"
         )
     weights = filled_weights(pair, recipe)
-    compile_kernels(families(weights))
+    compile_kernels(families(weights) | {DEFAULT_ROWS.family})
     decode_s, prefill_s = _run(pair, weights, threads)
     del weights
     small = _small(pair)
@@ -76,7 +76,7 @@ def _read_bytes(config: ModelConfig, recipe: Recipe) -> int:
 
 def _run(config: ModelConfig, weights: Weights, threads: int) -> tuple[float, float]:
     """Return the seconds of one token and those of a prompt."""
-    network = FastTransformer(config, weights, Team(threads))
+    network = FastTransformer(config, weights, Team(threads), rows=DEFAULT_ROWS)
     try:
         return _decode_s(network), _prefill_s(network)
     finally:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from localv4.kernels.row_operations import F32, RowFormat
+from localv4.kernels.row_operations import COMPACT, RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.state import compressor_capacity, window_capacity
 from localv4.model.traffic import VALUE_BYTES, state_bytes
@@ -14,8 +14,13 @@ from localv4.planning.recipes import Recipe
 ROUTED, EMBEDDING, HEAD = "routed experts", "embedding row", "head"
 """Components that are no part of the dense weights."""
 
+SHARED = "shared experts"
+
 SLACK_TOKENS = 256
 """Positions that a sequence can be taken back (`model.fast.SLACK_TOKENS`)."""
+
+DEFAULT_ROWS = COMPACT
+"""The format of compressed rows when nobody chooses one; docs/long_context.md tells why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,15 @@ class Part:
     format: str
     resident: int
     read: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReads:
+    """Bytes of a mean layer that a token reads: before the choice, shared expert, one expert."""
+
+    before: float
+    shared: float
+    expert: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +82,7 @@ class ModelFacts:
     download_bytes: int | None = None
     is_packed: bool = True
     is_exact: bool = True
-    rows: RowFormat = field(default=F32, repr=False)
+    rows: RowFormat = field(default=DEFAULT_ROWS, repr=False)
     limits: RowLimits = field(default=RowLimits(), repr=False)
 
     @property
@@ -106,6 +120,15 @@ class ModelFacts:
         """Multiply-adds of one token, without the head."""
         return multiply_adds(self.config)
 
+    def layer_reads(self, position: int) -> LayerReads:
+        """Return what a mean layer of the token at a position reads."""
+        layers = self.config.n_layers
+        shared = sum(part.read for part in self.parts if part.component == SHARED)
+        dense = self.weight_bytes_per_token - self.head_bytes - self.cycle_bytes - shared
+        before = dense + self.state_read_bytes(position)
+        one = self.cycle_bytes / self.config.experts_per_token
+        return LayerReads(before / layers, shared / layers, one / layers)
+
     def read_by_format(self) -> Mapping[str, int]:
         """Return the bytes that a token reads by format, its experts included."""
         found: Counter[str] = Counter({self.expert_format: self.cycle_bytes})
@@ -119,7 +142,7 @@ class ModelFacts:
 
     def state_bytes(self, ctx_size: int) -> int:
         """Return the memory of one sequence of `ctx_size` tokens."""
-        return held_state_bytes(self.config, ctx_size, rows=self.rows, limits=self.limits)
+        return held_state_bytes(self.config, ctx_size, self.rows, limits=self.limits)
 
     @property
     def state_bytes_per_token(self) -> float:
@@ -160,8 +183,8 @@ def facts_of_recipe(
 def held_state_bytes(
     config: ModelConfig,
     ctx_size: int,
+    rows: RowFormat,
     slack: int = SLACK_TOKENS,
-    rows: RowFormat = F32,
     limits: RowLimits = RowLimits(),
 ) -> int:
     """Return the bytes of a `model.state.State` that holds `ctx_size` tokens."""

@@ -75,11 +75,8 @@ class Checkpoint:
 
     def place_of(self, view: NDArray[np.uint8]) -> tuple[Path, int]:
         """Return the file and the offset there of bytes that this checkpoint has handed out."""
-        address = view.ctypes.data
-        index = bisect_right(self._starts, address) - 1
-        if index >= 0 and address < self._starts[index] + self._by_start[index].size:
-            return self._by_start[index].path, address - self._starts[index]
-        raise ValueError("these bytes are not in a file")
+        file, offset = self._find(view)
+        return file.path, offset
 
     def check_unchanged(self) -> None:
         """Raise BadFileError when a file was written to or cut since it was opened.
@@ -94,6 +91,11 @@ class Checkpoint:
         """Take the pages that were read out of this process; the next look brings them back."""
         for file in self._mapped:
             file.drop_pages()
+
+    def drop_pages_of(self, view: NDArray[np.uint8]) -> None:
+        """Do so with the pages of bytes that this checkpoint has handed out."""
+        file, offset = self._find(view)
+        file.drop_pages(offset, view.nbytes)
 
     def close(self) -> None:
         """Give the files back; views that are still held stay readable."""
@@ -110,3 +112,10 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _find(self, view: NDArray[np.uint8]) -> tuple[MappedFile, int]:
+        address = view.ctypes.data
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0 and address < self._starts[index] + self._by_start[index].size:
+            return self._by_start[index], address - self._starts[index]
+        raise ValueError("these bytes are not in a file")

@@ -82,11 +82,16 @@ class MappedFile:
         address: int = self._view.ctypes.data
         return address
 
-    def drop_pages(self) -> None:
-        """Take the pages that were read out of this process; the next look brings them back."""
+    def drop_pages(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Take the pages that were read out of this process; the next look brings them back.
+
+        Of a range of the file those that are wholly inside.
+        """
         advice = getattr(mmap, "MADV_DONTNEED", None)
-        if self._map is not None and advice is not None:
-            self._map.madvise(advice)
+        end = self.size if nbytes is None else (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self._map is not None and advice is not None and start < end:
+            self._map.madvise(advice, start, end - start)
 
     def check_unchanged(self) -> None:
         """Raise BadFileError when the file was written to or cut since it was opened.
