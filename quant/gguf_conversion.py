@@ -73,11 +73,10 @@ class GgufConversion:
         Raises BadFileError for a bad source, UsageError for a target that is there, DoesNotFitError
         when the disk is too small, LocalV4Error when it cannot be written.
         """
+        self.check(target)
         target = self.file_in(target)
         plan = self.plan(target)
         stem = target.name.removesuffix(SUFFIX)
-        if _PART_NAME.fullmatch(stem):
-            raise UsageError(f"{target} is the name of a part", hint="name the whole: NAME.gguf")
         with claimed(target.parent, f".{stem}.lock"):
             files = self._files(self._outlines(), stem)
             identity = self.task.identity(f"gguf {VERSION} {self._split_bytes} {self._name}")
@@ -85,6 +84,12 @@ class GgufConversion:
             self._write(target.parent, files, journal, on_progress)
             journal.remove()
         return plan
+
+    def check(self, target: Path) -> None:
+        """Raise UsageError for a name that `run` would refuse."""
+        target = self.file_in(target)
+        if _PART_NAME.fullmatch(target.name.removesuffix(SUFFIX)):
+            raise UsageError(f"{target} is the name of a part", hint="name the whole: NAME.gguf")
 
     def file_in(self, target: Path) -> Path:
         """Return the file to write: `target` itself, or one in it where it is a folder."""

@@ -80,13 +80,17 @@ class Packer:
         target that is something else, DoesNotFitError when the disk is too small, LocalV4Error when
         it cannot be written.
         """
-        if target.exists():
-            check_target(target)
+        self.check(target)
         plan = self.plan()
         with claimed(target):
             check_target(target)
             self._write(target, plan, on_progress)
         return plan
+
+    def check(self, target: Path) -> None:
+        """Raise UsageError for a target that `run` would refuse."""
+        if target.exists():
+            check_target(target)
 
     def _build(self, found: ShardSource) -> Shard:
         return build_shard(found, self.converter, self._chooser.packed)

@@ -14,8 +14,10 @@ from test_fast import make_fast
 from localv4.cancellation import Cancellation
 from localv4.errors import Cancelled
 from localv4.kernels.operation import COUNTER
+from localv4.model import fast_network
 from localv4.model.fast import FastTransformer
 from localv4.model.fast_network import NO_CHUNK
+from localv4.model.matrix import Matrix
 from localv4.model.state import State
 
 pytestmark = needs_jit
@@ -109,3 +111,22 @@ def _again(network: FastTransformer, number: int) -> State:
     state = network.new_state()
     network.forward(IDS[: 130 + number], state)
     return state
+
+
+def test_embeddings_are_read_in_parts(
+    network: FastTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event, sizes, look_up = Cancellation(), [], fast_network.look_up
+
+    def watched(matrix: Matrix, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        sizes.append(len(ids))
+        if len(sizes) == 3:
+            event.set()
+        return look_up(matrix, ids)
+
+    monkeypatch.setattr(fast_network, "look_up", watched)
+    state, network.cancelled = network.new_state(), event
+    with pytest.raises(Cancelled):
+        network.forward(IDS, state)
+    network.cancelled = None
+    assert sizes == [fast_network.LOOKED_UP] * 3 and state.position == 0

@@ -197,3 +197,30 @@ def test_module_and_command_are_the_same() -> None:
         pytest.skip("the package is not installed")
     done = subprocess.run([script, "--version"], capture_output=True)
     assert done.stdout.decode().startswith("localv4 ")
+
+
+ENDING = """
+import atexit, sys
+import localv4.cli.main as cli
+from localv4.__main__ import main
+
+class Late:
+    def __del__(self):
+        print("taken apart")
+
+def run(command=cli.main):
+    atexit.register(print, "cleaned up")  # as what is imported on the way does
+    command()
+
+late, cli.main = Late(), run
+sys.argv = ["localv4", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--no-such-option", 2)])
+def test_a_process_cleans_up_and_ends(argument: str, code: int) -> None:
+    command = [sys.executable, "-c", ENDING, argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "cleaned up" in done.stdout and "taken apart" not in done.stdout

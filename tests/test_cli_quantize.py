@@ -106,7 +106,16 @@ def test_refusals(
     done = run_here("quantize", str(source), *arguments, home=tmp_path)
     assert (done.code, done.stdout) == (code, "")
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "MATRICES" not in done.stderr
+
+
+def test_a_target_that_is_there_is_refused_before_anything_is_computed(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = converted(source, tmp_path / "packed", "lossless")
+    done = run_here("quantize", str(source), "-o", str(folder), home=tmp_path)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[0] == f"error: {folder} is a finished model already"
 
 
 def test_a_packed_source(source: Path, tmp_path: Path) -> None:

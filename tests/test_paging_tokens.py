@@ -186,7 +186,7 @@ def test_most_guesses_come_true(source: Source) -> None:
     network = source.network(PagingOptions(source.budget(0.5), "direct"))
     session = Session(network, 4096)
     logits = session.extend(PROMPT)
-    for _ in range(20):  # fewer than what is tried before guessing is compared with none
+    for _ in range(20):  # some of them without guesses: both ways are compared
         logits = session.extend([int(logits.argmax())])
     assert isinstance(network.store, PagedStore)
     counts = network.store.counts

@@ -21,7 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from localv4.paging.look_ahead import TURN_TOKENS, TURNS
+
 SAMPLE_S = 0.01
+SETTLING = len(TURNS) * TURN_TOKENS + 1
+"""Tokens after memory is full in which it is decided whether guesses pay, which are not timed."""
+
 MOST_WARM_UP = 400
 """Tokens that fill the memory before any is timed: its first touch costs the system much."""
 
@@ -121,9 +126,11 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         result["prompt_tok_s"] = options.prompt / (time.perf_counter() - start)
     rest = tokens[options.prompt :].tolist()
     warm_up = 0
-    while warm_up < MOST_WARM_UP and not _is_full(engine):
+    settled = 0  # tokens since memory was full
+    while warm_up < MOST_WARM_UP and settled < SETTLING:
         session.extend([rest[warm_up]])
         warm_up += 1
+        settled += settled > 0 or _is_full(engine)
     meter, times = PagingMeter(engine.network), []
     for token in rest[warm_up : warm_up + options.tokens]:
         start = time.perf_counter()

@@ -130,6 +130,8 @@ def quantize(
         task = Task(opened, chosen, workers, statistics, mark, moments, moments_mark)
         is_gguf = form is OutputForm.GGUF
         work, target = _work(task, output, base_name, is_gguf, split_bytes)
+        if not dry_run:
+            work.check(target)
         plan = work.plan(target)
         document = plan_document(plan, chosen, base_name, target)
         if not is_gguf:
@@ -140,9 +142,10 @@ def quantize(
             _compile(quiet, no_color)
             with QuantizeProgress(quiet=quiet, no_color=no_color) as progress:
                 work.run(target, progress)
-            document["error"] = work.converter.errors.relative()
+            document["error"] = error = work.converter.errors.relative()
             if not quiet:
-                terminal.say(f"wrote {target}")
+                changed = f"rounding moved weights by {100 * error:.1f} %" if error else "all kept"
+                terminal.say(f"wrote {target}: {changed}")
     if as_json:
         terminal.print_json(document)
 

@@ -50,7 +50,7 @@ def print_plan(plan: "Plan", document: dict[str, Any], *, is_result: bool, no_co
         stream.write(terminal.sanitize_line(f"note: {fallback}") + "\n")
     total, was = format_bytes(plan.nbytes), format_bytes(plan.source_bytes)
     stream.write(
-        f"{len(plan.files)} files, {total} (from {was}), "
+        f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}, {total} (from {was}), "
         f"{format_bytes(plan.bytes_per_token)} read per token\n"
     )
     if "forecast" in document:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.errors import NumericsError, UsageError
+from localv4.engine.scores import Scores
+from localv4.errors import UsageError
+from localv4.kernels.survey import ERROR
 
 _FIRST_SORTED = 256  # tokens that top-p sorts at first; a sharp distribution needs no more
 _GROWTH = 8
+_DEPTHS = (4, 8, 16)  # temperatures below the best where the tokens of top-p are looked for
 _PENALTY_BOUNDS = (0.01, 100.0)  # no logit overflows, and no setting beyond makes sense
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -54,7 +57,10 @@ def _check(flag: str, value: float, low: float, high: float) -> None:
 
 
 class Sampler:
-    """Picks tokens for one answer; equal settings, seed and logits give equal tokens."""
+    """Picks tokens for one answer; equal settings, seed and logits give equal tokens.
+
+    It looks at few tokens where those certainly lead to the one that all would lead to.
+    """
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -67,14 +73,61 @@ class Sampler:
         penalty applies to. Raise NumericsError for NaN, +inf, or when nothing is allowed.
         """
         settings = self._sampling
-        _check_logits(logits)
-        scores: Floats = logits
-        if settings.repetition_penalty != 1.0 and len(recent):
-            scores = _penalized(logits, recent, settings.repetition_penalty)
-        if settings.temperature == 0 or settings.top_p == 0 or settings.top_k == 1:
-            return int(scores.argmax())
-        ids, weights = self._candidates(scores)
-        return int(ids[_draw(weights, self._random.random())])
+        greedy = settings.temperature == 0 or settings.top_p == 0 or settings.top_k == 1
+        selects = settings.top_k > 0 or (settings.top_p == 1 and settings.min_p > 0)
+        weighed = None if greedy or selects else settings.temperature
+        scores = Scores(logits, recent, settings.repetition_penalty, weighed)
+        if greedy:
+            return scores.best_id()
+        chance = self._random.random()
+        picked = self._pick_from_few(scores, chance)
+        return self._pick_from_all(scores, chance) if picked is None else picked
+
+    def _pick_from_all(self, scores: Scores, chance: float) -> int:
+        ids, weights = self._candidates(scores.all())
+        return int(ids[_draw(weights, chance)])
+
+    def _pick_from_few(self, scores: Scores, chance: float) -> int | None:
+        """Do the same without looking at all tokens; None if the result is not certain."""
+        settings = self._sampling
+        if settings.top_k > 0:
+            few = scores.highest(settings.top_k)
+        elif settings.top_p < 1:
+            return self._pick_from_nucleus(scores, chance)
+        elif settings.min_p > 0:
+            few = scores.at_least(scores.best + settings.temperature * _log_below(settings.min_p))
+        else:
+            return scores.draw(chance)
+        if few is None:
+            return None
+        ids, own = few
+        places, weights = self._candidates(own)
+        return int(ids[places[_draw(weights, chance)]])
+
+    def _pick_from_nucleus(self, scores: Scores, chance: float) -> int | None:
+        settings = self._sampling
+        mass = scores.mass()
+        if mass is None:
+            return None
+        share = settings.top_p * mass * np.array([1 - ERROR, 1 + ERROR])
+        for depth in _DEPTHS:
+            few = scores.at_least(scores.best - depth * settings.temperature)
+            if few is None:
+                return None
+            ids, own = few
+            weights = _weights(own, settings.temperature)
+            order = np.argsort(-weights, kind="stable")
+            held = np.cumsum(weights[order])
+            if held[-1] < share[1]:
+                continue
+            least, most = np.searchsorted(held, share).tolist()
+            # whoever is not among the few must come after those that are kept
+            if least != most or weights[order[least]] <= math.exp(-depth) * (1 + ERROR):
+                return None
+            kept = np.sort(order[: least + 1])
+            kept = kept[weights[kept] >= settings.min_p]
+            return int(ids[kept[_draw(weights[kept], chance)]])
+        return None
 
     def _candidates(self, scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return the ids that may be picked, ascending, and their weights.
@@ -93,31 +146,9 @@ class Sampler:
         return ids, weights
 
 
-def _check_logits(logits: NDArray[np.float32]) -> None:
-    """Raise NumericsError unless there is a best token."""
-    with np.errstate(invalid="ignore"):
-        best = float(logits.max())  # NaN if there is one anywhere
-    if math.isnan(best):
-        raise NumericsError("the model computed NaN instead of logits")
-    if best == math.inf:
-        raise NumericsError("the model computed an infinite logit")
-    if best == -math.inf:
-        raise NumericsError("no token is allowed: all logits are -inf")
-
-
-def _penalized(
-    logits: NDArray[np.float32], recent: Sequence[int], penalty: float
-) -> NDArray[np.float64]:
-    """Return logits with those of `recent` divided by the penalty, or multiplied if negative.
-
-    Source: the CTRL paper, arXiv 1909.05858, in the signed form that all engines use.
-    """
-    scores = logits.astype(np.float64)
-    ids = np.unique(np.asarray(recent, dtype=np.int64))
-    ids = ids[(ids >= 0) & (ids < scores.size)]
-    found = scores[ids]
-    scores[ids] = np.where(found > 0, found / penalty, found * penalty)
-    return scores
+def _log_below(share: float) -> float:
+    """Return a number just below the logarithm of a share above 0."""
+    return math.log(share) - 1e-9
 
 
 def _largest(values: Floats, count: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from llvmlite import ir
 from localv4.kernels.isa import Isa
 from localv4.kernels.kquant_kinds import Kind, Pairs, Scaled, ScaledWithLeast, add_dots
 from localv4.kernels.kquant_lattice import MIDDLE, lattice_codes, lattice_scale
-from localv4.kernels.readers import FAR_BYTES, NEAR_BYTES
+from localv4.kernels.readers import PAIR_FAR_BYTES, PAIR_NEAR_BYTES
 from localv4.kernels.simd_dots import activations, prefetch
 from localv4.kernels.simd_ir import (
     BYTES,
@@ -101,8 +101,8 @@ def load_lines(b: Builder, address: Value, count: int) -> list[Value]:
 
 def prefetch_behind(b: Builder, address: Value) -> None:
     """Ask for a line some way behind an address."""
-    prefetch(b, offset(b, address, NEAR_BYTES), 3)
-    prefetch(b, offset(b, address, FAR_BYTES), 2)
+    prefetch(b, offset(b, address, PAIR_NEAR_BYTES), 3)
+    prefetch(b, offset(b, address, PAIR_FAR_BYTES), 2)
 
 
 def six_bit_numbers(b: Builder, w: Value, step: Value) -> list[Value]:

@@ -20,7 +20,7 @@ from localv4.kernels.readers import (
     Q4_READER,
     Q8_READER,
     Reader,
-    prefetch_lines,
+    prefetch_pair_lines,
 )
 from localv4.kernels.simd import (
     Vector,
@@ -55,12 +55,12 @@ def _pair_products(reader: Reader) -> Any:
     def pair(w: int, v: int, cols: int, q: int, d: int, b: int) -> tuple[Vector, Vector]:
         acc_w, acc_v = zeros_f32(), zeros_f32()
         for _ in range(cols // columns):
-            prefetch_lines(w, 1)
-            prefetch_lines(v, 1)
+            prefetch_pair_lines(w, 1)
+            prefetch_pair_lines(v, 1)
             for i in range(blocks):
                 at = HEAD_BYTES + block_bytes * i
-                prefetch_lines(w + at, block_bytes // 64)
-                prefetch_lines(v + at, block_bytes // 64)
+                prefetch_pair_lines(w + at, block_bytes // 64)
+                prefetch_pair_lines(v + at, block_bytes // 64)
                 start, factors = (
                     broadcast_i32(b + SUMS_BYTES * i + sum_offset),
                     broadcast_f32(d + 4 * i),

@@ -26,6 +26,9 @@ ALONGSIDE, COUNTER = 22, 23
 LARGEST_CHUNK = 16
 """Row groups that a member takes at once: enough for the prefetchers to get going."""
 
+SMALLER = 4
+"""The last pieces of a matrix are smaller than its chunks by this factor."""
+
 
 @device
 def word(operation: int, index: int) -> int:
@@ -59,6 +62,21 @@ def take_chunk(operation: int) -> int:
 def chunk_groups(groups: int, members: int) -> int:
     """Return how many row groups make a chunk: at least four chunks for each member."""
     return max(1, min(LARGEST_CHUNK, groups // (4 * members)))
+
+
+@device
+def piece(number: int, groups: int, members: int) -> tuple[int, int]:
+    """Return which row groups piece `number` of a matrix has: (first, end); none: first >= groups.
+
+    Pieces are chunks, and toward the end smaller ones: members wait for the last piece of all.
+    """
+    chunk = chunk_groups(groups, members)
+    small = max(min(2, chunk), chunk // SMALLER)  # kernels read two groups at a time
+    whole = max(0, groups // chunk - 2 * members)
+    if number < whole:
+        return number * chunk, (number + 1) * chunk
+    first = whole * chunk + (number - whole) * small
+    return first, min(first + small, groups)
 
 
 def float_bits(value: float) -> int:

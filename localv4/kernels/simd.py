@@ -317,6 +317,12 @@ def highest_i32(b: Builder, x: Value) -> Value:
     return simd_ir.fold(b, x, lambda low, high: b.select(b.icmp_signed(">", low, high), low, high))
 
 
+@operation(_float, f32x16)
+def highest_f32(b: Builder, x: Value) -> Value:
+    """Return the largest lane; of no use if one is NaN."""
+    return simd_ir.fold(b, x, lambda low, high: b.select(b.fcmp_ordered(">", low, high), low, high))
+
+
 @operation(i32x16, f32x16)
 def magnitudes(b: Builder, x: Value) -> Value:
     """Return the bits of the absolute values: they have the order of the floats, NaN on top."""

@@ -11,7 +11,14 @@ from typing import Any
 from localv4.kernels import activations, packed
 from localv4.kernels.compiler import entry
 from localv4.kernels.device import device
-from localv4.kernels.operation import chunk_groups, float_at, float_word, take_chunk, word
+from localv4.kernels.operation import (
+    chunk_groups,
+    float_at,
+    float_word,
+    piece,
+    take_chunk,
+    word,
+)
 from localv4.kernels.simd import store_f32, zeros_f32
 
 ROW_GAP = 16
@@ -51,11 +58,10 @@ def share_matvec(operation: int, members: int, multiply: Any) -> None:
     """
     w, groups, cols = word(operation, 1), word(operation, 2), word(operation, 3)
     q, d, b, out = word(operation, 4), word(operation, 5), word(operation, 6), word(operation, 7)
-    chunk = chunk_groups(groups, members)
-    g0 = take_chunk(operation) * chunk
+    g0, g1 = piece(take_chunk(operation), groups, members)
     while g0 < groups:
-        multiply(out, w, g0, min(g0 + chunk, groups), cols, q, d, b)
-        g0 = take_chunk(operation) * chunk
+        multiply(out, w, g0, g1, cols, q, d, b)
+        g0, g1 = piece(take_chunk(operation), groups, members)
 
 
 @device
@@ -68,16 +74,26 @@ def share_gate_up(operation: int, members: int, multiply: Any) -> None:
     groups, cols = word(operation, 3), word(operation, 4)
     q, d, b = word(operation, 5), word(operation, 6), word(operation, 7)
     h, limit = word(operation, 8), float_word(operation, 9)
+    g0, g1, expert = expert_piece(take_chunk(operation), count, groups, members)
+    while g0 < groups:
+        out = h + expert * (groups * packed.GROUP_ROWS + ROW_GAP) * 4
+        record = word(records, expert)
+        if record != 0:
+            multiply(out, record, g0, g1, cols, q, d, b, limit)
+        g0, g1, expert = expert_piece(take_chunk(operation), count, groups, members)
+
+
+@device
+def expert_piece(number: int, count: int, groups: int, members: int) -> tuple[int, int, int]:
+    """Return `piece` number of `count` matrices: (first, end, matrix); small ones in the last."""
     chunk = chunk_groups(groups, members)
     chunks = -(-groups // chunk)
-    taken = take_chunk(operation)
-    while taken < count * chunks:
-        expert, g0 = taken // chunks, taken % chunks * chunk
-        out = h + expert * (groups * packed.GROUP_ROWS + ROW_GAP) * 4
-        end, record = min(g0 + chunk, groups), word(records, expert)
-        if record != 0:
-            multiply(out, record, g0, end, cols, q, d, b, limit)
-        taken = take_chunk(operation)
+    before = (count - 1) * chunks
+    if number < before:
+        first = number % chunks * chunk
+        return first, min(first + chunk, groups), number // chunks
+    first, end = piece(number - before, groups, members)
+    return first, end, count - 1
 
 
 @device
@@ -93,10 +109,8 @@ def share_down(operation: int, members: int, multiply: Any) -> None:
     out, weights, offset = word(operation, 8), word(operation, 9), word(operation, 10)
     adds = word(operation, 11) != 0
     q_row, d_row, b_row = activations.q_row(cols), activations.d_row(cols), activations.b_row(cols)
-    chunk = chunk_groups(groups, members)
-    g0 = take_chunk(operation) * chunk
+    g0, g1 = piece(take_chunk(operation), groups, members)
     while g0 < groups:
-        g1 = min(g0 + chunk, groups)
         if not adds:
             for g in range(g0, g1):
                 store_f32(out + 64 * g, zeros_f32())
@@ -105,4 +119,4 @@ def share_down(operation: int, members: int, multiply: Any) -> None:
             eq, ed, eb = q + e * q_row, d + e * d_row, b + e * b_row
             if record != 0:
                 multiply(out, record + offset, g0, g1, cols, eq, ed, eb, weight)
-        g0 = take_chunk(operation) * chunk
+        g0, g1 = piece(take_chunk(operation), groups, members)

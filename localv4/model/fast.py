@@ -259,7 +259,8 @@ class FastTransformer:
         vectors = self._token.run(token_ids, state)
         # one that need not wait since its guesses were right is what guessing is for
         lacked = counts.wait_s > waited_s or counts.guesses_used > used
-        look_ahead.note(time.perf_counter() - start, lacked)
+        is_full = counts.evictions > 0  # while memory is being filled, tokens get faster anyhow
+        look_ahead.note(time.perf_counter() - start, lacked and is_full)
         return vectors
 
     def logits(self, vectors: Floats) -> Floats:

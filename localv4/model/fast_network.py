@@ -25,6 +25,9 @@ from localv4.paging.store import ExpertStore
 NO_CHUNK = 1 << 40
 """More than an operation has chunks."""
 
+LOOKED_UP = 16
+"""Embeddings that are read between two looks at whether to stop."""
+
 OnRoutes = Callable[[NDArray[np.integer], bool], None]
 """Told which experts (tokens, layers, k) some tokens have chosen, and whether they are a prompt."""
 
@@ -151,14 +154,11 @@ class FastNetwork:
 
     def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
         """Take in tokens: their embeddings in all streams, room in the state, its addresses."""
-        tokens = len(ids)
-        self._begin_state(state, tokens)
+        self._begin_state(state, len(ids))
         self._cells[:] = state.addresses
-        chunk.ids[:tokens] = ids
-        chunk.streams[:tokens] = look_up(self.weights.embed, ids)[:, None, :]
-        self.publish(chunk.ids[:tokens], chunk.streams[:tokens])
+        self._embed(chunk, ids)
         self.publish_addresses(self._cells)
-        self.store.uses.clock += tokens
+        self.store.uses.clock += len(ids)
 
     def begin_many(
         self,
@@ -172,9 +172,7 @@ class FastNetwork:
         for state, count, own in zip(states, counts, cells, strict=True):
             self._begin_state(state, count)
             own[:] = state.addresses
-        chunk.ids[: len(ids)] = ids
-        chunk.streams[: len(ids)] = look_up(self.weights.embed, ids)[:, None, :]
-        self.publish(chunk.ids[: len(ids)], chunk.streams[: len(ids)])
+        self._embed(chunk, ids)
         self.publish_addresses(cells)
         self.store.uses.clock += len(ids)
 
@@ -189,11 +187,19 @@ class FastNetwork:
         for state, own in zip(states, cells, strict=True):
             self._begin_state(state, 1)
             own[:] = state.addresses
-        chunk.ids[:] = ids
-        chunk.streams[:] = look_up(self.weights.embed, ids)[:, None, :]
-        self.publish(chunk.ids, chunk.streams)
+        self._embed(chunk, ids)
         self.publish_addresses(cells)
         self.store.uses.clock += 1
+
+    def _embed(self, chunk: ChunkBuffers, ids: NDArray[np.int64]) -> None:
+        """Put tokens and their embeddings, which may have to come from the disk, into a chunk."""
+        tokens = len(ids)
+        chunk.ids[:tokens] = ids
+        for first in range(0, tokens, LOOKED_UP):
+            self.check_cancelled()
+            part = slice(first, min(first + LOOKED_UP, tokens))
+            chunk.streams[part] = look_up(self.weights.embed, ids[part])[:, None, :]
+        self.publish(chunk.ids[:tokens], chunk.streams[:tokens])
 
     def _begin_state(self, state: State, tokens: int) -> None:
         """Make room; other kernels than those of its format would read its rows as noise."""

@@ -24,8 +24,8 @@ Split = Callable[[Key, int, int], Sequence[Callable[[], int]]]
 """Cuts the reading of a record to an address into about so many parts, one or more."""
 
 
-RECORDS_AT_ONCE = 2
-"""Records that all threads together read at a time: the next one, too, so that none has to rest."""
+RECORDS_AT_ONCE = 4
+"""Records that all threads together read at a time, of many that wait."""
 
 
 class ReadError(LocalV4Error):

@@ -36,13 +36,20 @@ struct Words {
     __device__ i64 at(int index) const { return *(const i64 *)words[index]; }
 };
 
+constexpr int SCRATCH = 21;  // the word of the device's own scratch memory
+
 #define INFINITE __int_as_float(0x7f800000)
 
 // Kernels of one token follow each other so closely that the start of one is hidden behind the end
-// of the one before: its blocks are there already, and wait here until all results are.
-__device__ inline void follow() {
+// of the one before: its blocks are there already, and wait until all results are.
+__device__ inline void let_follow() {
 #if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline void wait_for_results() {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -51,12 +58,23 @@ __device__ inline void follow() {
 #define BOUNDED_KERNEL(bounds, name)                                  \
     __device__ __forceinline__ void name##_body(const Words &op);     \
     extern "C" __global__ void bounds name(const Words op) {          \
-        follow();                                                     \
+        let_follow();                                                 \
+        wait_for_results();                                           \
         name##_body(op);                                              \
     }                                                                 \
     __device__ __forceinline__ void name##_body(const Words &op)
 
 #define KERNEL(name) BOUNDED_KERNEL(, name)
+
+// The same for a kernel that waits by itself, in at least one of its blocks, after it has started to
+// read what no kernel writes: weights.
+#define EARLY_KERNEL(bounds, name)                                    \
+    __device__ __forceinline__ void name##_body(const Words &op);     \
+    extern "C" __global__ void bounds name(const Words op) {          \
+        let_follow();                                                 \
+        name##_body(op);                                              \
+    }                                                                 \
+    __device__ __forceinline__ void name##_body(const Words &op)
 
 // --- numbers ---
 
@@ -119,27 +137,41 @@ __device__ inline float fast_inverse(float x) {
 
 // --- memory ---
 
-// Read once, past the first cache: weights. What is beside them will be wanted, too.
-__device__ inline uint4 load_stream(const void *address) {
+// Loads of one, two and four words; `memory` says how.
 #ifdef LOCALV4_HOST
-    return *(const uint4 *)address;
+#define LOADERS(name, memory)                                                                                       \
+    __device__ inline u32 name##_u32(const void *address) { return *(const u32 *)address; }                         \
+    __device__ inline uint2 name##_u64(const void *address) { return *(const uint2 *)address; }                     \
+    __device__ inline uint4 name##_u128(const void *address) { return *(const uint4 *)address; }
 #else
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-    return v;
+#define LOADERS(name, memory)                                                                                       \
+    __device__ inline u32 name##_u32(const void *address) {                                                         \
+        u32 v;                                                                                                      \
+        asm volatile("ld.global." memory ".u32 %0, [%1];" : "=r"(v) : "l"(address));                                \
+        return v;                                                                                                   \
+    }                                                                                                               \
+    __device__ inline uint2 name##_u64(const void *address) {                                                       \
+        uint2 v;                                                                                                    \
+        asm volatile("ld.global." memory ".v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));          \
+        return v;                                                                                                   \
+    }                                                                                                               \
+    __device__ inline uint4 name##_u128(const void *address) {                                                      \
+        uint4 v;                                                                                                    \
+        asm volatile("ld.global." memory ".v4.u32 {%0, %1, %2, %3}, [%4];"                                          \
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));                                  \
+        return v;                                                                                                   \
+    }
 #endif
-}
 
-__device__ inline u32 load_stream_u32(const void *address) {
-#ifdef LOCALV4_HOST
-    return *(const u32 *)address;
-#else
-    u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(address));
-    return v;
-#endif
-}
+// Read once, past the first cache: weights. What is beside them will be wanted, too.
+LOADERS(load_stream, "nc.L1::no_allocate.L2::128B")
+
+// Read by many threads, and not written while the kernel runs: activations. Not before results are
+// waited for, whatever the compiler thinks of it.
+LOADERS(load_input, "nc")
+
+__device__ inline uint4 load_stream(const void *address) { return load_stream_u128(address); }
+__device__ inline float load_input(const float *address) { return __int_as_float((int)load_input_u32(address)); }
 
 // Ask for a line to be in the second cache soon.
 __device__ inline void prefetch_far(const void *address) {
@@ -148,60 +180,22 @@ __device__ inline void prefetch_far(const void *address) {
 #endif
 }
 
-__device__ inline uint2 load_stream_u64(const void *address) {
-#ifdef LOCALV4_HOST
-    return *(const uint2 *)address;
-#else
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
-    return v;
-#endif
-}
-
-// Read by many threads, and not written while the kernel runs: activations. In any order with writes
-// to other memory.
-__device__ inline float load_input(const float *address) {
-#ifdef LOCALV4_HOST
-    return *address;
-#else
-    float v;
-    asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(address));
-    return v;
-#endif
-}
-
-__device__ inline uint2 load_input_u64(const void *address) {
-#ifdef LOCALV4_HOST
-    return *(const uint2 *)address;
-#else
-    uint2 v;
-    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
-    return v;
-#endif
-}
-
-__device__ inline uint4 load_input_u128(const void *address) {
-#ifdef LOCALV4_HOST
-    return *(const uint4 *)address;
-#else
-    uint4 v;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-    return v;
-#endif
-}
-
 // --- tensor cores ---
+
+// The numbers of d and c are of a register's `kind`.
+#define TENSOR_PRODUCT(shape, kind)                                                            \
+    asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "   \
+                 "{%10, %11, %12, %13};"                                                       \
+                 : "=" kind(d[0]), "=" kind(d[1]), "=" kind(d[2]), "=" kind(d[3])              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),           \
+                   kind(c[0]), kind(c[1]), kind(c[2]), kind(c[3]))
 
 // d = a (16 x 32) . b (32 x 8) + c, signed bytes; fragments as PTX has them for m16n8k32.
 __device__ inline void mma_s8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const int (&c)[4]) {
 #ifdef LOCALV4_HOST
     host_mma_s8(d, a, b, c);
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
-                   "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    TENSOR_PRODUCT("m16n8k32.row.col.s32.s8.s8.s32", "r");
 #else
     // sm_75 multiplies 8 x 16 by 16 x 8 at a time
     int low[2] = {c[0], c[1]}, high[2] = {c[2], c[3]};
@@ -220,11 +214,7 @@ __device__ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)
 #ifdef LOCALV4_HOST
     host_mma_bf16(d, a, b, c);
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
-                   "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    TENSOR_PRODUCT("m16n8k16.row.col.f32.bf16.bf16.f32", "f");
 #else
     // sm_75 has no such product: lanes ask each other for what they need
     int lane = threadIdx.x % 32, group = lane / 4, column = lane % 4 * 2;

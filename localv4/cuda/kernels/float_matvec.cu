@@ -50,9 +50,11 @@ __device__ inline void matvec(const Words &op) {
         for (int i = 0; i < TOGETHER; ++i) {
             bool exists = start + i * STEP < cols;
             stored[i] = exists ? load_stream(weights + i * STEP * BYTES) : make_uint4(0, 0, 0, 0);
-            factors[i] = exists ? load_input(x + i * STEP) : 0.0f;
             spans[i] = Format::SCALED && exists ? load_input(scales + i * STEP / F8_SPAN) : 1.0f;
         }
+        wait_for_results();  // of other kernels: activations
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) factors[i] = start + i * STEP < cols ? load_input(x + i * STEP) : 0.0f;
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
             float values[ROWS], factor = factors[i];
@@ -85,7 +87,7 @@ __device__ inline void matvec(const Words &op) {
     FLOAT_MATVEC_OF(name##_matvec_few, Format, 1024, 4, 1)
 
 #define FLOAT_MATVEC_OF(name, Format, threads, together, most)                                    \
-    BOUNDED_KERNEL(__launch_bounds__(threads, most), name) {                                      \
+    EARLY_KERNEL(__launch_bounds__(threads, most), name) {                                      \
         matvec<Format, threads, together>(op);                                                    \
     }
 

@@ -17,11 +17,11 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "packed.cuh"
 
 constexpr int MAGIC = 0x4B400000;              // the bits of MAGIC_FLOAT
 constexpr float MAGIC_FLOAT = 12582912.0f;     // 1.5 * 2^23
-constexpr int BLOCK_COLUMNS = 32, GROUP_ROWS = 16, Q_GAP = 64, SUMS_BYTES = 16;
+constexpr int Q_GAP = 64, SUMS_BYTES = 16;
 
 // Where a thread stands in the fragments of an instruction.
 struct Place {
@@ -56,7 +56,7 @@ struct Columns {
     float low[2], high[2];
 };
 
-// --- formats (localv4/kernels/packed.py) ---
+// --- formats ---
 //
 // A format says how a superblock looks, in memory and in shared memory (`place`), reads a block of a
 // group (`Rows`: fragments and scales of two rows), adds the products with eight tokens to sums, and
@@ -69,146 +69,6 @@ struct PlainSums {
     float total[4];
 };
 
-// Rows of a format whose blocks have one float scale.
-struct ScaledRows {
-    u32 a[4];
-    float scale[2];
-};
-
-__device__ inline void add_scaled(PlainSums &sums, const ScaledRows &rows, const u32 (&b)[2], const Columns &at) {
-    const int start[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
-    int dots[4];
-    mma_s8(dots, rows.a, b, start);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float dot = __int_as_float(dots[i]) - MAGIC_FLOAT;
-        sums.total[i] = __fmaf_rn(dot, rows.scale[i / 2] * at.d[i % 2], sums.total[i]);
-    }
-}
-
-// Four signed bytes for the low and for the high halves of the bytes of a word of E2M1 codes: twice
-// their values. A look-up by bytes gives 0 where bit 3 of its index is set: so those of the
-// positive codes and of the negative ones come apart, and are subtracted without a borrow.
-__device__ inline void e2m1_bytes(u32 codes, u32 &low, u32 &high) {
-    constexpr u32 FIRST = 0x03020100, LAST = 0x0C080604, TOP = 0x80808080;
-    u32 turned = codes ^ 0x88888888;
-    u32 first = (permute_bytes(FIRST, LAST, codes) + TOP - permute_bytes(FIRST, LAST, turned)) ^ TOP;
-    u32 last = (permute_bytes(FIRST, LAST, codes >> 16) + TOP - permute_bytes(FIRST, LAST, turned >> 16)) ^ TOP;
-    low = permute_bytes(first, last, 0x6420);
-    high = permute_bytes(first, last, 0x7531);
-}
-
-struct Mx4 {
-    static constexpr int COLUMNS = 128, BYTES = 1088;
-    static constexpr bool WANTS_SUMS = false;
-    static constexpr float FACTOR = 0.5f;
-    typedef PlainSums Sums;
-
-    // `base` is -MAGIC_FLOAT * scale: the scale, a power of two, and MAGIC go in one step.
-    struct Rows {
-        u32 a[4];
-        float scale[2], base[2];
-    };
-
-    __device__ static void prepare() {}
-    __device__ static int place(int offset) { return offset; }
-
-    __device__ static Rows load(const u8 *w, int block, Place own) {
-        Rows rows;
-        uint2 codes = *(const uint2 *)(w + 64 + 256 * block + 64 * own.member + 8 * own.group);
-        e2m1_bytes(codes.x, rows.a[0], rows.a[2]);
-        e2m1_bytes(codes.y, rows.a[1], rows.a[3]);
-        u32 scales = *(const u16 *)(w + 16 * block + 2 * own.group);
-        rows.scale[0] = e8m0_to_float(scales & 255);
-        rows.scale[1] = e8m0_to_float(scales >> 8);
-        rows.base[0] = -MAGIC_FLOAT * rows.scale[0];
-        rows.base[1] = -MAGIC_FLOAT * rows.scale[1];
-        return rows;
-    }
-
-    // The CPU multiplies the scales of a block first: the same number, as one is a power of two
-    // (while the product is no subnormal number).
-    __device__ static void add(Sums &sums, const Rows &rows, const u32 (&b)[2], const Columns &at) {
-        const int start[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
-        int dots[4];
-        mma_s8(dots, rows.a, b, start);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float scaled = __fmaf_rn(__int_as_float(dots[i]), rows.scale[i / 2], rows.base[i / 2]);
-            sums.total[i] = __fmaf_rn(scaled, at.d[i % 2], sums.total[i]);
-        }
-    }
-
-    __device__ static void finish(Sums &sums, const u8 *w, Place own) {}
-};
-
-__device__ inline void load_half_scales(float (&scale)[2], const u8 *w, int block, Place own) {
-    u32 scales = *(const u32 *)(w + 32 * block + 4 * own.group);
-    scale[0] = half_bits_to_float(scales & 0xFFFF);
-    scale[1] = half_bits_to_float(scales >> 16);
-}
-
-struct Q4 {
-    static constexpr int COLUMNS = 64, BYTES = 576;
-    static constexpr bool WANTS_SUMS = false;
-    static constexpr float FACTOR = 0.0625f;  // a code in the upper half of a byte is 16 times as much
-    typedef PlainSums Sums;
-    typedef ScaledRows Rows;
-
-    __device__ static void prepare() {}
-    __device__ static int place(int offset) { return offset; }
-
-    __device__ static Rows load(const u8 *w, int block, Place own) {
-        constexpr u32 UPPER = 0xF0F0F0F0, TOP = 0x80808080;
-        Rows rows;
-        uint2 codes = *(const uint2 *)(w + 64 + 256 * block + 64 * own.member + 8 * own.group);
-        rows.a[0] = (codes.x << 4 & UPPER) ^ TOP;
-        rows.a[1] = (codes.y << 4 & UPPER) ^ TOP;
-        rows.a[2] = (codes.x & UPPER) ^ TOP;
-        rows.a[3] = (codes.y & UPPER) ^ TOP;
-        load_half_scales(rows.scale, w, block, own);
-        return rows;
-    }
-
-    __device__ static void add(Sums &sums, const Rows &rows, const u32 (&b)[2], const Columns &at) {
-        add_scaled(sums, rows, b, at);
-    }
-
-    __device__ static void finish(Sums &sums, const u8 *w, Place own) {}
-};
-
-struct Q8 {
-    static constexpr int COLUMNS = 64, BYTES = 1088;
-    static constexpr bool WANTS_SUMS = false;
-    static constexpr float FACTOR = 1.0f;
-    typedef PlainSums Sums;
-    typedef ScaledRows Rows;
-
-    __device__ static void prepare() {}
-
-    // In shared memory the even lines of a block come first: what the threads of a warp read
-    // together is then in different banks.
-    __device__ static int place(int offset) {
-        int line = offset / 64 - 1;
-        return line < 0 ? offset : 64 * (1 + line / 8 * 8 + line % 2 * 4 + line % 8 / 2) + offset % 64;
-    }
-
-    __device__ static Rows load(const u8 *w, int block, Place own) {
-        Rows rows;
-        const u8 *even = w + 64 + 512 * block + 64 * own.member + 8 * own.group;
-        uint2 low = *(const uint2 *)even, high = *(const uint2 *)(even + 256);
-        rows.a[0] = low.x, rows.a[1] = low.y, rows.a[2] = high.x, rows.a[3] = high.y;
-        load_half_scales(rows.scale, w, block, own);
-        return rows;
-    }
-
-    __device__ static void add(Sums &sums, const Rows &rows, const u32 (&b)[2], const Columns &at) {
-        add_scaled(sums, rows, b, at);
-    }
-
-    __device__ static void finish(Sums &sums, const u8 *w, Place own) {}
-};
-
 // --- tiles ---
 
 // `groups` groups of each of `warps` warps times 8 * `eights` tokens. In shared memory there is room
@@ -218,7 +78,7 @@ struct Tile {
     typedef Format_ Format;
     static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, SUPERBLOCKS = superblocks;
     static constexpr int THREADS = 32 * warps, GROUPS = groups * warps, TOKENS = 8 * eights;
-    static constexpr int COLUMNS = Format::COLUMNS, BLOCKS = COLUMNS / BLOCK_COLUMNS;
+    static constexpr int COLUMNS = Format::COLUMNS, BLOCKS = COLUMNS / BLOCK;
     // Where the parts of a superblock begin, and its bytes.
     static constexpr int Q = GROUPS * Format::BYTES, D = Q + TOKENS * COLUMNS, B = D + BLOCKS * TOKENS * 4;
     static constexpr int SIZE = B + (Format::WANTS_SUMS ? BLOCKS * TOKENS * SUMS_BYTES : 0);
@@ -252,7 +112,7 @@ struct Factors {
     template <class Format>
     __device__ static Factors of(const u8 *matrix, i64 group, i64 all_groups, i64 cols, const u8 *q,
                                  const u8 *d, const u8 *b, i64 token, i64 tokens) {
-        i64 size = cols / Format::COLUMNS * Format::BYTES, blocks = cols / BLOCK_COLUMNS;
+        i64 size = cols / Format::COLUMNS * Format::BYTES, blocks = cols / BLOCK;
         return {matrix + group * size, size, (int)(all_groups - group), (int)(tokens - token), (int)cols,
                 q + token * (cols + Q_GAP), d + token * blocks * 4, b + token * blocks * SUMS_BYTES};
     }
@@ -277,10 +137,10 @@ struct Copies {
         q_token = threadIdx.x / Q_CHUNKS, d_token = threadIdx.x / Shape::BLOCKS;
         groups = x.groups - first, count = x.count;
         group_bytes = x.group_bytes;
-        q_bytes = (i64)Q_STEP * (x.cols + Q_GAP), d_bytes = (i64)D_STEP * (x.cols / BLOCK_COLUMNS) * 4;
+        q_bytes = (i64)Q_STEP * (x.cols + Q_GAP), d_bytes = (i64)D_STEP * (x.cols / BLOCK) * 4;
         w = x.w + first * x.group_bytes + 16 * lane;
         q = x.q + (i64)q_token * (x.cols + Q_GAP) + 16 * chunk;
-        i64 entry = (i64)d_token * (x.cols / BLOCK_COLUMNS) + block;
+        i64 entry = (i64)d_token * (x.cols / BLOCK) + block;
         d = x.d + 4 * entry, b = x.b + SUMS_BYTES * entry;
         ring = place_of(shared);
         to_w = ring + first * Format::BYTES + Format::place(16 * lane);

@@ -2,10 +2,11 @@
 // the results of all formats.
 
 #include "gemm_experts.cuh"
+#include "gemm_formats.cuh"
 
-EXPERTS(mx4, Mx4, 8, 4, 2, 3, 3)
-EXPERTS(q4, Q4, 8, 4, 4, 6, 3)
-EXPERTS(q8, Q8, 8, 4, 3, 4, 3)
+EXPERTS(mx4, Mx4Tiles, 8, 4, 2, 3, 3)
+EXPERTS(q4, Q4Tiles, 8, 4, 4, 6, 3)
+EXPERTS(q8, Q8Tiles, 8, 4, 3, 4, 3)
 
 // out[rows[i]] += weights[i] * products[i], the slots i of a row in ascending order.
 //

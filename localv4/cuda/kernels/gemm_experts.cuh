@@ -15,6 +15,7 @@ template <class Format_, int eights, int warps, int many_stages, int few_stages>
 struct ExpertTiles {
     typedef Format_ Format;
     typedef Tile<Format, 2, eights, warps, many_stages> Large;
+    typedef Tile<Format, 2, eights == 8 ? 6 : eights, warps, many_stages> Most;
     typedef Tile<Format, 2, eights / 2, warps, many_stages> Medium;
     typedef Tile<Format, 2, eights / 4, warps, few_stages> Small;
     typedef Tile<Format, 2, 1, warps, few_stages> Smallest;
@@ -87,7 +88,9 @@ template <class Tiles, class Use>
 __device__ inline void for_each_tile(const Plan &plan, const Use &use) {
     for (int number = blockIdx.x; number < plan.tiles(); number += gridDim.x) {
         ExpertTile tile = find_tile<Tiles::Large::TOKENS>(plan, number);
-        if (tile.count > Tiles::Medium::TOKENS) use.template tile<typename Tiles::Large>(tile);
+        if (Tiles::Most::TOKENS < Tiles::Large::TOKENS && tile.count > Tiles::Most::TOKENS)
+            use.template tile<typename Tiles::Large>(tile);
+        else if (tile.count > Tiles::Medium::TOKENS) use.template tile<typename Tiles::Most>(tile);
         else if (tile.count > Tiles::Small::TOKENS) use.template tile<typename Tiles::Medium>(tile);
         else if (tile.count > Tiles::Smallest::TOKENS) use.template tile<typename Tiles::Small>(tile);
         else use.template tile<typename Tiles::Smallest>(tile);
@@ -130,7 +133,7 @@ struct GateUp {
     // Groups of gate and up alternate: two of each are a block of 32 values of the hidden layer.
     template <class Shape>
     __device__ void round_hidden(const typename Shape::Sums &sums, const ExpertTile &tile) const {
-        constexpr int ROW = GROUP_ROWS * Shape::GROUPS + 4, BLOCKS = GROUP_ROWS * Shape::GROUPS / 2 / BLOCK_COLUMNS;
+        constexpr int ROW = GROUP_ROWS * Shape::GROUPS + 4, BLOCKS = GROUP_ROWS * Shape::GROUPS / 2 / BLOCK;
         static_assert(4 * ROW * Shape::TOKENS <= Shape::SHARED, "the products take the place of stages");
         float *values = (float *)shared, limit = op.real(13);
         Rounded hidden = {op.address<i8>(9), op.address<float>(10), op.address<int>(11)};
@@ -141,26 +144,13 @@ struct GateUp {
         for (int task = warp; task < tile.count * BLOCKS; task += Shape::THREADS / 32) {
             int token = task / BLOCKS, part = task % BLOCKS, pair = 2 * part + lane / GROUP_ROWS;
             i64 block = (i64)tile.panel * BLOCKS + part;
-            if (block >= inner / BLOCK_COLUMNS) continue;
+            if (block >= inner / BLOCK) continue;
             const float *gate = values + token * ROW + 2 * GROUP_ROWS * pair + lane % GROUP_ROWS;
             round_block(hidden.row(tile.slot + token, inner), block, swiglu_as_cpu(gate[0], gate[GROUP_ROWS], limit));
         }
         __syncthreads();
     }
 };
-
-template <class Tiles>
-__device__ inline void experts_gate_up(const Words &op, u8 *shared) {
-    typedef typename Tiles::Large Large;
-    int experts = (int)op.number(2), groups = (int)op.number(4);
-    int panels = (groups + Large::GROUPS - 1) / Large::GROUPS;
-    Plan plan = make_plan<Large::TOKENS>(op.address<const i64>(3), experts, panels, (int *)(shared + Tiles::SHARED));
-    Tiles::Format::prepare();
-    GateUp use = {op, shared};
-    for_each_tile<Tiles>(plan, use);
-}
-
-constexpr int SCRATCH = 21;  // the word of the device's own scratch memory
 
 // The products of all slots with down, row after row in scratch memory.
 //
@@ -183,26 +173,25 @@ struct Down {
     }
 };
 
-template <class Tiles>
-__device__ inline void experts_down(const Words &op, u8 *shared) {
+// Compute all tiles of the words of GateUp or Down, which is `Use`.
+template <class Tiles, class Use>
+__device__ inline void experts(const Words &op, u8 *shared) {
     typedef typename Tiles::Large Large;
     int experts = (int)op.number(2), groups = (int)op.number(4);
     int panels = (groups + Large::GROUPS - 1) / Large::GROUPS;
     Plan plan = make_plan<Large::TOKENS>(op.address<const i64>(3), experts, panels, (int *)(shared + Tiles::SHARED));
     Tiles::Format::prepare();
-    Down use = {op, shared};
-    for_each_tile<Tiles>(plan, use);
+    for_each_tile<Tiles>(plan, Use{op, shared});
 }
 
 // Kernels of a format; so many blocks of threads are to run beside each other.
-#define EXPERTS(prefix, Format, eights, warps, many_stages, few_stages, blocks)                   \
-    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                              \
-    prefix##_experts_gate_up(const Words op) {                                                    \
-        DYNAMIC_SHARED(shared);                                                                   \
-        experts_gate_up<ExpertTiles<Format, eights, warps, many_stages, few_stages>>(op, shared); \
-    }                                                                                             \
-    extern "C" __global__ void __launch_bounds__(32 * warps, blocks)                              \
-    prefix##_experts_down(const Words op) {                                                       \
-        DYNAMIC_SHARED(shared);                                                                   \
-        experts_down<ExpertTiles<Format, eights, warps, many_stages, few_stages>>(op, shared);    \
+#define EXPERTS(prefix, Format, eights, warps, many_stages, few_stages, blocks)                                   \
+    EXPERTS_KERNEL(prefix##_experts_gate_up, GateUp, 32 * warps, blocks, Format, eights, warps, many_stages, few_stages) \
+    EXPERTS_KERNEL(prefix##_experts_down, Down, 32 * warps, blocks, Format, eights, warps, many_stages, few_stages)
+
+#define EXPERTS_KERNEL(name, Use, threads, blocks, ...)                       \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)             \
+    name(const Words op) {                                                    \
+        DYNAMIC_SHARED(shared);                                               \
+        experts<ExpertTiles<__VA_ARGS__>, Use>(op, shared);                   \
     }

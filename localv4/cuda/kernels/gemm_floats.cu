@@ -12,6 +12,13 @@
 
 constexpr int SPAN = 128, STEP = 16;
 
+// Whether there are tensor cores for bfloat16.
+#if defined(LOCALV4_HOST) || __CUDA_ARCH__ >= 800
+constexpr bool HAS_BF16 = true;
+#else
+constexpr bool HAS_BF16 = false;
+#endif
+
 // --- numbers ---
 
 // Two floats as bfloat16, the first one in the lower half.
@@ -57,18 +64,30 @@ __device__ inline u32 e4m3_to_bf16(u32 codes) {
 // A format reads a step of a group. In shared memory columns 4 * i + j of a step are at 4 * j + i, so
 // that the threads of a warp read neighbours.
 
-struct B16 {
-    static constexpr int BYTES = 32, TERMS = 1;  // of a column; bfloat16 that a weight consists of
-    static constexpr bool HAS_SCALES = false;
+// A column of a group has BYTES; a `Pair` are the values of two rows, and a weight consists of TERMS
+// bfloat16. `Own` joins the pairs of two columns to those of the first and of the second row.
+template <class Own, class Pair, int TERMS_, bool has_scales>
+struct FloatFormat {
+    static constexpr int BYTES = GROUP_ROWS / 2 * (int)sizeof(Pair), TERMS = TERMS_;
+    static constexpr bool HAS_SCALES = has_scales;
 
     __device__ static void load(u32 (&a)[TERMS][4], const u8 *w, Place own) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            u32 first = *(const u32 *)(w + BYTES * (8 * half + own.member) + 4 * own.group);
-            u32 second = *(const u32 *)(w + BYTES * (8 * half + 4 + own.member) + 4 * own.group);
-            a[0][2 * half] = permute_bytes(first, second, 0x5410);
-            a[0][2 * half + 1] = permute_bytes(first, second, 0x7632);
+            const Pair *column = (const Pair *)(w + BYTES * (8 * half + own.member)) + own.group;
+            u32 rows[TERMS][2];
+            Own::join(rows, column[0], column[4 * GROUP_ROWS / 2]);
+#pragma unroll
+            for (int term = 0; term < TERMS; ++term)
+                a[term][2 * half] = rows[term][0], a[term][2 * half + 1] = rows[term][1];
         }
+    }
+};
+
+struct B16 : FloatFormat<B16, u32, 1, false> {
+    __device__ static void join(u32 (&rows)[1][2], u32 first, u32 second) {
+        rows[0][0] = permute_bytes(first, second, 0x5410);
+        rows[0][1] = permute_bytes(first, second, 0x7632);
     }
 
     __device__ static float value(const u8 *column, int row) {
@@ -76,18 +95,10 @@ struct B16 {
     }
 };
 
-struct F8 {
-    static constexpr int BYTES = 16, TERMS = 1;
-    static constexpr bool HAS_SCALES = true;
-
-    __device__ static void load(u32 (&a)[TERMS][4], const u8 *w, Place own) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 first = *(const u16 *)(w + BYTES * (8 * half + own.member) + 2 * own.group);
-            u32 second = *(const u16 *)(w + BYTES * (8 * half + 4 + own.member) + 2 * own.group);
-            a[0][2 * half] = e4m3_to_bf16(permute_bytes(first, second, 0x4202));
-            a[0][2 * half + 1] = e4m3_to_bf16(permute_bytes(first, second, 0x5212));
-        }
+struct F8 : FloatFormat<F8, u16, 1, true> {
+    __device__ static void join(u32 (&rows)[1][2], u16 first, u16 second) {
+        rows[0][0] = e4m3_to_bf16(permute_bytes(first, second, 0x4202));
+        rows[0][1] = e4m3_to_bf16(permute_bytes(first, second, 0x5212));
     }
 
     __device__ static float value(const u8 *column, int row) {
@@ -95,29 +106,50 @@ struct F8 {
     }
 };
 
-struct F32R {
-    static constexpr int BYTES = 64, TERMS = 2;
-    static constexpr bool HAS_SCALES = false;
-
-    __device__ static void load(u32 (&a)[TERMS][4], const u8 *w, Place own) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float2 first = *(const float2 *)(w + BYTES * (8 * half + own.member) + 8 * own.group);
-            float2 second = *(const float2 *)(w + BYTES * (8 * half + 4 + own.member) + 8 * own.group);
-            split(first.x, second.x, a[0][2 * half], a[1][2 * half]);
-            split(first.y, second.y, a[0][2 * half + 1], a[1][2 * half + 1]);
-        }
+struct F32R : FloatFormat<F32R, float2, 2, false> {
+    __device__ static void join(u32 (&rows)[2][2], const float2 &first, const float2 &second) {
+        split(first.x, second.x, rows[0][0], rows[1][0]);
+        split(first.y, second.y, rows[0][1], rows[1][1]);
     }
 
     __device__ static float value(const u8 *column, int row) { return *(const float *)(column + 4 * row); }
 };
 
+// --- activations ---
+
+// What a thread needs of a token in a step of sixteen columns: its four values as sums of two bfloat16.
+struct alignas(16) SplitColumns {
+    u32 high[2], low[2];
+};
+
+__device__ inline SplitColumns split_columns(const float4 &x) {
+    SplitColumns result;
+    split(x.x, x.y, result.high[0], result.low[0]);
+    split(x.z, x.w, result.high[1], result.low[1]);
+    return result;
+}
+
+// Split all activations once, as many threads will need them; their place is as large as they are.
+// Words: those of the product; SCRATCH.
+constexpr int SPLIT_THREADS = 256;
+
+extern "C" __global__ void split_activations(const Words op) {
+    i64 quads = op.number(3) / 4, all = op.number(7) * quads;
+    SplitColumns *out = op.address<SplitColumns>(SCRATCH);
+    for (i64 i = blockIdx.x * (i64)SPLIT_THREADS + threadIdx.x; i < all; i += (i64)gridDim.x * SPLIT_THREADS) {
+        const float *x = op.address<const float>(4) + i / quads * op.number(6) + i % quads * 4;
+        out[i] = split_columns(*(const float4 *)x);
+    }
+}
+
 // --- tiles ---
 
-// As `Tile`, with stages of `columns` columns.
+// As `Tile`, with stages of `columns` columns. Where there are many tokens, their activations
+// ARE_SPLIT already.
 template <class Format_, int groups, int eights, int warps, int stages, int columns>
 struct FloatTile {
     typedef Format_ Format;
+    static constexpr bool ARE_SPLIT = eights > 2;
     static constexpr int GROUPS_OF_WARP = groups, EIGHTS = eights, STAGES = stages, COLUMNS = columns;
     static constexpr int THREADS = 32 * warps, GROUPS = groups * warps, TOKENS = 8 * eights;
     static constexpr int GROUP = COLUMNS * Format::BYTES, ROW = 4 * COLUMNS + 64;  // bytes; apart in banks
@@ -186,15 +218,13 @@ __device__ inline void add_step(typename Shape::Sums &part, const u8 *w, const u
     for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m) Format::load(a[m], w + m * Shape::GROUP, own);
 #pragma unroll
     for (int n = 0; n < Shape::EIGHTS; ++n) {
-        float4 own_x = *(const float4 *)(x + (8 * n + own.group) * Shape::ROW + 16 * own.member);
-        u32 high[2], low[2];
-        split(own_x.x, own_x.y, high[0], low[0]);
-        split(own_x.z, own_x.w, high[1], low[1]);
+        const u8 *stored = x + (8 * n + own.group) * Shape::ROW + 16 * own.member;
+        SplitColumns b = Shape::ARE_SPLIT ? *(const SplitColumns *)stored : split_columns(*(const float4 *)stored);
 #pragma unroll
         for (int m = 0; m < Shape::GROUPS_OF_WARP; ++m) {
-            mma_bf16(part[m][n], a[m][0], high, part[m][n]);
-            mma_bf16(part[m][n], a[m][0], low, part[m][n]);
-            if (Format::TERMS == 2) mma_bf16(part[m][n], a[m][Format::TERMS - 1], high, part[m][n]);
+            mma_bf16(part[m][n], a[m][0], b.high, part[m][n]);
+            mma_bf16(part[m][n], a[m][0], b.low, part[m][n]);
+            if (Format::TERMS == 2) mma_bf16(part[m][n], a[m][Format::TERMS - 1], b.high, part[m][n]);
         }
     }
 }
@@ -306,10 +336,13 @@ __device__ inline void float_gemm(const Words &op, u8 *shared) {
     i64 tiles = (tokens + Shape::TOKENS - 1) / Shape::TOKENS;
     i64 group = blockIdx.x / tiles * Shape::GROUPS, token = blockIdx.x % tiles * Shape::TOKENS;
     i64 own_group = group + threadIdx.x / 32 * Shape::GROUPS_OF_WARP;
+    // those that are split lie close together
+    constexpr bool TAKES_SPLIT = Shape::ARE_SPLIT && HAS_BF16;
+    i64 x_stride = TAKES_SPLIT ? cols : op.number(6);
     FloatFactors f = {op.address<const u8>(1) + group * cols * Format::BYTES,
-                      op.address<const float>(4) + token * op.number(6),
+                      op.address<const float>(TAKES_SPLIT ? SCRATCH : 4) + token * x_stride,
                       op.address<const float>(5) + min(own_group, groups - 1) * GROUP_ROWS / SPAN * (cols / SPAN),
-                      op.number(6), (int)(groups - group), (int)(tokens - token), (int)cols};
+                      x_stride, (int)(groups - group), (int)(tokens - token), (int)cols};
     u8 *out = op.address<u8>(8) + token * stride + 4 * GROUP_ROWS * group;
 #if !defined(LOCALV4_HOST) && __CUDA_ARCH__ < 800
     f.scale = op.address<const float>(5) + group * GROUP_ROWS / SPAN * (cols / SPAN);
@@ -333,7 +366,7 @@ __device__ inline void float_gemm(const Words &op, u8 *shared) {
     FLOAT_GEMM(prefix##_gemm_8, Format, 1, 1, 2, 3, columns, 4)   \
     FLOAT_GEMM(prefix##_gemm_16, Format, 1, 2, 2, 3, columns, 4)  \
     FLOAT_GEMM(prefix##_gemm_32, Format, 1, 4, 4, 3, 32, 4)       \
-    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 2, 32, 2)
+    FLOAT_GEMM(prefix##_gemm_64, Format, 2, 8, 4, 3, 32, 2)
 
 FLOAT_GEMMS(b16, B16, 128)
 FLOAT_GEMMS(f8, F8, 128)

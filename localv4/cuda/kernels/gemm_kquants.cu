@@ -17,17 +17,15 @@ struct Factors2 {
     float scale[PARTS][2], least[PARTS][2];
 };
 
-// Four six-bit numbers of a row of a step.
+// The six-bit numbers of a row of a step.
 struct SixBits {
-    int numbers[4];
-
-    __device__ SixBits(u32 low, u32 high)
-        : numbers{(int)(low & 63), (int)(low >> 8 & 63), (int)((low >> 6 & 3) | (high << 2 & 0x3C)),
-                  (int)((low >> 14 & 3) | (high >> 2 & 0x3C))} {}
+    u32 low[2], high[2];
 
     __device__ static SixBits of(const u8 *w, int block, int row) {
         int step = block / 2;
-        return {*(const u16 *)(w + 64 + 32 * step + 2 * row), w[192 + 16 * step + row]};
+        SixBits six;
+        SixBitNumbers::numbers(*(const u16 *)(w + 64 + 32 * step + 2 * row), w[192 + 16 * step + row], six.low, six.high);
+        return six;
     }
 };
 
@@ -36,8 +34,8 @@ __device__ inline void load_factors(Q4K, Factors2<1> &factors, const u8 *w, int 
     for (int i = 0; i < 2; ++i) {
         SixBits six = SixBits::of(w, block, 2 * own.group + i);
         bool odd = block % 2 != 0;
-        factors.scale[0][i] = small_float(odd ? six.numbers[1] : six.numbers[0]);
-        factors.least[0][i] = small_float(odd ? six.numbers[3] : six.numbers[2]);
+        factors.scale[0][i] = small_float((int)(odd ? six.low[1] : six.low[0]));
+        factors.least[0][i] = small_float((int)(odd ? six.high[1] : six.high[0]));
     }
 }
 
@@ -46,8 +44,8 @@ __device__ inline void load_factors(Q3, Factors2<2> &factors, const u8 *w, int b
     for (int i = 0; i < 2; ++i) {
         SixBits six = SixBits::of(w, block, 2 * own.group + i);
         bool odd = block % 2 != 0;
-        factors.scale[0][i] = small_float((odd ? six.numbers[2] : six.numbers[0]) - 32);
-        factors.scale[1][i] = small_float((odd ? six.numbers[3] : six.numbers[1]) - 32);
+        factors.scale[0][i] = small_float((int)(odd ? six.high[0] : six.low[0]) - 32);
+        factors.scale[1][i] = small_float((int)(odd ? six.high[1] : six.low[1]) - 32);
     }
 }
 
@@ -109,32 +107,12 @@ __device__ inline void decode(Q2, const u32 (&words)[2], int member, u32 &low, u
     low = word & 0x03030303, high = word >> 2 & 0x03030303;
 }
 
-// The magnitudes of the eight columns of each point.
-__device__ inline uint2 *lattice() {
-    __shared__ uint2 points[256];
-    return points;
-}
-
 __device__ inline void decode(Iq2, const u32 (&words)[2], int member, u32 &low, u32 &high) {
-    u32 signs = words[1] >> (8 * member), odd = (u32)__popc(signs & 127) & 1;
-    uint2 magnitudes = lattice()[words[0] >> (8 * member) & 255];
-    low = Iq2::with_signs(magnitudes.x, (signs & 0x3C) * 0x08100420u);
-    high = Iq2::with_signs(magnitudes.y, ((signs & 0x43) | odd << 2) * 0x80204002u);
+    uint2 both = Iq2::columns(Iq2::points(), words, member);
+    low = both.x, high = both.y;
 }
 
 // --- formats as gemm.cuh has them ---
-
-template <class Source>
-__device__ inline void prepare_tables(Source) {}
-
-__device__ inline void prepare_tables(Iq2) {
-    for (int point = threadIdx.x; point < 256; point += blockDim.x) {
-        u32 word = LATTICE_WORDS[point], halves[2] = {0, 0};
-        for (int i = 0; i < 8; ++i) halves[i / 4] |= (0x2B2B1908u >> (8 * (word >> (2 * i) & 3)) & 255) << (8 * (i % 4));
-        lattice()[point] = {halves[0], halves[1]};
-    }
-    __syncthreads();
-}
 
 // `part` and `least` are sums over the superblock, of whole numbers times scales of activations.
 template <int NUMBERS>
@@ -156,7 +134,7 @@ struct Kquant {
         float base[2];  // -MAGIC_FLOAT * scale of the first part
     };
 
-    __device__ static void prepare() { prepare_tables(Source()); }
+    __device__ static void prepare() { Source::lookup(); }
     __device__ static int place(int offset) { return offset; }
 
     __device__ static Rows load(const u8 *w, int block, Place own) {

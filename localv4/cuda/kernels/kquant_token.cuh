@@ -34,8 +34,7 @@ struct SuperblockProducts {
         __device__ inline void load(const u8 *group, int block, int quad) {
             const u8 *superblock = group + (u32)block / BLOCKS * Format::SUPERBLOCK_BYTES;
             const u8 *codes = superblock + Format::CODES_AT + block % BLOCKS * (LINE * LINES) + 16 * quad;
-#pragma unroll
-            for (int j = 0; j < LINES; ++j) lines[j] = load_stream(codes + LINE * j);
+            load_lines(lines, codes);
             stored.load(superblock, block % BLOCKS, quad);
             if (block % BLOCKS != 0) return;
             if (NUMBERS == 1) {
@@ -52,9 +51,7 @@ struct SuperblockProducts {
             const Lookup &lookup
         ) const {
             int column_block = first + block;
-            const i8 *q = x.q + BLOCK * column_block;
-            uint4 low = load_input_u128(q), high = load_input_u128(q + 16);
-            u32 columns[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            BlockColumns columns(x.q + BLOCK * column_block);
             int totals[PARTS] = {};
             if (Format::MIDDLE != 0 || NUMBERS == 2) {
                 uint2 stored = load_input_u64(x.b + 4 * column_block + 2);
@@ -66,7 +63,7 @@ struct SuperblockProducts {
 #pragma unroll
             for (int row = 0; row < 4; ++row) {
                 int numbers[2] = {0, 0};
-                multiply(row, column_block, columns, totals, lookup, numbers);
+                multiply(row, column_block, columns.words, totals, lookup, numbers);
                 for (int i = 0; i < NUMBERS; ++i) place[row * NUMBERS + i] = (float)numbers[i];
             }
             if (column_block % BLOCKS == 0) store_head(heads(table, slot, block / BLOCKS) + 4 * FLOATS * quad);

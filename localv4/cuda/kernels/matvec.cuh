@@ -22,6 +22,9 @@ __device__ inline void matvec(const Words &op) {
         op.address<float>(7)[group * GROUP_ROWS + part * ROWS + threadIdx.x] = Products::finish(sum);
 }
 
-#define MATVEC(name, Products)                                        \
-    TOKEN_KERNEL(name##_matvec, 4) { matvec<Products, 16>(op); }         \
-    TOKEN_KERNEL(name##_matvec_few, 4) { matvec<Products, 8>(op); }
+#define MATVEC(name, Products)                          \
+    MATVEC_OF(name##_matvec, Products, GROUP_ROWS)      \
+    MATVEC_OF(name##_matvec_few, Products, 8)
+
+#define MATVEC_OF(name, Products, rows)                 \
+    EARLY_KERNEL(__launch_bounds__(TOKEN_THREADS, 4), name) { matvec<Products, rows>(op); }

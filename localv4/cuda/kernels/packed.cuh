@@ -16,25 +16,28 @@ constexpr int GROUP_ROWS = 16;   // rows that are interleaved
 constexpr int BLOCK = 32;        // columns with one scale
 constexpr int LINE = 64;         // bytes; the first line of a superblock has the scales
 
-// Twice the magnitudes of E2M1: 0, 1, 2, 3; then 4, 6, 8, 12.
-__device__ const u32 MX4_LOW = 0x03020100u;
-constexpr u32 MX4_HIGH = 0x0c080604u;
+// Superblocks of so many blocks, and these of so many lines.
+template <int blocks, int lines>
+struct Layout {
+    static constexpr int BLOCKS = blocks, LINES = lines;
+    static constexpr int BLOCK_BYTES = LINE * LINES, SUPERBLOCK_BYTES = LINE + BLOCKS * BLOCK_BYTES;
+    static constexpr int CODE_WORDS = 8 / LINES;  // words of activations that belong to a word
+};
 
-struct Mx4 {
-    static constexpr int BLOCKS = 4;               // of a superblock
-    static constexpr int SUPERBLOCK_BYTES = 1088;
-    static constexpr int BLOCK_BYTES = 256;
-    static constexpr int LINES = 4;                // of a block
-    static constexpr int CODE_WORDS = 2;           // words of activations that belong to a word
+// Twice the magnitudes of E2M1: 0, 1, 2, 3; then 4, 6, 8, 12.
+constexpr u32 E2M1_LOW = 0x03020100u, E2M1_HIGH = 0x0c080604u;
+__device__ const u32 E2M1_LOW_WORD = E2M1_LOW;
+
+struct Mx4 : Layout<4, 4> {
     static constexpr bool WANTS_TOTAL = false;
     static constexpr float FACTOR = 0.5f;
 
-    // What `Sum` needs: MX4_LOW from memory, lest the compiler keeps it in a register of the whole
+    // What `Sum` needs: E2M1_LOW from memory, lest the compiler keeps it in a register of the whole
     // warp and copies that for each lookup.
     struct Lookup {
         u32 low;
     };
-    __device__ static inline Lookup lookup() { return {load_stream_u32(&MX4_LOW)}; }
+    __device__ static inline Lookup lookup() { return {load_stream_u32(&E2M1_LOW_WORD)}; }
 
     // Columns 0 4 1 5 and 2 6 3 7: the nibbles of a word as they lie.
     __device__ static inline void arrange(u32 *columns) {
@@ -51,10 +54,10 @@ struct Mx4 {
 
         __device__ inline void add(const Lookup &table, u32 word, const u32 *columns) {
             u32 other = word ^ 0x88888888u;
-            plus = dot4(permute_bytes(table.low, MX4_HIGH, word), columns[0], plus);
-            minus = dot4(permute_bytes(table.low, MX4_HIGH, other), columns[0], minus);
-            plus = dot4(permute_bytes(table.low, MX4_HIGH, word >> 16), columns[1], plus);
-            minus = dot4(permute_bytes(table.low, MX4_HIGH, other >> 16), columns[1], minus);
+            plus = dot4(permute_bytes(table.low, E2M1_HIGH, word), columns[0], plus);
+            minus = dot4(permute_bytes(table.low, E2M1_HIGH, other), columns[0], minus);
+            plus = dot4(permute_bytes(table.low, E2M1_HIGH, word >> 16), columns[1], plus);
+            minus = dot4(permute_bytes(table.low, E2M1_HIGH, other >> 16), columns[1], minus);
         }
 
         __device__ inline int value(int) const { return plus - minus; }
@@ -71,7 +74,12 @@ struct Mx4 {
 };
 
 // Q4 and Q8: scales are f16 numbers, and codes need no lookup.
-struct HalfScales {
+template <int lines>
+struct HalfScales : Layout<2, lines> {
+    static constexpr float FACTOR = 1.0f;
+
+    __device__ static inline void arrange(u32 *) {}
+
     struct Lookup {};
     __device__ static inline Lookup lookup() { return {}; }
 
@@ -85,16 +93,8 @@ struct HalfScales {
     }
 };
 
-struct Q4 : HalfScales {
-    static constexpr int BLOCKS = 2;
-    static constexpr int SUPERBLOCK_BYTES = 576;
-    static constexpr int BLOCK_BYTES = 256;
-    static constexpr int LINES = 4;
-    static constexpr int CODE_WORDS = 2;
+struct Q4 : HalfScales<4> {
     static constexpr bool WANTS_TOTAL = true;
-    static constexpr float FACTOR = 1.0f;
-
-    __device__ static inline void arrange(u32 *) {}
 
     struct Sum {
         int sum = 0;
@@ -108,16 +108,8 @@ struct Q4 : HalfScales {
     };
 };
 
-struct Q8 : HalfScales {
-    static constexpr int BLOCKS = 2;
-    static constexpr int SUPERBLOCK_BYTES = 1088;
-    static constexpr int BLOCK_BYTES = 512;
-    static constexpr int LINES = 8;
-    static constexpr int CODE_WORDS = 1;
+struct Q8 : HalfScales<8> {
     static constexpr bool WANTS_TOTAL = false;
-    static constexpr float FACTOR = 1.0f;
-
-    __device__ static inline void arrange(u32 *) {}
 
     struct Sum {
         int sum = 0;

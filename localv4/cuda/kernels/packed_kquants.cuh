@@ -10,9 +10,16 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "packed.cuh"
 
 constexpr int SUPERBLOCK_BLOCKS = 8;
+
+// A superblock of so many lines, its codes from line `codes` on; the rest as above.
+template <int all_lines, int codes, int lines, int parts, int middle, int numbers>
+struct Superblock {
+    static constexpr int SUPERBLOCK_BYTES = all_lines * LINE, CODES_AT = codes * LINE, LINES = lines;
+    static constexpr int PARTS = parts, MIDDLE = middle, NUMBERS = numbers;
+};
 
 // What formats have whose codes are plain numbers.
 struct NoLookup {
@@ -33,20 +40,18 @@ struct SixBitNumbers : NoLookup {
         }
     };
 
-    // Numbers 0 and 1, and the other two, of a row.
+    // Numbers 0 and 1, and the other two, of a row: from its lower 16 bits, and its upper 8 bits.
+    __device__ static inline void numbers(u32 lower, u32 upper, u32 (&low)[2], u32 (&high)[2]) {
+        low[0] = lower & 63, low[1] = lower >> 8 & 63;
+        high[0] = (lower >> 6 & 3) | (upper << 2 & 0x3c);
+        high[1] = (lower >> 14 & 3) | (upper >> 2 & 0x3c);
+    }
     __device__ static inline void numbers(const Stored &stored, int row, u32 (&low)[2], u32 (&high)[2]) {
-        u32 half = (row < 2 ? stored.low.x : stored.low.y) >> (16 * (row & 1));
-        u32 upper = stored.high >> (8 * row);
-        low[0] = half & 63, low[1] = half >> 8 & 63;
-        high[0] = (half >> 6 & 3) | (upper << 2 & 0x3c);
-        high[1] = (half >> 14 & 3) | (upper >> 2 & 0x3c);
+        numbers((row < 2 ? stored.low.x : stored.low.y) >> (16 * (row & 1)), stored.high >> (8 * row), low, high);
     }
 };
 
-struct Q4K : SixBitNumbers {
-    static constexpr int SUPERBLOCK_BYTES = 36 * 64, CODES_AT = 256, LINES = 4;
-    static constexpr int PARTS = 1, MIDDLE = 0, NUMBERS = 2;
-
+struct Q4K : SixBitNumbers, Superblock<36, 4, 4, 1, 0, 2> {
     __device__ static inline void decode(const Lookup &, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int j = 0; j < LINES; ++j) {
@@ -64,10 +69,7 @@ struct Q4K : SixBitNumbers {
     }
 };
 
-struct Q6 : NoLookup {
-    static constexpr int SUPERBLOCK_BYTES = 53 * 64, CODES_AT = 320, LINES = 6;
-    static constexpr int PARTS = 2, MIDDLE = 32, NUMBERS = 1;
-
+struct Q6 : NoLookup, Superblock<53, 5, 6, 2, 32, 1> {
     struct Stored {
         u32 first, second;
 
@@ -93,10 +95,7 @@ struct Q6 : NoLookup {
     }
 };
 
-struct Q3 : SixBitNumbers {
-    static constexpr int SUPERBLOCK_BYTES = 28 * 64, CODES_AT = 256, LINES = 3;
-    static constexpr int PARTS = 2, MIDDLE = 4, NUMBERS = 1;
-
+struct Q3 : SixBitNumbers, Superblock<28, 4, 3, 2, 4, 1> {
     __device__ static inline void decode(const Lookup &, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int j = 0; j < LINES; ++j) {
@@ -116,10 +115,7 @@ struct Q3 : SixBitNumbers {
     }
 };
 
-struct Q2 : NoLookup {
-    static constexpr int SUPERBLOCK_BYTES = 21 * 64, CODES_AT = 320, LINES = 2;
-    static constexpr int PARTS = 2, MIDDLE = 0, NUMBERS = 2;
-
+struct Q2 : NoLookup, Superblock<21, 5, 2, 2, 0, 2> {
     struct Stored {
         uint4 nibbles;
 
@@ -167,28 +163,28 @@ __device__ const u16 LATTICE_WORDS[256] = {
     0x90a1, 0x9116, 0x9180, 0x9245, 0x9400, 0x9422, 0x9444, 0x9551, 0x9881, 0x9920, 0xa002, 0xa050, 0xa085, 0xa109,
     0xa200, 0xa418, 0xa850, 0xa904};
 
-struct Iq2 {
-    static constexpr int SUPERBLOCK_BYTES = 17 * 64, CODES_AT = 64, LINES = 2;
-    static constexpr int PARTS = 1, MIDDLE = 0, NUMBERS = 1;
-
+struct Iq2 : Superblock<17, 1, 2, 1, 0, 1> {
     struct Stored {
         __device__ inline void load(const u8 *, int, int) {}
     };
 
-    // The magnitudes of each point, for all threads of a block.
+    // The magnitudes of each point, for all threads of a block, of which each has to make the lookup.
     struct Lookup {
         const uint2 *points;
     };
+    __device__ static inline uint2 *points() {
+        __shared__ uint2 all[256];
+        return all;
+    }
     __device__ static inline Lookup lookup() {
-        __shared__ uint2 points[256];
         for (int point = threadIdx.x; point < 256; point += blockDim.x) {
             u32 word = LATTICE_WORDS[point], halves[2] = {0, 0};
             for (int i = 0; i < 8; ++i)
                 halves[i / 4] |= (0x2b2b1908u >> (8 * (word >> (2 * i) & 3)) & 255) << (8 * (i % 4));
-            points[point] = make_uint2(halves[0], halves[1]);
+            points()[point] = make_uint2(halves[0], halves[1]);
         }
         __syncthreads();
-        return {points};
+        return {points()};
     }
 
     // The magnitudes of four columns with the signs that the uppermost bits of four bytes are.
@@ -197,15 +193,21 @@ struct Iq2 {
         return (magnitudes ^ minus) + (minus & 0x01010101u);
     }
 
-    // Bits 2, 5, 3, 4 of a byte of signs, and 6, 1, (odd), 0 go to the tops of four bytes: products
-    // with sums of powers of two, in which no two bits meet.
+    // Eight columns: a byte of the first word, and of the second one, is a point and its signs. Bits 2,
+    // 5, 3, 4 of signs, and 6, 1, (odd), 0 go to the tops of four bytes: products with sums of powers
+    // of two, in which no two bits meet.
+    __device__ static inline uint2 columns(const uint2 *points, const u32 (&words)[LINES], int byte) {
+        u32 signs = words[1] >> (8 * byte), odd = (u32)__popc(signs & 127) & 1;
+        uint2 magnitudes = points[words[0] >> (8 * byte) & 255];
+        return make_uint2(with_signs(magnitudes.x, (signs & 0x3c) * 0x08100420u),
+                          with_signs(magnitudes.y, ((signs & 0x43) | odd << 2) * 0x80204002u));
+    }
+
     __device__ static inline void decode(const Lookup &lookup, const u32 (&words)[LINES], u32 (&codes)[8]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            u32 signs = words[1] >> (8 * i), odd = (u32)__popc(signs & 127) & 1;
-            uint2 magnitudes = lookup.points[words[0] >> (8 * i) & 255];
-            codes[2 * i] = with_signs(magnitudes.x, (signs & 0x3c) * 0x08100420u);
-            codes[2 * i + 1] = with_signs(magnitudes.y, ((signs & 0x43) | odd << 2) * 0x80204002u);
+            uint2 both = columns(lookup.points, words, i);
+            codes[2 * i] = both.x, codes[2 * i + 1] = both.y;
         }
     }
 

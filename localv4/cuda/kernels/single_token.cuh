@@ -64,6 +64,7 @@ struct TaskPlace {
 
 // The product of row threadIdx.x % ROWS of slot threadIdx.x / ROWS, in the threads that have one.
 //
+// What other kernels have computed, activations, is waited for when weights have been asked for.
 // `source.weights(slot)` is the group of rows of a slot, if it `exists(slot)`, and `source.x(slot)`
 // its activations; `first_quad` * 4 is the first row in a group.
 template <class Products, int ROWS, class Source>
@@ -85,6 +86,7 @@ __device__ inline float row_products(const Source &source, int slots, int blocks
             for (int i = 0; i < TOGETHER; ++i, next.advance(count))
                 if (next.slot < slots && source.exists(next.slot))
                     parts[i].load(source.weights(next.slot), first + next.block, first_quad + next.quad);
+            wait_for_results();
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i, place.advance(count))
                 if (place.slot < slots && source.exists(place.slot))
@@ -109,6 +111,23 @@ struct GroupSource {
     __device__ inline const Rounded &x(int) const { return activations; }
 };
 
+// The activations of a block, and the lines of four rows of it.
+struct BlockColumns {
+    u32 words[8];
+
+    __device__ inline BlockColumns(const i8 *q) {
+        uint4 low = load_input_u128(q), high = load_input_u128(q + 16);
+        words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
+        words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
+    }
+};
+
+template <int LINES>
+__device__ inline void load_lines(uint4 (&lines)[LINES], const u8 *codes) {
+#pragma unroll
+    for (int j = 0; j < LINES; ++j) lines[j] = load_stream(codes + LINE * j);
+}
+
 // The formats whose blocks have a scale each. The table has the whole number of each row and block,
 // and what it is to be multiplied with.
 template <class Format>
@@ -126,9 +145,7 @@ struct BlockProducts {
         typename Format::Scales scales;
 
         __device__ inline void load(const u8 *group, int block, int quad) {
-            const u8 *codes = lines_of<Format>(group, block) + 16 * quad;
-#pragma unroll
-            for (int j = 0; j < Format::LINES; ++j) lines[j] = load_stream(codes + LINE * j);
+            load_lines(lines, lines_of<Format>(group, block) + 16 * quad);
             scales = Format::load_scales(superblock_of<Format>(group, block), block % BLOCKS, quad);
         }
 
@@ -156,11 +173,10 @@ struct BlockProducts {
         }
 
         __device__ inline void add_lines(typename Format::Sum (&sums)[4], const i8 *q, const Lookup &lookup) const {
-            uint4 low = load_input_u128(q), high = load_input_u128(q + 16);
-            u32 columns[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            BlockColumns columns(q);
 #pragma unroll
             for (int j = 0; j < Format::LINES; ++j) {
-                u32 *own = columns + Format::CODE_WORDS * j;
+                u32 *own = columns.words + Format::CODE_WORDS * j;
                 Format::arrange(own);
                 sums[0].add(lookup, lines[j].x, own);
                 sums[1].add(lookup, lines[j].y, own);

@@ -11,6 +11,7 @@ from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 THREADS = 256
 TABLE_ROWS = 4096
 DOWN_ROWS = 8
+FEW_ROWS = 8
 
 FEW_GROUPS = 512
 """Row groups below which two blocks of threads share a group, so that all of a GPU has work."""
@@ -70,53 +71,65 @@ def _groups_together(form: TokenFormat, groups: int, cols: int) -> int:
     return max(1, min(wanted, THREADS // GROUP_ROWS, groups // FEW_GROUPS))
 
 
-def _matvec(form: TokenFormat) -> Twin:
-    def slots(words: Words) -> int:
-        return _groups_together(form, words[2], words[3])
+def _many_or_few(
+    name: str,
+    source: str,
+    groups: Callable[[Words], int],
+    together: Callable[[Words], int],
+    table_bytes: Callable[[Words, int, int], int],
+) -> tuple[Kernel, Kernel]:
+    """Return the kernels for many row groups, some of them together, and for few.
+
+    `table_bytes(words, together, rows)` is the shared memory for so many rows of each group.
+    """
+
+    def has_many(words: Words) -> bool:
+        return groups(words) >= FEW_GROUPS
 
     def many(words: Words) -> int:
-        return 0 if words[2] < FEW_GROUPS else -(-words[2] // slots(words))
+        return -(-groups(words) // together(words)) if has_many(words) else 0
 
     def few(words: Words) -> int:
-        return 2 * words[2] if words[2] < FEW_GROUPS else 0
+        return 0 if has_many(words) else GROUP_ROWS // FEW_ROWS * groups(words)
 
     def many_bytes(words: Words) -> int:
-        return form.table_bytes(slots(words), words[3], GROUP_ROWS)
+        return table_bytes(words, together(words), GROUP_ROWS)
 
     def few_bytes(words: Words) -> int:
-        return form.table_bytes(1, words[3], GROUP_ROWS // 2)
+        return table_bytes(words, 1, FEW_ROWS)
 
-    name, source = form.fmt.name.lower(), form.source("matvec")
-    return Twin(
-        "aiiaaaa",
-        (
-            Kernel(source, f"{name}_matvec", THREADS, many, many_bytes),
-            Kernel(source, f"{name}_matvec_few", THREADS, few, few_bytes),
-        ),
+    return (
+        Kernel(source, name, THREADS, many, many_bytes),
+        Kernel(source, f"{name}_few", THREADS, few, few_bytes),
     )
+
+
+def _matvec(form: TokenFormat) -> Twin:
+    def groups(words: Words) -> int:
+        return words[2]
+
+    def together(words: Words) -> int:
+        return _groups_together(form, words[2], words[3])
+
+    def table_bytes(words: Words, slots: int, rows: int) -> int:
+        return form.table_bytes(slots, words[3], rows)
+
+    name, source = f"{form.fmt.name.lower()}_matvec", form.source("matvec")
+    return Twin("aiiaaaa", _many_or_few(name, source, groups, together, table_bytes))
 
 
 def _gate_up(form: TokenFormat) -> Twin:
-    def many(words: Words) -> int:
-        return 0 if words[2] * words[3] < FEW_GROUPS else words[2] * words[3]
+    def groups(words: Words) -> int:
+        return words[2] * words[3]
 
-    def few(words: Words) -> int:
-        return 2 * words[2] * words[3] if words[2] * words[3] < FEW_GROUPS else 0
+    def one(words: Words) -> int:
+        return 1
 
-    def many_bytes(words: Words) -> int:
-        return form.table_bytes(2, words[4], GROUP_ROWS)
+    def table_bytes(words: Words, together: int, rows: int) -> int:
+        return form.table_bytes(2 * together, words[4], rows)  # gate and up
 
-    def few_bytes(words: Words) -> int:
-        return form.table_bytes(2, words[4], GROUP_ROWS // 2)
-
-    name, source = form.fmt.name.lower(), form.source("experts")
-    return Twin(
-        "tiiiaaaaf",
-        (
-            Kernel(source, f"{name}_gate_up", THREADS, many, many_bytes),
-            Kernel(source, f"{name}_gate_up_few", THREADS, few, few_bytes),
-        ),
-    )
+    name, source = f"{form.fmt.name.lower()}_gate_up", form.source("experts")
+    return Twin("tiiiaaaaf", _many_or_few(name, source, groups, one, table_bytes))
 
 
 DOWN_KINDS = "tiiiaaaaaii"
