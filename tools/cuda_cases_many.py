@@ -1,61 +1,47 @@
 """Products of many tokens at the dimensions of DeepSeek-V4-Flash, to be timed on a GPU.
 
-A case is its name, the operation, what gives its operands, the bytes that it has to read, and its
-floating-point operations. Experts are those of a wave: what their slots allow of 256 experts, of
-which each token has chosen six.
+Experts are those of a wave: what their slots allow of 256 experts, of which each token has chosen
+six.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+from cuda_cases import (
+    CHOSEN,
+    EXPERTS,
+    FLOATS,
+    HIDDEN,
+    INNER,
+    INTEGERS,
+    LIMIT,
+    ROUTER,
+    Case,
+    Memory,
+    floats,
+    rounded,
+    rounded_bytes,
+)
 from numpy.typing import NDArray
 
 from localv4.kernels import float_operations
-from localv4.kernels.activations import row_bytes
-from localv4.kernels.compiler import Entry
 from localv4.kernels.formats import OPERATIONS
-from localv4.kernels.operation import float_bits
 from localv4.kernels.packed import (
     F8,
     F8_SPAN,
-    FORMATS,
     GROUP_ROWS,
     PackedFormat,
     down_offset,
     expert_bytes,
     packed_bytes,
 )
-from localv4.kernels.packed_kquants import KQUANTS
-from localv4.kernels.packing_floats import B16, F32R, float_bytes
+from localv4.kernels.packing_floats import float_bytes
 from localv4.kernels.single_token import ROW_GAP
 from localv4.model.fast_moe import WAVE_SLOTS
-
-HIDDEN, INNER, EXPERTS, CHOSEN = 4096, 2048, 256, 6
-LIMIT = float_bits(10.0)
 
 TOKENS = (16, 512, 2048)
 DENSE = {"wq_b": (32768, 1024), "wo_b": (HIDDEN, 8192), "wq_a": (1024, HIDDEN)}
 HEAD = (129280, HIDDEN)
-ROUTER = (EXPERTS, HIDDEN)
-
-INTEGERS = {fmt.name: fmt for fmt in (*FORMATS, *KQUANTS) if fmt is not F8}
-FLOATS = {"F8": F8, "B16": B16, "F32R": F32R}
-
-
-class Memory(Protocol):
-    """Memory of the device that the cases run on."""
-
-    def random(self, nbytes: int) -> int:
-        """Return the address of so many random bytes."""
-
-    def array(self, values: NDArray[np.generic]) -> int:
-        """Return the address of a copy."""
-
-
-Operands = Callable[[Memory], Sequence[int]]
-Case = tuple[str, Entry, Operands, int, int]
 
 
 def cases() -> list[Case]:
@@ -76,19 +62,6 @@ def cases() -> list[Case]:
     return found
 
 
-def _rounded(memory: Memory, count: int, cols: int) -> list[int]:
-    """Return buffers of rounded rows."""
-    return [memory.random(count * size) for size in row_bytes(cols)]
-
-
-def _rounded_bytes(count: int, cols: int) -> int:
-    return count * sum(row_bytes(cols))
-
-
-def _floats(memory: Memory, count: int) -> int:
-    return memory.array(np.linspace(-1, 1, count, dtype=np.float32))
-
-
 # --- dense matrices ---
 
 
@@ -97,9 +70,9 @@ def _gemm(name: str, part: str, rows: int, cols: int, tokens: int) -> Case:
 
     def operands(memory: Memory) -> list[int]:
         matrix = (memory.random(nbytes), rows // GROUP_ROWS, cols)
-        return [*matrix, *_rounded(memory, tokens, cols), *_out(memory, tokens, stride)]
+        return [*matrix, *rounded(memory, tokens, cols), *_out(memory, tokens, stride)]
 
-    total = nbytes + _rounded_bytes(tokens, cols) + tokens * stride
+    total = nbytes + rounded_bytes(tokens, cols) + tokens * stride
     title = f"{name} gemm {part} {rows} x {cols}, {tokens} tokens"
     return title, OPERATIONS[name].gemm, operands, total, 2 * rows * cols * tokens
 
@@ -116,7 +89,7 @@ def _float_gemm(name: str, part: str, rows: int, cols: int, tokens: int) -> Case
 
     def operands(memory: Memory) -> list[int]:
         matrix = (memory.random(nbytes), rows // GROUP_ROWS, cols)
-        x = (_floats(memory, tokens * (cols + ROW_GAP)), _floats(memory, scales) if is_f8 else 0)
+        x = (floats(memory, tokens * (cols + ROW_GAP)), floats(memory, scales) if is_f8 else 0)
         return [*matrix, *x, cols + ROW_GAP, *_out(memory, tokens, stride)]
 
     total = nbytes + 4 * tokens * cols + tokens * stride
@@ -173,10 +146,10 @@ def _gate_up(name: str, wave: Wave) -> Case:
     fmt = INTEGERS[name]
 
     def operands(memory: Memory) -> list[int]:
-        x = (2 * INNER // GROUP_ROWS, HIDDEN, *_rounded(memory, wave.slots, HIDDEN))
-        return [*wave.words(memory, fmt), *x, *_rounded(memory, wave.slots, INNER), 0, LIMIT]
+        x = (2 * INNER // GROUP_ROWS, HIDDEN, *rounded(memory, wave.slots, HIDDEN))
+        return [*wave.words(memory, fmt), *x, *rounded(memory, wave.slots, INNER), 0, LIMIT]
 
-    activations = _rounded_bytes(wave.slots, HIDDEN) + _rounded_bytes(wave.slots, INNER)
+    activations = rounded_bytes(wave.slots, HIDDEN) + rounded_bytes(wave.slots, INNER)
     total = wave.experts * down_offset(fmt, HIDDEN, INNER) + activations
     flops = 4 * wave.slots * INNER * HIDDEN
     entry = OPERATIONS[name].experts_gate_up
@@ -187,14 +160,14 @@ def _down(name: str, wave: Wave) -> Case:
     fmt, stride = INTEGERS[name], 4 * (HIDDEN + ROW_GAP)
 
     def operands(memory: Memory) -> list[int]:
-        x = (HIDDEN // GROUP_ROWS, INNER, *_rounded(memory, wave.slots, INNER))
+        x = (HIDDEN // GROUP_ROWS, INNER, *rounded(memory, wave.slots, INNER))
         out = memory.array(np.zeros(wave.tokens * stride, np.uint8))
-        slots = (memory.array(wave.rows), _floats(memory, wave.slots))
+        slots = (memory.array(wave.rows), floats(memory, wave.slots))
         offset = down_offset(fmt, HIDDEN, INNER)
         return [*wave.words(memory, fmt), *x, out, stride, 0, *slots, offset]
 
     weights = wave.experts * packed_bytes(fmt, HIDDEN, INNER)
-    total = weights + _rounded_bytes(wave.slots, INNER) + 2 * wave.tokens * stride
+    total = weights + rounded_bytes(wave.slots, INNER) + 2 * wave.tokens * stride
     flops = 2 * wave.slots * INNER * HIDDEN
     entry = OPERATIONS[name].experts_down
     return f"{name} experts_down, {wave.title()}", entry, operands, total, flops

@@ -1,15 +1,9 @@
-"""Everything but products at the dimensions of DeepSeek-V4-Flash, to be timed on a GPU.
+"""Everything but products at the dimensions of DeepSeek-V4-Flash, to be timed on a GPU."""
 
-A case is its name, the operation, what gives its operands, the bytes that it has to read, and its
-floating-point operations. A chain is a name and what gives operations with their operands: they run
-one after another as in a program, since the later ones need what the earlier ones leave.
-"""
-
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from cuda_cases import CHOSEN, EPS, EXPERTS, HIDDEN, Case, Chain, Memory, floats
 
 from localv4.kernels import attend, index_scores, mixes, pooling, route, row_operations, rows
 from localv4.kernels import streams as hyper
@@ -19,29 +13,13 @@ from localv4.kernels.head_lanes import lanes
 from localv4.kernels.operation import float_bits
 from localv4.kernels.row_operations import RowFormat
 
-HIDDEN, STREAMS, HEADS, WIDTH, PAIRS = 4096, 4, 64, 512, 32
+STREAMS, HEADS, WIDTH, PAIRS = 4, 64, 512, 32
 INDEX_WIDTH, TOP_K, WINDOW = 128, 512, 128
-EXPERTS, CHOSEN = 256, 6
 CONTEXTS, PROMPTS = (4096, 65536), (512, 3840)
 MIXES = 2 * STREAMS + STREAMS * STREAMS
-EPS, ONE = float_bits(1e-6), float_bits(1.0)
+ONE = float_bits(1.0)
 CSA, HCA = 4, 128
 """Tokens of an entry in the two kinds of layers that have entries."""
-
-
-class Memory(Protocol):
-    """Memory of the device that the cases run on."""
-
-    def random(self, nbytes: int) -> int:
-        """Return the address of so many random bytes."""
-
-    def array(self, values: NDArray[np.generic]) -> int:
-        """Return the address of a copy."""
-
-
-Operands = Callable[[Memory], Sequence[int]]
-Case = tuple[str, Entry, Operands, int, int]
-Chain = tuple[str, Callable[[Memory], Sequence[tuple[Entry, Sequence[int]]]], int, int]
 
 
 def cases() -> list[Case]:
@@ -74,11 +52,6 @@ def chains() -> list[Chain]:
 # --- what operands are made of ---
 
 
-def _floats(memory: Memory, count: int) -> int:
-    values = np.random.default_rng(count).standard_normal(min(count, 1 << 20), np.float32)
-    return memory.array(np.resize(values, count))
-
-
 def _cell(memory: Memory, address: int) -> int:
     """Return a word that holds an address, or any number."""
     return memory.array(np.array([address], np.int64))
@@ -88,7 +61,7 @@ def _rows(memory: Memory, fmt: RowFormat, count: int, is_index: bool) -> int:
     """Return compressed rows of ordinary numbers."""
     form, n = (fmt.index, INDEX_WIDTH) if is_index else (fmt.keys, WIDTH)
     if form.name == "F32":
-        return _floats(memory, count * n)
+        return floats(memory, count * n)
     rng = np.random.default_rng(count)
     if form.name == "BF16":
         values = rng.standard_normal((count, n), np.float32).view(np.uint32) >> 16
@@ -100,7 +73,7 @@ def _rows(memory: Memory, fmt: RowFormat, count: int, is_index: bool) -> int:
 
 
 def _angles(memory: Memory, tokens: int) -> list[int]:
-    return [_floats(memory, tokens * PAIRS), _floats(memory, tokens * PAIRS), PAIRS]
+    return [floats(memory, tokens * PAIRS), floats(memory, tokens * PAIRS), PAIRS]
 
 
 def _seen(ratio: int, last: int) -> int:
@@ -119,7 +92,7 @@ def _keys(memory: Memory, fmt: RowFormat, position: int, tokens: int, ratio: int
         rng = np.random.default_rng(1)
         picked = rng.integers(0, np.maximum(visible, 1)[:, None], (tokens, TOP_K))
         chosen = memory.array(picked.astype(np.int32))
-    window = _cell(memory, _floats(memory, capacity * WIDTH))
+    window = _cell(memory, floats(memory, capacity * WIDTH))
     stored = _cell(memory, _rows(memory, fmt, entries, is_index=False))
     seen = [_cell(memory, position), WINDOW, ratio, counts]
     return [*seen, chosen, TOP_K, window, capacity, stored]
@@ -132,8 +105,8 @@ def _leave(tokens: int) -> Case:
     panels = hyper.partial_squares(MIXES) * STREAMS * HIDDEN
 
     def operands(memory: Memory) -> list[int]:
-        x, update = _floats(memory, tokens * STREAMS * HIDDEN), _floats(memory, tokens * HIDDEN)
-        mix, fn = _floats(memory, tokens * (MIXES - STREAMS)), _floats(memory, panels)
+        x, update = floats(memory, tokens * STREAMS * HIDDEN), floats(memory, tokens * HIDDEN)
+        mix, fn = floats(memory, tokens * (MIXES - STREAMS)), floats(memory, panels)
         partials = memory.random(4 * tokens * HIDDEN // hyper.COLUMNS * hyper.partial_row(MIXES))
         return [x, update, update, HIDDEN, mix, fn, MIXES, partials, tokens, STREAMS, HIDDEN]
 
@@ -146,9 +119,9 @@ def _enter(tokens: int) -> Case:
     row = hyper.partial_row(MIXES)
 
     def operands(memory: Memory) -> list[int]:
-        partials = _floats(memory, tokens * HIDDEN // hyper.COLUMNS * row)
-        site = [partials, _floats(memory, 3), _floats(memory, MIXES), 20, EPS]
-        x = [_floats(memory, tokens * STREAMS * HIDDEN), _floats(memory, HIDDEN), EPS]
+        partials = floats(memory, tokens * HIDDEN // hyper.COLUMNS * row)
+        site = [partials, floats(memory, 3), floats(memory, MIXES), 20, EPS]
+        x = [floats(memory, tokens * STREAMS * HIDDEN), floats(memory, HIDDEN), EPS]
         out = [memory.random(4 * tokens * HIDDEN), HIDDEN, memory.random(4 * tokens * MIXES)]
         rounded = [memory.random(tokens * size) for size in row_bytes(HIDDEN)]
         return [*site, *x, *out, *rounded, tokens, STREAMS, HIDDEN]
@@ -159,7 +132,7 @@ def _enter(tokens: int) -> Case:
 
 def _route(tokens: int) -> Case:
     def operands(memory: Memory) -> list[int]:
-        logits, bias = _floats(memory, tokens * (EXPERTS + 16)), _floats(memory, EXPERTS)
+        logits, bias = floats(memory, tokens * (EXPERTS + 16)), floats(memory, EXPERTS)
         out = [memory.random(8 * tokens * CHOSEN), memory.random(4 * tokens * CHOSEN)]
         return [logits, EXPERTS + 16, EXPERTS, bias, 0, 0, CHOSEN, ONE, *out, tokens]
 
@@ -182,7 +155,7 @@ def _group(tokens: int) -> Case:
 
 def _key(tokens: int) -> Case:
     def operands(memory: Memory) -> list[int]:
-        x, weight = _floats(memory, tokens * WIDTH), _floats(memory, WIDTH)
+        x, weight = floats(memory, tokens * WIDTH), floats(memory, WIDTH)
         ring = _cell(memory, memory.random(4 * (WINDOW + tokens) * WIDTH))
         where = [ring, WINDOW + tokens, WIDTH, _cell(memory, 100), tokens]
         return [x, WIDTH, weight, EPS, *_angles(memory, tokens), *where]
@@ -194,9 +167,9 @@ def _append(tokens: int, width: int) -> Case:
     capacity = tokens + 8
 
     def operands(memory: Memory) -> list[int]:
-        keys, gates = _floats(memory, tokens * width), _floats(memory, tokens * width)
+        keys, gates = floats(memory, tokens * width), floats(memory, tokens * width)
         rings = [_cell(memory, memory.random(4 * capacity * width)) for _ in range(2)]
-        ape = _floats(memory, CSA * width)
+        ape = floats(memory, CSA * width)
         return [keys, gates, width, ape, CSA, *rings, capacity, width, _cell(memory, 40), tokens]
 
     total = 16 * tokens * width
@@ -209,9 +182,9 @@ def _pool(fmt: RowFormat, tokens: int, ratio: int, is_index: bool) -> Case:
     capacity, position = tokens + 2 * ratio, 3 * ratio - 1  # the first token completes an entry
 
     def operands(memory: Memory) -> list[int]:
-        rings = [_cell(memory, _floats(memory, capacity * width)) for _ in range(2)]
+        rings = [_cell(memory, floats(memory, capacity * width)) for _ in range(2)]
         entries = _cell(memory, memory.random(4 * n * (tokens // ratio + 4)))
-        norm = [_floats(memory, n), EPS, _floats(memory, PAIRS), PAIRS]
+        norm = [floats(memory, n), EPS, floats(memory, PAIRS), PAIRS]
         where = [entries, n, _cell(memory, position), tokens]
         return [*rings, capacity, width, ratio, *norm, *where]
 
@@ -228,9 +201,9 @@ def _attend(fmt: RowFormat, tokens: int, ratio: int) -> Case:
 
     def operands(memory: Memory) -> list[int]:
         stride = HEADS * WIDTH
-        x = [_floats(memory, tokens * stride), stride, tokens, HEADS, WIDTH]
+        x = [floats(memory, tokens * stride), stride, tokens, HEADS, WIDTH]
         seen = _keys(memory, fmt, 0, tokens, ratio)
-        rest = [EPS, _floats(memory, lanes(HEADS)), memory.random(64), 64]
+        rest = [EPS, floats(memory, lanes(HEADS)), memory.random(64), 64]
         return [*seen, *x, *_angles(memory, tokens), *rest]
 
     total = 8 * tokens * HEADS * WIDTH + keys * WIDTH
@@ -242,9 +215,9 @@ def _attend_one(fmt: RowFormat, context: int, ratio: int) -> Chain:
     keys = _seen(ratio, context)
 
     def operations(memory: Memory) -> list[tuple[Entry, Sequence[int]]]:
-        x, turn, scratch = _floats(memory, HEADS * WIDTH), _angles(memory, 1), memory.random(64)
+        x, turn, scratch = floats(memory, HEADS * WIDTH), _angles(memory, 1), memory.random(64)
         seen = _keys(memory, fmt, context, 1, ratio)
-        size, sinks = [HEADS, WIDTH], _floats(memory, lanes(HEADS))
+        size, sinks = [HEADS, WIDTH], floats(memory, lanes(HEADS))
         return [
             (attend.attend_query, [x, *size, *turn, EPS, scratch]),
             (fmt.attend_scores, [*seen, *size, scratch, PAIRS]),
@@ -261,7 +234,7 @@ def _index_one(fmt: RowFormat, context: int) -> Chain:
     entries = (context + 1) // CSA
 
     def operations(memory: Memory) -> list[tuple[Entry, Sequence[int]]]:
-        x, weights = _floats(memory, HEADS * INDEX_WIDTH), _floats(memory, HEADS + 16)
+        x, weights = floats(memory, HEADS * INDEX_WIDTH), floats(memory, HEADS + 16)
         scratch = memory.random(index_scores.scratch_bytes(HEADS, INDEX_WIDTH, entries))
         stored = _cell(memory, _rows(memory, fmt, entries, is_index=True))
         seen = [_cell(memory, context), CSA, TOP_K, HEADS, INDEX_WIDTH]
@@ -287,10 +260,10 @@ def _index_choose(fmt: RowFormat, tokens: int) -> Case:
         stride, size = HEADS * INDEX_WIDTH, HEADS + 16
         stored = _cell(memory, _rows(memory, fmt, entries, is_index=True))
         seen = [_cell(memory, 0), CSA, TOP_K, HEADS, INDEX_WIDTH, stored]
-        x = [_floats(memory, tokens * stride), stride, tokens, *_angles(memory, tokens)]
+        x = [floats(memory, tokens * stride), stride, tokens, *_angles(memory, tokens)]
         found = [memory.random(4 * tokens * TOP_K), memory.random(8 * tokens)]
         nbytes = index_scores.scratch_bytes(HEADS, INDEX_WIDTH, entries)
-        weights = [_floats(memory, tokens * size), size, ONE]
+        weights = [floats(memory, tokens * size), size, ONE]
         return [*seen, *x, *weights, *found, memory.random(64), nbytes]
 
     total = 4 * tokens * HEADS * INDEX_WIDTH

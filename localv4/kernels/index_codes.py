@@ -15,7 +15,7 @@ from localv4.kernels.code_scores import ScoreBlocks, scorer
 from localv4.kernels.code_tiles import CHANNELS, ROW, tile_scorer
 from localv4.kernels.device import device
 from localv4.kernels.head_lanes import lane_row
-from localv4.kernels.index_keys import IndexKeys, share_query
+from localv4.kernels.index_keys import IndexKeys, share_query, token_query
 from localv4.kernels.index_scores import (
     BLOCK,
     TOKENS,
@@ -27,7 +27,7 @@ from localv4.kernels.index_scores import (
     visible_entries,
 )
 from localv4.kernels.isa import ISA
-from localv4.kernels.operation import chunk_groups, float_word, take_chunk, word
+from localv4.kernels.operation import chunk_groups, take_chunk, word
 
 assert KEYS <= BLOCK
 
@@ -46,7 +46,7 @@ def _prepare(
     v: int,
 ) -> None:
     """Lay out vector v of the heads at x, turned and mixed as the entries are, as int8."""
-    prepare_index_query(scratch, x, v, heads, n, cos, sin, pairs, weights, factor)
+    prepare_index_query(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
     mix_heads(scratch + 64 * v, lane_row(heads), n)
     round_heads(scratch + 64 * v, lane_row(heads), n)
 
@@ -98,15 +98,7 @@ def _scores(operation: int, member: int, members: int) -> None:
         first = take_chunk(operation) * chunk
 
 
-@device
-def _prepare_token(operation: int, t: int, scratch: int) -> None:
-    """Lay out the query of one of many tokens."""
-    heads, n, pairs = word(operation, 4), word(operation, 5), word(operation, 12)
-    x = word(operation, 7) + 4 * word(operation, 8) * t
-    cos, sin = word(operation, 10) + 4 * pairs * t, word(operation, 11) + 4 * pairs * t
-    weights, factor = word(operation, 13) + 4 * word(operation, 14) * t, float_word(operation, 15)
-    for v in range(lane_row(heads) // 64):
-        _prepare(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
+_prepare_token = token_query(_prepare)
 
 
 @device

@@ -54,25 +54,8 @@ class IndexKeys:
 
 def index_keys(form: RowForm) -> IndexKeys:
     """Make the functions for one form of entries."""
-    score = _scorer(form)
-    return IndexKeys(share_query(_prepare), _share_scores(score), _share_tokens(score))
-
-
-@device
-def _prepare(
-    scratch: int,
-    x: int,
-    heads: int,
-    n: int,
-    cos: int,
-    sin: int,
-    pairs: int,
-    weights: int,
-    factor: np.float32,
-    v: int,
-) -> None:
-    """Lay out vector v of the heads at x, turned as the entries are."""
-    prepare_index_query(scratch, x, v, heads, n, cos, sin, pairs, weights, factor)
+    score, prepare = _scorer(form), prepare_index_query
+    return IndexKeys(share_query(prepare), _share_scores(score), _share_tokens(prepare, score))
 
 
 def _scorer(form: RowForm) -> Score:
@@ -138,6 +121,24 @@ def share_query(prepare: Prepare) -> Operation:
     return query
 
 
+def token_query(prepare: Prepare) -> Operation:
+    """Make the function that lays out the query of one of many tokens with `prepare`."""
+
+    @device
+    def prepare_token(operation: int, t: int, scratch: int) -> None:
+        heads, n, pairs = word(operation, 4), word(operation, 5), word(operation, 12)
+        x = word(operation, 7) + 4 * word(operation, 8) * t
+        cos, sin = word(operation, 10) + 4 * pairs * t, word(operation, 11) + 4 * pairs * t
+        weights, factor = (
+            word(operation, 13) + 4 * word(operation, 14) * t,
+            float_word(operation, 15),
+        )
+        for v in range(lane_row(heads) // 64):
+            prepare(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
+
+    return prepare_token
+
+
 def _share_scores(score: Score) -> Operation:
     @device
     def scores(operation: int, member: int, members: int) -> None:
@@ -159,7 +160,9 @@ def _share_scores(score: Score) -> Operation:
     return scores
 
 
-def _share_tokens(score: Score) -> Operation:
+def _share_tokens(prepare: Prepare, score: Score) -> Operation:
+    prepare_token = token_query(prepare)
+
     @device
     def choose_all(operation: int, member: int, members: int) -> None:
         """Choose the entries of each token.
@@ -172,19 +175,14 @@ def _share_tokens(score: Score) -> Operation:
         """
         top_k, heads, n = word(operation, 3), word(operation, 4), word(operation, 5)
         entries, tokens = word(word(operation, 6), 0), word(operation, 9)
-        pairs, factor = word(operation, 12), float_word(operation, 15)
-        scratch = member_scratch(operation, member)
+        rope, scratch = 2 * word(operation, 12), member_scratch(operation, member)
         t = take_chunk(operation)
         while t < tokens:
             visible = visible_entries(operation, t)
             if visible > top_k:
-                x = word(operation, 7) + 4 * word(operation, 8) * t
-                cos, sin = word(operation, 10) + 4 * pairs * t, word(operation, 11) + 4 * pairs * t
-                weights = word(operation, 13) + 4 * word(operation, 14) * t
-                for v in range(lane_row(heads) // 64):
-                    _prepare(scratch, x, heads, n, cos, sin, pairs, weights, factor, v)
+                prepare_token(operation, t, scratch)
                 for tile in range((visible + TILE_ROWS - 1) // TILE_ROWS):
-                    score(scratch, entries, visible, heads, n, 2 * pairs, tile)
+                    score(scratch, entries, visible, heads, n, rope, tile)
             chosen, counts = word(operation, 16) + 4 * top_k * t, word(operation, 17) + 8 * t
             scores = scores_of(scratch, heads, n)
             rank_all(scores, visible, top_k)

@@ -108,7 +108,6 @@ def scores_of(scratch: int, heads: int, n: int) -> int:
 def prepare_index_query(
     scratch: int,
     x: int,
-    v: int,
     heads: int,
     n: int,
     cos: int,
@@ -116,6 +115,7 @@ def prepare_index_query(
     pairs: int,
     weights: int,
     factor: np.float32,
+    v: int,
 ) -> None:
     """Rotate vector v of the heads at x into its lanes, and their weights times `factor`."""
     row, at, first = lane_row(heads), scratch + 64 * v, LANES * v
