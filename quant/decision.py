@@ -1,6 +1,6 @@
 """What a conversion does with each matrix: the lines of a plan."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quant.tensor_class import TensorClass
@@ -32,12 +32,15 @@ class Decision:
 class Plan:
     """All of a conversion: `files` with their sizes, and what happens to each matrix.
 
+    `tensors` tells how many of them each file has.
+
     `bytes_per_token` is what a token reads on average: all but the embedding and the experts that
     it does not choose.
     """
 
     decisions: Sequence[Decision]
     files: Sequence[tuple[str, int]]
+    tensors: Mapping[str, int]
     source_bytes: int
     bytes_per_token: int
 

@@ -59,9 +59,11 @@ class GgufConversion:
         decisions = [decision for shard in shards for decision in shard.decisions]
         config = self.task.source.config
         stem = (target or Path(self._name)).name.removesuffix(SUFFIX)
+        files = self._files(shards, stem)
         return Plan(
             decisions=decisions,
-            files=[(file.name, file.nbytes) for file in self._files(shards, stem)],
+            files=[(file.name, file.nbytes) for file in files],
+            tensors={file.name: len(file.tensors) for file in files},
             source_bytes=self.task.source.nbytes,
             bytes_per_token=bytes_per_token(decisions, config.n_experts, config.experts_per_token),
         )
@@ -150,20 +152,21 @@ class GgufConversion:
         for found in done.values():
             errors.add_file(found.errors)
         missing = sum(file.nbytes for file in left)
-        tally = Progress(total - missing, total, len(done), len(files), errors)
-
-        def count(nbytes: int) -> None:
-            tally.bytes_done += nbytes
-            if on_progress is not None:
-                on_progress(tally)
-
+        tensors = {file.name: len(file.tensors) for file in files}
+        tally = Progress(
+            total - missing,
+            total,
+            sum(tensors[name] for name in done),
+            sum(tensors.values()),
+            errors,
+            on_progress,
+        )
         with ThreadPoolExecutor(self.task.threads, "converting") as pool:
             for file in left:
-                tensors = [tensor for _, tensor in self._tensors_of(file)]
+                outlines = [tensor for _, tensor in self._tensors_of(file)]
                 data = self._data(file, pool)
-                written = write_gguf(folder / file.name, file.metadata, tensors, data, count)
+                written = write_gguf(folder / file.name, file.metadata, outlines, data, tally)
                 journal.add(file.name, Finished(written, {}, dict(errors.close_file())))
-                tally.files_done += 1
 
     def _tensors_of(self, file: _File) -> Iterator[tuple[int, GgufTensor]]:
         """Yield the tensors of a file for its header, with the number of their shard."""

@@ -8,7 +8,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 from localv4.storage.dtypes import GGML_DTYPES
-from quant.output_file import Job, OnBytes, Part, WrittenFile, nbytes_of, write_file
+from quant.output_file import Job, Part, Watch, WrittenFile, nbytes_of, write_file
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -70,16 +70,19 @@ def write_gguf(
     metadata: Sequence[bytes],
     tensors: Sequence[GgufTensor],
     data: Iterable[tuple[int, Part]],
-    on_bytes: OnBytes | None = None,
+    watch: Watch | None = None,
 ) -> WrittenFile:
     """Write a file; `data` yields the bytes of the tensors in order, each with its number.
 
     Raises ValueError for a tensor that has not the bytes that its shape says.
     """
-    return write_file(path, chain([header(metadata, tensors)], _filled(tensors, data)), on_bytes)
+    parts = chain([header(metadata, tensors)], _filled(tensors, data, watch))
+    return write_file(path, parts, None if watch is None else watch.add_bytes)
 
 
-def _filled(tensors: Sequence[GgufTensor], data: Iterable[tuple[int, Part]]) -> Iterator[Part]:
+def _filled(
+    tensors: Sequence[GgufTensor], data: Iterable[tuple[int, Part]], watch: Watch | None
+) -> Iterator[Part]:
     """Yield the bytes of each tensor and what fills it up to the next one."""
     given = [0] * len(tensors)
     for number, parts in groupby(data, key=lambda item: item[0]):
@@ -90,6 +93,8 @@ def _filled(tensors: Sequence[GgufTensor], data: Iterable[tuple[int, Part]]) -> 
         if given[number] != wanted:
             raise ValueError(f"{tensors[number].name} has {given[number]} bytes, not {wanted}")
         yield bytes(padded(wanted) - wanted)
+        if watch is not None:
+            watch.add_tensor()
 
 
 def padded(nbytes: int) -> int:

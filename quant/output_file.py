@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,18 @@ Job = Part | Callable[[], "Part | Lent"]
 """Bytes, or what computes them."""
 
 OnBytes = Callable[[int], None]
+
+
+class Watch(Protocol):
+    """Whoever is told how far the writing is."""
+
+    def add_bytes(self, nbytes: int) -> None:
+        """So many more bytes are written."""
+
+    def add_tensor(self) -> None:
+        """One more tensor is written."""
+
+
 Key = TypeVar("Key")
 
 

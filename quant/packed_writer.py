@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.output_file import Job, OnBytes, Part, WrittenFile, in_order, nbytes_of, write_file
+from quant.output_file import Job, Part, Watch, WrittenFile, in_order, nbytes_of, write_file
 
 __all__ = ["WrittenFile", "write_file"]
 
@@ -107,7 +107,7 @@ def records_tensor(
 def write_shard(
     path: Path,
     tensors: Sequence[ShardTensor],
-    on_bytes: OnBytes | None = None,
+    watch: Watch | None = None,
     pool: Executor | None = None,
     ahead: int = 0,
 ) -> WrittenFile:
@@ -117,7 +117,8 @@ def write_shard(
     Raises ValueError for a tensor that has not the bytes that its shape says.
     """
     header, placed = _layout(tensors)
-    return write_file(path, chain([header], _parts(placed, pool, ahead)), on_bytes)
+    parts = _parts(placed, pool, ahead, watch)
+    return write_file(path, chain([header], parts), None if watch is None else watch.add_bytes)
 
 
 def shard_bytes(tensors: Sequence[ShardTensor]) -> int:
@@ -150,7 +151,9 @@ def _place(tensor: ShardTensor) -> tuple[int, int, str]:
     return kind, -ITEM_BYTES[tensor.dtype], tensor.name
 
 
-def _parts(placed: Sequence[ShardTensor], pool: Executor | None, ahead: int) -> Iterator[Part]:
+def _parts(
+    placed: Sequence[ShardTensor], pool: Executor | None, ahead: int, watch: Watch | None
+) -> Iterator[Part]:
     jobs = ((number, job) for number, tensor in enumerate(placed) for job in tensor.parts())
     given = [0] * len(placed)
     for number, parts in groupby(in_order(jobs, pool, ahead), key=lambda item: item[0]):
@@ -160,6 +163,8 @@ def _parts(placed: Sequence[ShardTensor], pool: Executor | None, ahead: int) -> 
         tensor = placed[number]
         if given[number] != tensor.nbytes:
             raise ValueError(f"{tensor.name} has {given[number]} bytes, not {tensor.nbytes}")
+        if watch is not None:
+            watch.add_tensor()
 
 
 def write_manifest(

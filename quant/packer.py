@@ -67,6 +67,7 @@ class Packer:
         return Plan(
             decisions=decisions,
             files=[(shard.name, shard_bytes(shard.tensors)) for shard in shards],
+            tensors={shard.name: len(shard.tensors) for shard in shards},
             source_bytes=self.task.source.nbytes,
             bytes_per_token=bytes_per_token(decisions, config.n_experts, config.experts_per_token),
         )
@@ -108,28 +109,22 @@ class Packer:
         tally = Progress(
             plan.nbytes - sum(left.values()),
             plan.nbytes,
-            len(done),
-            len(plan.files),
+            sum(plan.tensors[name] for name in done),
+            sum(plan.tensors.values()),
             self.converter.errors,
+            on_progress,
         )
-
-        def count(nbytes: int) -> None:
-            tally.bytes_done += nbytes
-            if on_progress is not None:
-                on_progress(tally)
-
         with ThreadPoolExecutor(task.threads, "converting") as pool:
             for number, (name, _) in enumerate(plan.files):
                 if name not in left:
                     continue
                 with task.source.shard(number) as contents:
                     shard = self._build(contents)
-                    written = write_shard(target / name, shard.tensors, count, pool, task.ahead)
+                    written = write_shard(target / name, shard.tensors, tally, pool, task.ahead)
                     task.source.check_unchanged()
                 errors = dict(self.converter.errors.close_file())
                 done[name] = Finished(written, shard.entries, errors)
                 journal.add(name, done[name])
-                tally.files_done += 1
         self._finish(target, plan, done)
         journal.remove()
 

@@ -48,9 +48,20 @@ class Progress:
 
     bytes_done: int
     bytes_total: int
-    files_done: int
-    files_total: int
+    tensors_done: int
+    tensors_total: int
     errors: ErrorTotals
+    on_change: "OnProgress | None" = None
+
+    def add_bytes(self, nbytes: int) -> None:
+        """Count bytes that are written, and tell it."""
+        self.bytes_done += nbytes
+        if self.on_change is not None:
+            self.on_change(self)
+
+    def add_tensor(self) -> None:
+        """Count a tensor that is written."""
+        self.tensors_done += 1
 
 
 OnProgress = Callable[[Progress], None]

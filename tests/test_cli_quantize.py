@@ -163,8 +163,8 @@ def test_progress_tells_what_is_done_the_time_left_and_the_error(
     with QuantizeProgress(quiet=False) as report:
         report(state)  # too early for a line, and so is the next one
         report(state)
-        state.bytes_done, state.files_done = 1 << 30, 1
+        state.bytes_done, state.tensors_done = 1 << 30, 1
         report(state)
     captured = capsys.readouterr()
-    line = "1.0 GiB of 4.0 GiB, 1 of 4 files, 51.2 MiB/s, 60 s left, error 5.00 %\n"
+    line = "1.0 GiB of 4.0 GiB, 1 of 4 tensors, 51.2 MiB/s, 60 s left, error 5.00 %\n"
     assert (captured.out, captured.err) == ("", line)

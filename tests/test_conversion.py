@@ -358,7 +358,7 @@ def test_another_recipe_does_not_go_on_with_these_files(source: Path, tmp_path: 
         pass
 
     def stop(progress: Progress) -> None:
-        if progress.files_done == 2:
+        if len(list((tmp_path / "out").glob("*.safetensors"))) == 2:
             raise Stop
 
     with pytest.raises(Stop):
@@ -368,14 +368,23 @@ def test_another_recipe_does_not_go_on_with_these_files(source: Path, tmp_path: 
     assert found == contents(converted(source, tmp_path / "whole", "q2"))
 
 
-def test_progress_ends_with_everything_done(source: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_progress_ends_with_everything_done(name: str, source: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, ...]] = []
+    last: list[Progress] = []
 
     def note(progress: Progress) -> None:
-        seen.append((progress.bytes_done, progress.bytes_total))
+        last[:] = [progress]
+        seen.append((progress.bytes_done, progress.tensors_done))
 
-    converted(source, tmp_path / "out.gguf", on_progress=note)
-    assert seen[-1][0] == seen[-1][1] == (tmp_path / "out.gguf").stat().st_size
+    target = converted(source, tmp_path / name, on_progress=note)
+    files = sorted(target.glob("*.safetensors")) if target.is_dir() else [target]
+    nbytes = sum(file.stat().st_size for file in files)
+    with open_checkpoint(target) as opened:
+        tensors = len(opened.tensors)
+    assert (last[0].bytes_done, last[0].tensors_done) == (nbytes, tensors)
+    assert (last[0].bytes_total, last[0].tensors_total) == (nbytes, tensors)
+    assert seen == sorted(seen) and len({done for _, done in seen}) > 10
 
 
 # --- memory

@@ -21,7 +21,7 @@ WINDOW_S = 60.0
 
 
 class QuantizeProgress:
-    """Reports bytes, files, speed, the time that is left, and the error so far."""
+    """Reports bytes, tensors, speed, the time that is left, and the error so far."""
 
     def __init__(self, *, quiet: bool, no_color: bool = False) -> None:
         self._quiet = quiet
@@ -71,7 +71,7 @@ class QuantizeProgress:
 
         parts = [
             f"{format_bytes(progress.bytes_done)} of {format_bytes(progress.bytes_total)}",
-            f"{progress.files_done} of {progress.files_total} files",
+            f"{progress.tensors_done} of {progress.tensors_total} tensors",
         ]
         (first_at, first), (last_at, last) = self._seen[0], self._seen[-1]
         done, seconds = last - first, last_at - first_at
