@@ -87,12 +87,7 @@ class GpuNetwork(FastNetwork):
             self.fetch(chunk.update.values[:tokens], chunk.shared_update.values[:tokens])
             self._on_host = True
 
-    def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
-        """Take in tokens; the first layers are the GPU's."""
-        self._on_host = False
-        super().begin(chunk, ids, state)
-
-    def begin_many(
+    def _take_in(
         self,
         chunk: ChunkBuffers,
         ids: NDArray[np.int64],
@@ -100,20 +95,9 @@ class GpuNetwork(FastNetwork):
         counts: Sequence[int],
         cells: NDArray[np.int64],
     ) -> None:
-        """Take in tokens of several sequences; the first layers are the GPU's."""
+        """Take in tokens of sequences; the first layers are the GPU's."""
         self._on_host = False
-        super().begin_many(chunk, ids, states, counts, cells)
-
-    def begin_rows(
-        self,
-        chunk: ChunkBuffers,
-        ids: NDArray[np.int64],
-        states: Sequence[State],
-        cells: NDArray[np.int64],
-    ) -> None:
-        """Take in one token of each of several sequences; the first layers are the GPU's."""
-        self._on_host = False
-        super().begin_rows(chunk, ids, states, cells)
+        super()._take_in(chunk, ids, states, counts, cells)
 
     def new_program(self) -> Program:
         """Return an empty program for the device that is to go on."""

@@ -154,10 +154,7 @@ class FastNetwork:
 
     def begin(self, chunk: ChunkBuffers, ids: NDArray[np.int64], state: State) -> None:
         """Take in tokens: their embeddings in all streams, room in the state, its addresses."""
-        self._begin_state(state, len(ids))
-        self._cells[:] = state.addresses
-        self._embed(chunk, ids)
-        self.publish_addresses(self._cells)
+        self._take_in(chunk, ids, [state], [len(ids)], self._cells[None])
         self.store.uses.clock += len(ids)
 
     def begin_many(
@@ -169,11 +166,7 @@ class FastNetwork:
         cells: NDArray[np.int64],
     ) -> None:
         """Take in `counts` tokens of several sequences; fill cells (sequences, layers, CELLS)."""
-        for state, count, own in zip(states, counts, cells, strict=True):
-            self._begin_state(state, count)
-            own[:] = state.addresses
-        self._embed(chunk, ids)
-        self.publish_addresses(cells)
+        self._take_in(chunk, ids, states, counts, cells)
         self.store.uses.clock += len(ids)
 
     def begin_rows(
@@ -184,12 +177,22 @@ class FastNetwork:
         cells: NDArray[np.int64],
     ) -> None:
         """Take in one token of each of several sequences; fill cells (rows, layers, CELLS)."""
-        for state, own in zip(states, cells, strict=True):
-            self._begin_state(state, 1)
+        self._take_in(chunk, ids, states, [1] * len(states), cells)
+        self.store.uses.clock += 1
+
+    def _take_in(
+        self,
+        chunk: ChunkBuffers,
+        ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        cells: NDArray[np.int64],
+    ) -> None:
+        for state, count, own in zip(states, counts, cells, strict=True):
+            self._begin_state(state, count)
             own[:] = state.addresses
         self._embed(chunk, ids)
         self.publish_addresses(cells)
-        self.store.uses.clock += 1
 
     def _embed(self, chunk: ChunkBuffers, ids: NDArray[np.int64]) -> None:
         """Put tokens and their embeddings, which may have to come from the disk, into a chunk."""
