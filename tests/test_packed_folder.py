@@ -148,6 +148,26 @@ def test_all_names_of_the_network_are_there(whole: Path) -> None:
         assert len(weights.layers[1].experts) == 4
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without large pages"
+)
+def test_what_is_read_as_a_whole_gets_large_pages(whole: Path) -> None:
+    def wants_large_pages(address: int) -> bool:
+        there = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if line[:1] in "0123456789abcdef":
+                first, end = (int(part, 16) for part in line.split()[0].split("-"))
+                there = first <= address < end
+            elif there and line.startswith("VmFlags:"):
+                return "hg" in line.split()
+        return False
+
+    with open_packed_folder(whole) as packed:
+        for name in (RECORDS, WQ_A):
+            assert wants_large_pages(packed.bytes(name).ctypes.data)
+        assert not wants_large_pages(packed.bytes("embed.weight").ctypes.data)
+
+
 def test_digests_are_verified(copy: Path) -> None:
     assert damaged_files(copy) == []
     data = bytearray((copy / SHARD).read_bytes())

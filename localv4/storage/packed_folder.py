@@ -50,6 +50,10 @@ class PackedFolder(Checkpoint):
         """Map `files`, whose `tensors` have been validated."""
         super().__init__("safetensors", manifest.path.parent, files, tensors, metadata)
         self.manifest = manifest
+        for name, entry in manifest.matrices.items():
+            if entry.layout != "rows":  # of which a token reads one
+                tensor = tensors[name]
+                files[tensor.file].prefer_large_pages(tensor.offset, tensor.nbytes)
 
 
 def open_packed_folder(folder: Path) -> PackedFolder:
