@@ -1,6 +1,6 @@
 """Measure sessions that rewind and persist: tokens computed again, bytes on disk, speed of loading.
 
-    python tests/measure_sessions.py [--tokens 100000] [--rows 16384] [--kv compact] [--folder FOLDER]
+    python tests/measure_sessions.py [--tokens 100000] [--rows 65536] [--kv compact]
 
 First a conversation of random tokens on the small network `wide` of the tests, in `fast`: turns of
 a long document, questions and answers. One word is changed at different places, and the tokens that
@@ -160,7 +160,7 @@ def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--rows", type=int, default=16_384)
+    parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--kv", choices=list(FORMATS), default=DEFAULT_ROWS.name)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
