@@ -23,6 +23,15 @@ HostStore = Callable[[Experts], ExpertStore]
 """Makes the store of the host, which records come from."""
 
 
+def has_gpu() -> bool:
+    """Say whether there is a GPU that `auto` would look at."""
+    if not has_library():
+        return False
+    from localv4.cuda.driver import device_count
+
+    return device_count() > 0
+
+
 def find_gpu(options: GpuOptions) -> "CudaGpu | None":
     """Return the GPU that is to be used; None if there is none and nobody insists on one.
 
