@@ -60,6 +60,9 @@ class HostGpu:
         self._check(source, nbytes)
         ctypes.memmove(target, source, nbytes)
 
+    def mark(self) -> int:
+        return self.launches
+
     def new_lane(self, nbytes: int) -> "_Lane":
         return _Lane(self, nbytes)
 
@@ -107,6 +110,9 @@ class _Lane:
         self._gpu = gpu
         self._memory = np.zeros(nbytes, np.uint8)
         self.buffer: int = self._memory.ctypes.data
+
+    def follow(self, mark: int) -> None:
+        assert mark <= self._gpu.launches
 
     def send(self, address: int, nbytes: int) -> None:
         self._gpu.upload(address, self.buffer, nbytes)

@@ -96,7 +96,10 @@ class GpuTransformer(FastTransformer):
         return {
             "packed weights": packed_bytes_of(self.weights),
             "packed experts": network.store.host.held_bytes,
-            "workspace": self._many.nbytes + self._rows.nbytes + network.nbytes,
+            "workspace": self._many.nbytes
+            + self._rows.nbytes
+            + network.nbytes
+            + network.prompt_experts.nbytes,
             "GPU weights and workspace": network.mirrors.nbytes + network.translator.nbytes,
             "GPU experts": network.store.held_bytes,
         }
