@@ -1,12 +1,12 @@
 """Measure sessions that rewind and persist: tokens computed again, bytes on disk, speed of loading.
 
-    python tests/measure_sessions.py [--tokens 100000] [--rows 16384] [--folder FOLDER]
+    python tests/measure_sessions.py [--tokens 100000] [--rows 65536] [--kv compact]
 
 First a conversation of random tokens on the small network `wide` of the tests, in `fast`: turns of
 a long document, questions and answers. One word is changed at different places, and the tokens that
 have to be processed again are counted; after the last change the logits are compared with those of
 a timeline that never saw anything else. Then rows of the shape of V4-Flash, filled with random
-numbers, are saved and loaded through the page cache and past it. The files go to FOLDER and are
+bytes, are saved and loaded through the page cache and past it. The files go to FOLDER and are
 removed again.
 """
 
@@ -27,12 +27,17 @@ from test_fast import make_fast
 from localv4.engine.session import Session
 from localv4.engine.session_folder import SessionFolder
 from localv4.engine.session_store import SessionStore
+from localv4.kernels.row_operations import FORMATS, RowFormat
 from localv4.model.snapshot import restore, take_snapshot
 from localv4.model.state import State
+from localv4.planning.model_facts import DEFAULT_ROWS
 from localv4.planning.subject import flash_network
 
 ROUNDS = 5
 """The best of them counts: other programs only ever make it slower."""
+
+SLACK = 256
+"""Tokens beyond its window that a decoder state keeps, to go back without a snapshot."""
 
 DOCUMENT = 20_000
 QUESTION, ANSWER = 300, 60
@@ -87,16 +92,16 @@ def turns(ids: Sequence[int]) -> Iterator[Sequence[int]]:
             place += length
 
 
-def flash_session(tokens: int) -> Session:
+def flash_session(tokens: int, rows: RowFormat) -> Session:
     """Return a timeline with rows of the shape of V4-Flash that nobody computed."""
-    config = flash_network()
     rng = np.random.default_rng(0)
-    session = Session(SimpleNamespace(config=config, slack=256), tokens)  # type: ignore[arg-type]
-    state = session.state
+    state = State(flash_network(), SLACK, rows)
+    session = Session(SimpleNamespace(new_state=lambda: state), tokens)  # type: ignore[arg-type]
     state.open_rows(0, tokens)
     for layer in state.layers:
-        for rows in layer.entries:
-            rng.random(out=rows.values, dtype=np.float32)
+        for entries in layer.entries:
+            raw = entries.values.view(np.uint8)
+            raw[:] = rng.integers(0, 256, raw.shape, np.uint8)
         for ring in layer.rings:
             rng.random(out=ring.values, dtype=np.float32)
     state.begin(0)
@@ -106,9 +111,9 @@ def flash_session(tokens: int) -> Session:
     return session
 
 
-def measure_disk(tokens: int, folder: Path) -> None:
+def measure_disk(tokens: int, rows: RowFormat, folder: Path) -> None:
     """Print bytes and speed of saving and loading rows of the shape of V4-Flash."""
-    session = flash_session(tokens)
+    session = flash_session(tokens, rows)
     folders = SessionFolder(folder / "flash", 1 << 40)
     store = SessionStore(folders, "flash", print)
     start = time.monotonic()
@@ -116,7 +121,7 @@ def measure_disk(tokens: int, folder: Path) -> None:
     seconds = time.monotonic() - start
     nbytes = sum(file.nbytes for file in folders.files())
     mark = session.ladder.landmarks[0].nbytes
-    print(f"{tokens} tokens of V4-Flash, float32 rows: {nbytes / 1e6:.1f} MB on disk", end=", ")
+    print(f"{tokens} tokens of V4-Flash, {rows.name} rows: {nbytes / 1e6:.1f} MB on disk", end=", ")
     print(f"{(nbytes - mark) / tokens:,.0f} B a token and {mark / 1e6:.1f} MB for a snapshot")
     print(f"saved and synced at {nbytes / seconds / 1e9:.2f} GB/s")
     for place in ("past the page cache", "from the page cache"):
@@ -125,7 +130,7 @@ def measure_disk(tokens: int, folder: Path) -> None:
             for kind in best:
                 if place.startswith("past"):
                     forget(folders)
-                state = State(session.state.config, 256)
+                state = State(session.state.config, SLACK, rows)
                 start = time.monotonic()
                 if kind == "loading":
                     assert store.load(state, session.tokens, 0) is not None
@@ -155,12 +160,13 @@ def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--rows", type=int, default=16_384)
+    parser.add_argument("--rows", type=int, default=65_536)
+    parser.add_argument("--kv", choices=list(FORMATS), default=DEFAULT_ROWS.name)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         (Path(folder) / "model").mkdir()
-        measure_disk(arguments.rows, Path(folder))
+        measure_disk(arguments.rows, FORMATS[arguments.kv], Path(folder))
         if arguments.tokens:
             measure_rewinding(arguments.tokens, Path(folder))
 

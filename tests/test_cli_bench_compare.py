@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ from test_cli_bench import bench
 from test_sources import SUPERBLOCKS
 
 from localv4.cli import bench_peer
+from localv4.cli.bench_report import Report
+from localv4.cuda import offload
+from localv4.cuda.options import GpuOptions
 from localv4.engine import benchmark
 from localv4.engine.engine import Engine
 from localv4.engine.measurement import Case
+from localv4.engine.setup import Setup
 from localv4.errors import Cancelled
 
 pytestmark = needs_jit
@@ -193,3 +198,35 @@ def test_plot(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_plot_is_checked_before_anything_is_measured(tmp_path: Path) -> None:
     ended = bench("-d", "0", "--plot", "x.txt", home=tmp_path)
     assert (ended.code, ended.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "told", "used"),
+    [("auto", True, 1, "cpu"), ("auto", False, 0, "cpu"), ("cuda", True, 0, "cuda")],
+)
+def test_llama_cpp_is_compared_without_our_gpu_unless_that_is_named(
+    device: str,
+    there: bool,
+    told: int,
+    used: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offload, "has_gpu", lambda: there)
+    setup = Setup(threads=3, gpu=GpuOptions.parse(device))
+    compared = bench_peer.on_equal_terms(setup, quiet=False)
+    assert compared == replace(setup, gpu=GpuOptions(used))
+    assert capsys.readouterr().err.count("llama.cpp gets no GPU") == told
+    bench_peer.on_equal_terms(setup, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gpu_that_only_we_have_is_disclosed(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_llama(monkeypatch)
+    plain = compare(home=tmp_path, model=gguf)
+    monkeypatch.setattr(Report, "_gpus", lambda _: "Some GPU")
+    ended = compare(home=tmp_path, model=gguf)
+    line = "Not like with like: localv4 computed with Some GPU, llama.cpp without a GPU"
+    assert line in ended.stdout.splitlines() and "Not like" not in plain.stdout

@@ -16,6 +16,7 @@ from localv4.cuda import offload, probe
 from localv4.cuda.gpu import GpuError, GpuMemoryError
 from localv4.cuda.options import GpuOptions
 from localv4.cuda.tier_counts import TierCounts
+from localv4.engine import engine
 from localv4.engine.batch_memory import BatchPlan
 from localv4.engine.benchmark import Benchmark
 from localv4.engine.engine import Engine
@@ -108,10 +109,10 @@ def test_a_whole_benchmark_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "COPY_BYTES", 1 << 22)
     monkeypatch.setattr(probe, "LEAST_BYTES", 1 << 20)
     options = GpuOptions("cuda")
-    engine = Engine.load(embedded_model_path(), ctx_size=64, threads=2, gpu=options)
-    assert engine.facts is not None
-    need = engine.facts.weight_bytes_per_token + engine.facts.state_read_bytes(1)
-    benchmark = Benchmark(engine, repeats=1, roof_bytes=1 << 20)
+    loaded = Engine.load(embedded_model_path(), ctx_size=64, threads=2, gpu=options)
+    assert loaded.facts is not None
+    need = loaded.facts.weight_bytes_per_token + loaded.facts.state_read_bytes(1)
+    benchmark = Benchmark(loaded, repeats=1, roof_bytes=1 << 20)
     reads, generates = benchmark.run([Case("pp", 2, 0), Case("tg", 2, 0)])
     assert reads.gpu is not None and reads.gpu.token_bytes is None
     assert generates.gpu is not None and generates.gpu.copy_bytes_s == 2 * (1 << 22) / 1e-3
@@ -213,7 +214,12 @@ def test_a_device_that_is_not_there_ends_every_command_with_a_line(
         assert (options.number, options.memory) == (1, 8 * GIB)
         raise GpuError("there is no CUDA device 1: 0 found")
 
+    def too_late(*_: object) -> None:
+        raise AssertionError("nothing is compiled or packed before it is known who computes")
+
     monkeypatch.setattr(offload, "find_gpu", none_found)
+    monkeypatch.setattr(engine, "compile_kernels", too_late)
+    monkeypatch.setattr(engine, "pack_dense", too_late)
     monkeypatch.chdir(tmp_path)
     Path("rows.txt").write_text("Hi\n")
     done = run_here(*command, "--device", "cuda:1", "--gpu-mem", "8GiB", home=tmp_path)

@@ -177,6 +177,7 @@ def bench(
         if compare is not None:
             rival = bench_peer.start_rival(reference, peer_python, settings, cancelled, quiet)
             stack.callback(rival.close)
+            setup = bench_peer.on_equal_terms(setup, quiet)
         loaded = loading.load_engine(reference, setup, quiet=quiet, no_color=no_color)
         cases = plan(*sizes, loaded.engine.ctx_size)
         _tell_skipped(cases, loaded.engine.ctx_size, quiet)

@@ -1,12 +1,15 @@
 """The other engine of `localv4 bench --compare`: started and checked before our model is loaded."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localv4.cli import loading, terminal
+from localv4.cuda import offload
+from localv4.cuda.options import GpuOptions
 from localv4.engine.benchmark import fit_together
 from localv4.engine.peer import Peer, PeerFacts, PeerSettings, worker_command
+from localv4.engine.setup import Setup
 from localv4.errors import UsageError
 from localv4.library import installed
 from localv4.paging.pressure import available_bytes
@@ -64,3 +67,15 @@ def start_rival(
     if not together and not quiet:
         loading.note("memory does not hold both engines at once: each test runs them in sequence")
     return rival
+
+
+def on_equal_terms(setup: Setup, quiet: bool) -> Setup:
+    """Return what a comparison is made with: llama.cpp gets no GPU, so ours is only used if named.
+
+    Tells on stderr that a GPU is left out where there is one.
+    """
+    if setup.gpu.name != "auto":
+        return setup
+    if not quiet and offload.has_gpu():
+        loading.note("processors are compared, as llama.cpp gets no GPU; --device cuda for ours")
+    return replace(setup, gpu=GpuOptions("cpu"))

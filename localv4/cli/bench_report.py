@@ -142,7 +142,14 @@ class Report:
             f"n_ubatch {rival.settings.ubatch}, flash attention {', '.join(dict.fromkeys(flash))}, "
             f"weights {weights}, no GPU"
         )
+        if used := self._gpus():
+            yield f"Not like with like: localv4 computed with {used}, llama.cpp without a GPU"
         yield f"Medians of samples {self._turns()}"
+
+    def _gpus(self) -> str:
+        """Return the names of GPUs that helped us; empty without one."""
+        found = (measurement.gpu for measurement in self.measurements)
+        return ", ".join(dict.fromkeys(gpu.stats.name for gpu in found if gpu is not None))
 
     def _turns(self) -> str:
         if self.benchmark.together:
@@ -163,6 +170,8 @@ class Report:
             "flash_attention": self.rival.settings.flash_attention,
             "repack": self.rival.settings.repack,
             "in_memory_together": self.benchmark.together,
+            "gpu": None,
+            "own_gpu": self._gpus() or None,
         }
 
     def _traffic_table(self) -> "Iterator[str]":

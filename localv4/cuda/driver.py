@@ -7,8 +7,17 @@ from functools import cached_property
 from typing import Any
 
 from localv4.cuda import merged
+from localv4.cuda.compile_helpers import compile_all
 from localv4.cuda.compiler import OLDEST, compiled
-from localv4.cuda.gpu import GpuError, GpuMemoryError, Launch, Recording, Step, no_library
+from localv4.cuda.gpu import (
+    GpuError,
+    GpuMemoryError,
+    Launch,
+    OnCompile,
+    Recording,
+    Step,
+    no_library,
+)
 
 MOST_BRANCHES = 8
 """Sequences of launches that run at the same time; more of them take turns."""
@@ -193,6 +202,11 @@ class CudaGpu:
     def new_lane(self, nbytes: int) -> "CudaLane":
         """Return a pinned buffer for the thread that calls: it is copied beside everything else."""
         return CudaLane(self, nbytes)
+
+    def make_ready(self, sources: Sequence[str], on_compile: OnCompile | None = None) -> None:
+        """Compile files or texts of kernels that were never compiled for this kind of GPU."""
+        new = [source for source in sources if source not in self._modules]
+        compile_all(new, self.arch, on_compile)
 
     def run(self, steps: Sequence[Step]) -> None:
         """Enqueue launches, one step after the other."""

@@ -37,6 +37,16 @@ Step = Sequence[Sequence[Launch]]
 """Launches that may run at the same time: sequences, each in its own order."""
 
 
+OnCompile = Callable[[int, int], None]
+"""Told how many files of kernels are compiled, and of how many."""
+
+
+def sources_of(steps: Sequence[Step]) -> list[str]:
+    """Return the files and texts of the kernels of some steps, once each."""
+    launches = (launch for step in steps for branch in step for launch in branch)
+    return list(dict.fromkeys(launch.kernel.source for launch in launches))
+
+
 class Lane(Protocol):
     """A buffer of host memory that the GPU copies from beside everything else; for one thread."""
 
@@ -88,6 +98,12 @@ class Gpu(Protocol):
 
     def new_lane(self, nbytes: int) -> Lane:
         """Return a buffer for the thread that calls."""
+
+    def make_ready(self, sources: Sequence[str], on_compile: OnCompile | None = None) -> None:
+        """Compile files or texts of kernels that were never compiled for this kind of GPU.
+
+        `on_compile` is only called when there are any.
+        """
 
     def run(self, steps: Sequence[Step]) -> None:
         """Enqueue launches, one step after the other."""

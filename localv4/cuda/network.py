@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.cuda.gpu import Gpu, GpuError, Recording
+from localv4.cuda.gpu import Gpu, GpuError, OnCompile, Recording, Step, sources_of
 from localv4.cuda.mirrors import Mirrors, arrays_of
 from localv4.cuda.program import GpuProgram, Translator
 from localv4.cuda.state_copy import StateCopy
@@ -113,8 +113,23 @@ class GpuNetwork(FastNetwork):
 
     def record(self, program: Program) -> Recording:
         """Keep a program for many runs."""
+        return self.record_all([program])[0]
+
+    def record_all(
+        self,
+        programs: Sequence[Program],
+        others: Sequence[str] = (),
+        on_compile: OnCompile | None = None,
+    ) -> list[Recording]:
+        """Keep some programs; what they need is compiled together, with `others` of the files."""
+        steps = [self._steps(program) for program in programs]
+        needed = [source for each in steps for source in sources_of(each)]
+        self.gpu.make_ready([*others, *dict.fromkeys(needed)], on_compile)
+        return [self.gpu.record(each) for each in steps]
+
+    def _steps(self, program: Program) -> list[Step]:
         assert isinstance(program, GpuProgram)
-        return self.gpu.record(self.translator.steps(program, merges=True))
+        return self.translator.steps(program, merges=True)
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""

@@ -1,5 +1,7 @@
 """Which device computes a network: the processor, or a GPU with its help."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,8 +18,25 @@ from localv4.paging.options import PagingOptions
 from localv4.planning.model_facts import ModelFacts
 from localv4.storage import Checkpoint
 
+OnCompile = Callable[[int, int], None]
+"""Told how many files of a GPU's kernels are compiled, and of how many."""
+
 if TYPE_CHECKING:
+    from localv4.cuda.gpu import Gpu
     from localv4.planning.gpu_plan import GpuPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What is to compute a network: a GPU with the plan of its memory, or the processor alone.
+
+    `is_required`: nothing else will do than the GPU. `note` says why none is used.
+    """
+
+    gpu: "Gpu | None" = None
+    plan: "GpuPlan | None" = None
+    is_required: bool = False
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +50,7 @@ class Computing:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a network is made of: `weights` packed, `ctx_size` tokens of a sequence, records paged.
-
-    `facts` are those of its plan; `options` name the device.
-    """
+    """What a network is made of: `weights` packed, records of experts paged, and its device."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -42,26 +58,45 @@ class Wanted:
     team: Team
     paging: PagingOptions
     rows: RowFormat
-    facts: ModelFacts
-    ctx_size: int
-    options: GpuOptions
+    device: Device
 
 
-def make_network(wanted: Wanted) -> Computing:
-    """Make a network on the device that its options name.
+def find_device(options: GpuOptions, facts: ModelFacts, ctx_size: int) -> Device:
+    """Return the device that options name, and what of it a model of `ctx_size` tokens takes.
 
-    Raises DoesNotFitError when a GPU was asked for that cannot be used.
+    Nothing is loaded or compiled yet. Raises DoesNotFitError when a GPU was asked for that cannot
+    be used.
     """
-    note, options = None, wanted.options
-    if options.name != "cpu" and (has_library() or options.name != "auto"):
-        try:
-            found = _on_gpu(wanted)
-            if found is not None:
-                return found
-        except LocalV4Error as error:
-            if options.name != "auto":
-                raise DoesNotFitError(error.message, hint=error.hint) from error
-            note = f"the GPU is not used: {error.message}"
+    if options.name == "cpu" or (options.name == "auto" and not has_library()):
+        return Device()
+    from localv4.cuda.offload import find_gpu
+    from localv4.planning.gpu_plan import plan_gpu
+
+    with _refusals(options.name != "auto") as refusal:
+        gpu = find_gpu(options)
+        if gpu is None:
+            return Device()
+        plan = plan_gpu(
+            *(facts, gpu.name, gpu.free_bytes()),
+            memory=options.memory,
+            ctx=ctx_size,
+            states=options.state_bytes,
+        )
+        return Device(gpu, plan, is_required=options.name != "auto")
+    return Device(note=refusal.note)
+
+
+def make_network(wanted: Wanted, on_compile: OnCompile | None = None) -> Computing:
+    """Make a network on its device; `on_compile` is told when its kernels are compiled.
+
+    Raises DoesNotFitError when that has to be a GPU, and it cannot be used after all.
+    """
+    device = wanted.device
+    note = device.note
+    if device.gpu is not None and device.plan is not None:
+        with _refusals(device.is_required) as refusal:
+            return _on_gpu(wanted, device.gpu, device.plan, on_compile)
+        note = refusal.note
     network = FastTransformer(
         wanted.config,
         wanted.weights,
@@ -73,31 +108,40 @@ def make_network(wanted: Wanted) -> Computing:
     return Computing(network, note=note)
 
 
-def _on_gpu(wanted: Wanted) -> Computing | None:
-    """Return the network on a GPU; None if there is none and nobody insists on one."""
-    from localv4.cuda.offload import find_gpu, offload
-    from localv4.planning.gpu_plan import plan_gpu
+@dataclass(slots=True)
+class _Refusal:
+    """Why a GPU is not used, once that is known."""
 
-    paging, options = wanted.paging, wanted.options
-    gpu = find_gpu(options)
-    if gpu is None:
-        return None
-    plan = plan_gpu(
-        *(wanted.facts, gpu.name, gpu.free_bytes()),
-        memory=options.memory,
-        ctx=wanted.ctx_size,
-        states=options.state_bytes,
-    )
+    note: str | None = None
+
+
+@contextmanager
+def _refusals(are_errors: bool) -> Iterator[_Refusal]:
+    """Make errors of a GPU the end of everything, or a note; what comes after goes on then."""
+    refusal = _Refusal()
+    try:
+        yield refusal
+    except LocalV4Error as error:
+        if are_errors:
+            raise DoesNotFitError(error.message, hint=error.hint) from error
+        refusal.note = f"the GPU is not used: {error.message}"
+
+
+def _on_gpu(wanted: Wanted, gpu: "Gpu", plan: "GpuPlan", on_compile: OnCompile | None) -> Computing:
+    """Return the network on a GPU."""
+    from localv4.cuda.offload import offload
+
     network = offload(
         gpu,
         wanted.config,
         wanted.weights,
         wanted.team,
-        partial(open_store, options=paging, checkpoint=wanted.checkpoint),
+        partial(open_store, options=wanted.paging, checkpoint=wanted.checkpoint),
         wanted.rows,
         layers=plan.layers,
         capacity=plan.experts,
-        policy=paging.policy,
-        falls_back=options.name == "auto",
+        policy=wanted.paging.policy,
+        falls_back=not wanted.device.is_required,
+        on_compile=on_compile,
     )
     return Computing(network, plan)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from localv4.cuda.options import GpuOptions
-from localv4.engine.devices import Wanted, make_network
+from localv4.engine.devices import Wanted, find_device, make_network
 from localv4.engine.expert_usage import ExpertUsage
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.memory import (
@@ -45,6 +45,8 @@ from localv4.text.tokenizer import Tokenizer
 
 COMPILING = "compiling kernels (first run only)"
 """The phase of loading that takes a minute, once."""
+
+COMPILING_FOR_GPU = "compiling kernels for the GPU (first run only)"
 
 NumericsName = Literal["exact", "fast"]
 
@@ -116,14 +118,16 @@ class Engine:
             facts = facts_of_tensors(checkpoint, table, config, name=checkpoint.path.name)
             facts = replace(facts, rows=row_format(options), limits=row_limits(options))
             plan = plan_memory(facts, options, ctx_size, count)
+            device = find_device(gpu or GpuOptions("cpu"), facts, plan.ctx_size)
             _make_kernels(families(weights) | {row_format(options).family}, on_progress)
             paging = paging_options(checkpoint, options, plan)
             weights = _packed(checkpoint, weights, count, paging, on_progress)
             computing = make_network(
                 Wanted(
                     *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
-                    *(facts, plan.ctx_size, gpu or GpuOptions("cpu")),
-                )
+                    device,
+                ),
+                _phase(on_progress, COMPILING_FOR_GPU),
             )
             engine = cls(checkpoint, computing.network, size, rows)
             engine.facts, engine.plan = facts, plan
