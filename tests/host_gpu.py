@@ -20,6 +20,8 @@ class HostGpu:
     def __init__(self, total_bytes: int = 1 << 30) -> None:
         self.total_bytes = total_bytes
         self.launches = 0
+        self.ready = set[str]()
+        self.late = set[str]()
         self._blocks: dict[int, NDArray[np.uint8]] = {}
 
     def free_bytes(self) -> int:
@@ -58,14 +60,25 @@ class HostGpu:
         self._check(source, nbytes)
         ctypes.memmove(target, source, nbytes)
 
+    def mark(self) -> int:
+        return self.launches
+
     def new_lane(self, nbytes: int) -> "_Lane":
         return _Lane(self, nbytes)
+
+    def make_ready(
+        self, sources: Sequence[str], on_compile: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.ready.update(sources)
+        if on_compile is not None:
+            on_compile(len(sources), len(sources))
 
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:
             for branch in step:
                 for one in branch:
                     self.launches += 1
+                    self.late |= {one.kernel.source} - self.ready
                     launch(one.kernel, one.words, one.blocks)
 
     def record(self, steps: Sequence[Step]) -> "_Recording":
@@ -97,6 +110,9 @@ class _Lane:
         self._gpu = gpu
         self._memory = np.zeros(nbytes, np.uint8)
         self.buffer: int = self._memory.ctypes.data
+
+    def follow(self, mark: int) -> None:
+        assert mark <= self._gpu.launches
 
     def send(self, address: int, nbytes: int) -> None:
         self._gpu.upload(address, self.buffer, nbytes)

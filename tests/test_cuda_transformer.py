@@ -1,5 +1,6 @@
 """A network whose programs run on a GPU, which the host plays here: the same as the host's own."""
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -262,3 +263,29 @@ def test_a_forgotten_network_leaves_no_thread(exact: Transformer) -> None:
     del network
     gc.collect()
     assert not any(thread() is not None and thread().is_alive() for thread in threads)
+
+
+UPLOADS = {
+    "host": lambda *_: False,
+    "uploads": lambda *_: True,
+    "some": lambda both, under_way, slots: under_way < 1,
+}
+
+
+@pytest.mark.parametrize("way", ["chunk", "rows"])
+@pytest.mark.parametrize("uploads", UPLOADS)
+def test_it_does_not_matter_who_computes_what_the_gpu_lacks(
+    exact: Transformer,
+    whole: GpuTransformer,
+    way: str,
+    uploads: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = on_gpu(exact, capacity=8 * int(whole.vram.nbytes.max()))
+    both = few._on_gpu.prompt_experts
+    monkeypatch.setattr(both, "may_upload", functools.partial(UPLOADS[uploads], both))
+    bytes_before = sum(few.vram.counts.bytes.values())
+    np.testing.assert_array_equal(WAYS[way](few), WAYS[way](whole))
+    uploaded = sum(few.vram.counts.bytes.values()) - bytes_before
+    assert (uploaded > 0) == (uploads != "host")
+    assert (both.unit.seconds is not None) or uploads == "uploads"

@@ -74,13 +74,13 @@ def load_engine(reference: str | None, setup: "Setup", *, quiet: bool, no_color:
 
     def load() -> "Engine":
         # the import is slow as well: it belongs to the part that Ctrl-C can end at once
-        from localv4.engine.engine import COMPILING
+        from localv4.engine.engine import COMPILING, COMPILING_FOR_GPU
         from localv4.kernels.bus_error import end_with_a_line
         from localv4.kernels.compiler import can_keep
 
         def report(phase: str, done: int, total: int) -> None:
-            if phase == COMPILING and done == 0:
-                if not can_keep() and not quiet:
+            if phase in (COMPILING, COMPILING_FOR_GPU) and done == 0:
+                if phase == COMPILING and not (can_keep() or quiet):
                     warn(
                         f"cannot write to {paths.cache_dir()}: every run compiles its kernels anew"
                     )

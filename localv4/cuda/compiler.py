@@ -30,18 +30,40 @@ def compiled(source: str, arch: str, folder: Path | None = None) -> bytes:
     `folder` is where machine code is kept, by default one of this user. Raises GpuError when NVRTC
     is missing or refuses the source.
     """
+    target = _target(source, arch, folder)
+    if (kept := _kept(target)) is not None:
+        return kept
+    code = compile_source(source, arch)
+    with suppress(LocalV4Error):  # it is made again the next time
+        paths.private_dir(target.parent)
+        with finished_file(target) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+    return code
+
+
+def is_kept(source: str, arch: str, folder: Path | None = None) -> bool:
+    """Say whether `compiled` finds its machine code in the cache."""
+    return _kept(_target(source, arch, folder)) is not None
+
+
+def length(source: str) -> int:
+    """Return the characters that are compiled for a source: a guess of how long that takes."""
+    return len(_text(source))
+
+
+def _target(source: str, arch: str, folder: Path | None) -> Path:
+    """Return the file of the machine code."""
     folder = folder or paths.cache_dir() / "cuda"
-    target = folder / f"{Path(_name(source)).stem}-{arch}-{_digest(source, arch)}.cubin"
+    return folder / f"{Path(_name(source)).stem}-{arch}-{_digest(source, arch)}.cubin"
+
+
+def _kept(target: Path) -> bytes | None:
+    """Return machine code from its file; None if there is none, or it is damaged."""
     with suppress(OSError):
         kept = target.read_bytes()
         if hashlib.sha256(kept[DIGEST_BYTES:]).digest() == kept[:DIGEST_BYTES]:
             return kept[DIGEST_BYTES:]
-    code = compile_source(source, arch)
-    with suppress(LocalV4Error):  # it is made again the next time
-        paths.private_dir(folder)
-        with finished_file(target) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-    return code
+    return None
 
 
 def compile_source(source: str, arch: str) -> bytes:

@@ -2,13 +2,24 @@
 
 import ctypes
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from localv4.cuda import merged
+from localv4.cuda.compile_helpers import compile_all
 from localv4.cuda.compiler import OLDEST, compiled
-from localv4.cuda.gpu import GpuError, GpuMemoryError, Launch, Recording, Step, no_library
+from localv4.cuda.gpu import (
+    GpuError,
+    GpuMemoryError,
+    Launch,
+    Mark,
+    OnCompile,
+    Recording,
+    Step,
+    no_library,
+)
 
 MOST_BRANCHES = 8
 """Sequences of launches that run at the same time; more of them take turns."""
@@ -32,6 +43,9 @@ FOLLOWERS = frozenset(
 
 FOLLOWING_CAPABILITY = (9, 0)
 """From which on kernels can do so."""
+
+MARKS = 64
+"""How many points in the order of its work a GPU remembers."""
 
 STAGED_BYTES = 4 << 20
 """Downloads up to this size go through pinned memory, which the GPU writes to many times faster."""
@@ -92,6 +106,7 @@ class CudaGpu:
         self.total_bytes: int = _done(driver.cuMemGetInfo())[1]
         self._streams = [_done(driver.cuStreamCreate(1)) for _ in range(MOST_BRANCHES)]
         self._events = [_done(driver.cuEventCreate(2)) for _ in range(MOST_BRANCHES + 1)]
+        self._marks = deque(_done(driver.cuEventCreate(2)) for _ in range(MARKS))
         self._asked = _done(driver.cuEventCreate(2))
         self._pinned, self._pinned_bytes = 0, 0
         self._stage = 0  # pinned memory for downloads, made when first wanted
@@ -190,9 +205,24 @@ class CudaGpu:
             _done(driver.cuEventDestroy(event))
         return milliseconds / 1e3 / repeats
 
+    def mark(self) -> Mark:
+        """Return the end of all that was enqueued so far, but for what lanes send.
+
+        It is valid for MARKS more; after that it stands for a later one.
+        """
+        event = self._marks[0]
+        self._marks.rotate(-1)
+        _done(self._driver.cuEventRecord(event, self._streams[0]))
+        return event
+
     def new_lane(self, nbytes: int) -> "CudaLane":
         """Return a pinned buffer for the thread that calls: it is copied beside everything else."""
         return CudaLane(self, nbytes)
+
+    def make_ready(self, sources: Sequence[str], on_compile: OnCompile | None = None) -> None:
+        """Compile files or texts of kernels that were never compiled for this kind of GPU."""
+        new = [source for source in sources if source not in self._modules]
+        compile_all(new, self.arch, on_compile)
 
     def run(self, steps: Sequence[Step]) -> None:
         """Enqueue launches, one step after the other."""
@@ -326,6 +356,10 @@ class CudaLane:
         gpu.make_current()
         self._stream = _done(driver.cuStreamCreate(1))
         self.buffer = int(_done(driver.cuMemAllocHost(nbytes)))
+
+    def follow(self, mark: Mark) -> None:
+        """Let what is sent from now on wait for a mark."""
+        _done(self._driver.cuStreamWaitEvent(self._stream, mark, 0))
 
     def send(self, address: int, nbytes: int) -> None:
         """Start to copy what is in the buffer."""

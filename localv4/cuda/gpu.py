@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from localv4.cuda.twin import Kernel
 from localv4.errors import LocalV4Error
@@ -37,10 +37,27 @@ Step = Sequence[Sequence[Launch]]
 """Launches that may run at the same time: sequences, each in its own order."""
 
 
+OnCompile = Callable[[int, int], None]
+"""Told how many files of kernels are compiled, and of how many."""
+
+
+def sources_of(steps: Sequence[Step]) -> list[str]:
+    """Return the files and texts of the kernels of some steps, once each."""
+    launches = (launch for step in steps for branch in step for launch in branch)
+    return list(dict.fromkeys(launch.kernel.source for launch in launches))
+
+
+Mark = Any
+"""A point in the order of what a GPU was asked for."""
+
+
 class Lane(Protocol):
     """A buffer of host memory that the GPU copies from beside everything else; for one thread."""
 
     buffer: int
+
+    def follow(self, mark: Mark) -> None:
+        """Let what is sent from now on wait for what the GPU was asked for before a mark."""
 
     def send(self, address: int, nbytes: int) -> None:
         """Start to copy what is in the buffer."""
@@ -86,8 +103,17 @@ class Gpu(Protocol):
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy inside the GPU."""
 
+    def mark(self) -> Mark:
+        """Return the end of all that was asked for so far, but for what lanes send."""
+
     def new_lane(self, nbytes: int) -> Lane:
         """Return a buffer for the thread that calls."""
+
+    def make_ready(self, sources: Sequence[str], on_compile: OnCompile | None = None) -> None:
+        """Compile files or texts of kernels that were never compiled for this kind of GPU.
+
+        `on_compile` is only called when there are any.
+        """
 
     def run(self, steps: Sequence[Step]) -> None:
         """Enqueue launches, one step after the other."""

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.cuda.gpu import Gpu, GpuError, Recording
+from localv4.cuda.gpu import Gpu, GpuError, OnCompile, Recording, Step, sources_of
 from localv4.cuda.mirrors import Mirrors, arrays_of
 from localv4.cuda.program import GpuProgram, Translator
+from localv4.cuda.prompt_experts import PromptExperts
 from localv4.cuda.state_copy import StateCopy
 from localv4.cuda.vram_store import VramStore
 from localv4.kernels.row_operations import RowFormat
@@ -15,6 +16,7 @@ from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts
 from localv4.model.fast_layer import FastLayer
+from localv4.model.fast_moe import FastMoe, WaveBuffers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.program import Program
 from localv4.model.state import State
@@ -65,6 +67,7 @@ class GpuNetwork(FastNetwork):
         self.adopt(self.experts.form_numbers)
         if self.is_whole:
             self.adopt(self.head_site, weights.head)
+        self.prompt_experts = PromptExperts(self)
 
     @property
     def is_whole(self) -> bool:
@@ -113,8 +116,32 @@ class GpuNetwork(FastNetwork):
 
     def record(self, program: Program) -> Recording:
         """Keep a program for many runs."""
+        return self.record_all([program])[0]
+
+    def record_all(
+        self,
+        programs: Sequence[Program],
+        others: Sequence[str] = (),
+        on_compile: OnCompile | None = None,
+    ) -> list[Recording]:
+        """Keep some programs; what they need is compiled together, with `others` of the files."""
+        steps = [self._steps(program) for program in programs]
+        needed = [source for each in steps for source in sources_of(each)]
+        self.gpu.make_ready([*others, *dict.fromkeys(needed)], on_compile)
+        return [self.gpu.record(each) for each in steps]
+
+    def _steps(self, program: Program) -> list[Step]:
         assert isinstance(program, GpuProgram)
-        return self.gpu.record(self.translator.steps(program, merges=True))
+        return self.translator.steps(program, merges=True)
+
+    def mix_packed(
+        self, moe: FastMoe, chunk: ChunkBuffers, buffers: WaveBuffers, tokens: int
+    ) -> None:
+        """Add the weighted outputs of experts; the host computes some that the GPU lacks."""
+        if self._on_host or self.store.is_whole:
+            super().mix_packed(moe, chunk, buffers, tokens)
+        else:
+            self.prompt_experts.mix(moe, chunk, buffers, tokens)
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from localv4.cuda.gpu import Gpu, GpuError
+from localv4.cuda.gpu import Gpu, GpuError, OnCompile
 from localv4.cuda.options import GpuOptions, has_library
 from localv4.cuda.transformer import GpuTransformer
 from localv4.cuda.vram_store import VramStore
@@ -67,6 +67,7 @@ def offload(
     capacity: int,
     policy: PolicyName = "decay",
     falls_back: bool = False,
+    on_compile: OnCompile | None = None,
 ) -> GpuTransformer:
     """Bring the first `layers` of a network to a GPU, with `capacity` bytes of their experts.
 
@@ -85,6 +86,7 @@ def offload(
     )
     try:
         network.vram.fill()
+        network.prepare(on_compile)
     except GpuError:
         network.close()
         raise

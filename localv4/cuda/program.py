@@ -135,7 +135,8 @@ class Translator:
                 except KeyError as error:
                     names = ", ".join(kernel.name for kernel in twin.kernels)
                     raise KeyError(f"word {index} of {names}: {error.args[0]}") from None
-        device[SCRATCH] = scratch
+        if len(twin.kinds) < SCRATCH:  # else an array that is named stands there
+            device[SCRATCH] = scratch
         return tuple(device)
 
     def _places(self, needed: Sequence[tuple[int, int]]) -> list[int]:

@@ -86,15 +86,10 @@ class GpuRowsProgram(RowsProgram):
         network.run(program)
 
     def _mix(self, layer: int) -> None:
-        """Compute with the experts of a layer, in waves."""
+        """Compute with the experts of a layer."""
         network, chunk = self._on_gpu, self._chunk_of(layer)
         network.fetch(chunk.chosen, chunk.shares)
-        moe = network.layers[layer].moe
-        for wave in moe.waves(chunk, self._wave_buffers, self._rows):
-            program = network.new_program()
-            network.publish(*wave.arrays)
-            moe.add_wave(program, chunk, self._wave_buffers, wave)
-            network.run(program)
+        network.mix_packed(network.layers[layer].moe, chunk, self._wave_buffers, self._rows)
 
     def _build(self) -> list[Segment]:
         network, rows = self._on_gpu, self._rows

@@ -1,11 +1,12 @@
 """Decoding on a GPU: one token through all layers, as recorded launches."""
 
+from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.cuda.gpu import Recording
+from localv4.cuda.gpu import OnCompile, Recording
 from localv4.cuda.host_layers import HostLayers
 from localv4.cuda.missing_experts import MissingExperts
 from localv4.cuda.network import GpuNetwork
@@ -101,14 +102,20 @@ class GpuTokenPlan:
         if network.on_routes is not None and network.is_whole:
             network.on_routes(self._chosen[None], False)
 
-    def _record(self, positions: int) -> None:
+    def prepare(self, others: Sequence[str], on_compile: OnCompile | None = None) -> None:
+        """Record before the first token; what is compiled for that is, and `others` with it."""
+        self._record(FIRST_POSITIONS, others, on_compile)
+
+    def _record(
+        self, positions: int, others: Sequence[str] = (), on_compile: OnCompile | None = None
+    ) -> None:
         """Build the program for positions below a bound, and record it."""
         network, config = self._network, self._network.config
         network.disown(self._attention)
         self._attention = AttentionBuffers(config, 1, Seen.before(positions, config), 1)
         network.adopt(self._attention)
         self._positions, self._has_all = positions, self._store.is_whole
-        self._recordings = []
+        programs: list[Program] = []
         network.mirrors.push(self._store.addresses)
         program = GpuProgram(network.scratch)
         self._attention.add_angles(program, 1)
@@ -122,8 +129,7 @@ class GpuTokenPlan:
                 layer.moe.add_gate_up(program, chunk, self._hidden)
                 layer.moe.add_down(program, chunk, self._hidden)
                 continue
-            self._recordings.append(network.record(program))
-            self._recordings.append(network.record(self._with_experts(layer.moe, chunk)))
+            programs += [program, self._with_experts(layer.moe, chunk)]
             program = GpuProgram(network.scratch)
             self._add_sum(program, chunk)
         if network.is_whole:
@@ -131,7 +137,7 @@ class GpuTokenPlan:
             network.head_site.add_head_entry(program, self._chunk, 1)
         else:
             self._host = HostLayers(network, self._chunk, self._attention)
-        self._recordings.append(network.record(program))
+        self._recordings = network.record_all([*programs, program], others, on_compile)
 
     def _chunk_of(self, layer: int) -> ChunkBuffers:
         """Return the buffers with places of their own for what a layer chooses."""

@@ -6,10 +6,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.cuda.gpu import Gpu, GpuMemoryError
+from localv4.cuda.compiler import sources
+from localv4.cuda.gpu import Gpu, GpuMemoryError, OnCompile
 from localv4.cuda.network import GpuNetwork, MakeStore
 from localv4.cuda.rows_plan import GpuRowsPlan
 from localv4.cuda.token_plan import GpuTokenPlan
+from localv4.cuda.twins.products import FORMATS, KQUANT_MODULE
 from localv4.cuda.vram_store import VramStore
 from localv4.errors import DoesNotFitError
 from localv4.kernels.row_operations import RowFormat
@@ -17,7 +19,7 @@ from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.fast import CHUNK_TOKENS, FastTransformer
 from localv4.model.matrix import Floats
-from localv4.model.packing import packed_bytes_of
+from localv4.model.packing import families, packed_bytes_of
 from localv4.model.state import State
 from localv4.model.weights import Weights
 from localv4.paging.store import ExpertStore
@@ -60,6 +62,10 @@ class GpuTransformer(FastTransformer):
         self._one = GpuTokenPlan(self._on_gpu)
         self._take(self._on_gpu, GpuRowsPlan(self._on_gpu))
 
+    def prepare(self, on_compile: OnCompile | None = None) -> None:
+        """Compile all that this network can need, and record the program of one token."""
+        self._one.prepare(wanted_sources(self.weights), on_compile)
+
     @property
     def vram(self) -> VramStore:
         """The experts on the GPU."""
@@ -90,7 +96,10 @@ class GpuTransformer(FastTransformer):
         return {
             "packed weights": packed_bytes_of(self.weights),
             "packed experts": network.store.host.held_bytes,
-            "workspace": self._many.nbytes + self._rows.nbytes + network.nbytes,
+            "workspace": self._many.nbytes
+            + self._rows.nbytes
+            + network.nbytes
+            + network.prompt_experts.nbytes,
             "GPU weights and workspace": network.mirrors.nbytes + network.translator.nbytes,
             "GPU experts": network.store.held_bytes,
         }
@@ -164,3 +173,10 @@ def _take_home(state: State) -> None:
     """Bring what a GPU has written into a state's arrays, which the host goes on with."""
     state.read_back()
     state.device = None
+
+
+def wanted_sources(weights: Weights) -> list[str]:
+    """Return the files of kernels that a network of such weights can need."""
+    kquants = {form.fmt.name for form in FORMATS if form.module == KQUANT_MODULE}
+    has_kquants = not kquants.isdisjoint(families(weights))
+    return [name for name in sources() if has_kquants or "kquant" not in name]

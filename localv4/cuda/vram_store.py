@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.cuda.gpu import Gpu, GpuError
+from localv4.cuda.gpu import Gpu, GpuError, Mark
 from localv4.cuda.tier_counts import TierCounts
 from localv4.paging.arena import GRANULE_BYTES, Arena
 from localv4.paging.options import PolicyName
@@ -31,8 +31,8 @@ PINNED_BYTES = 4 << 20
 PROMOTIONS = 2
 """Records that are brought to the GPU after a token, at most."""
 
-GPU_CLAIMS = 64
-"""Records of a prompt that are multiplied at a time, where not all are on the GPU."""
+UNDER_WAY = 2 * COPY_THREADS
+"""Records of a prompt that are claimed and have not come yet, at most."""
 
 WORTH = 1.25
 """So much hotter must a record be than the coldest one on the GPU to take its place."""
@@ -75,7 +75,8 @@ class VramStore(PagedStore):
         self._waiting: list[tuple[Key, int]] = []  # until the host has them
         sizes = -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
         arena = Arena(capacity, GpuSpace(gpu, capacity))
-        readers = Readers(RecordCopies(host, nbytes, gpu).load, COPY_THREADS)
+        self._gpu, self._copies = gpu, RecordCopies(host, nbytes, gpu)
+        readers = Readers(self._copies.load, COPY_THREADS)
         shared = host.policy if isinstance(host, PagedStore) else make_policy(policy, host.uses)
         super().__init__(sizes, arena, readers, shared, host.uses)
         self.counts: TierCounts = TierCounts(len(nbytes))
@@ -101,6 +102,8 @@ class VramStore(PagedStore):
             super()._observe()
 
     def _submit(self, placed: Sequence[tuple[Key, int]], urgent: bool) -> None:
+        if placed:
+            self._copies.mark = self._gpu.mark()
         for key, address in placed:
             layer, number = key
             self.addresses[key] = ON_ITS_WAY
@@ -146,11 +149,20 @@ class VramStore(PagedStore):
         self._plan_prompt(layer, np.isin(np.arange(self.addresses.shape[1]), chosen))
 
     def largest_claim(self, layer: int) -> int:
-        """Return how many records of a layer to claim at a time: a GPU takes many."""
+        """Return how many records of a layer to claim at a time, before a prompt has chosen any."""
         if self.is_whole:
             return int(self.addresses.shape[1])
+        return max(1, self.most_under_way(layer) // 2)
+
+    def most_under_way(self, layer: int) -> int:
+        """Return how many records of a layer to have copied at a time: all threads are busy."""
         fitting = self.arena.capacity // (4 * max(1, int(self.nbytes[layer].max())))
-        return max(1, min(GPU_CLAIMS, int(fitting)))
+        return max(1, min(UNDER_WAY, int(fitting), self.host.largest_claim(layer)))
+
+    def poll(self) -> None:
+        """Learn what has come, without waiting."""
+        self._pass_on()
+        self._collect(self.readers.finished())
 
     def fill(self) -> None:
         """Bring as many records as there is room for, and wait for them: the first layers first."""
@@ -185,7 +197,13 @@ class VramStore(PagedStore):
 
 
 class RecordCopies:
-    """Copies records of the host's store; threads keep this alive, and so must not keep more."""
+    """Copies records of the host's store; threads keep this alive, and so must not keep more.
+
+    `mark` is when the last places were given: what the GPU was asked for before may still read
+    what was there.
+    """
+
+    mark: Mark = None
 
     def __init__(self, host: ExpertStore, lengths: NDArray[np.int64], gpu: Gpu) -> None:
         self._host, self._lengths, self._copier = host, lengths, Copier(gpu)
@@ -197,7 +215,7 @@ class RecordCopies:
         """
         nbytes, source = int(self._lengths[key]), int(self._host.addresses[key])
         if source > 0:
-            self._copier.copy(address, source, nbytes)
+            self._copier.copy(address, source, nbytes, self.mark)
         if source <= 0 or self._host.addresses[key] != source:
             raise GpuError(f"expert {key[1]} of layer {key[0]} left memory while it was copied")
         return nbytes
@@ -210,10 +228,13 @@ class Copier:
         self._gpu = gpu
         self._own = threading.local()
 
-    def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy `nbytes` from host memory; return when they are there."""
+    def copy(self, target: int, source: int, nbytes: int, mark: Mark = None) -> None:
+        """Copy `nbytes` from host memory after a mark; return when they are there."""
         if not hasattr(self._own, "lanes"):
             self._own.lanes = [self._gpu.new_lane(PINNED_BYTES) for _ in range(2)]
+        if mark is not None:
+            for lane in self._own.lanes:
+                lane.follow(mark)
         for number, done in enumerate(range(0, nbytes, PINNED_BYTES)):
             lane = self._own.lanes[number % 2]
             part = min(PINNED_BYTES, nbytes - done)

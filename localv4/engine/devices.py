@@ -1,6 +1,6 @@
 """Which device computes a network: the processor, or a GPU with its help."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,9 @@ from localv4.model.weights import Weights
 from localv4.paging.options import PagingOptions
 from localv4.planning.model_facts import ModelFacts
 from localv4.storage import Checkpoint
+
+OnCompile = Callable[[int, int], None]
+"""Told how many files of a GPU's kernels are compiled, and of how many."""
 
 if TYPE_CHECKING:
     from localv4.cuda.gpu import Gpu
@@ -83,8 +86,8 @@ def find_device(options: GpuOptions, facts: ModelFacts, ctx_size: int) -> Device
     return Device(note=refusal.note)
 
 
-def make_network(wanted: Wanted) -> Computing:
-    """Make a network on its device.
+def make_network(wanted: Wanted, on_compile: OnCompile | None = None) -> Computing:
+    """Make a network on its device; `on_compile` is told when its kernels are compiled.
 
     Raises DoesNotFitError when that has to be a GPU, and it cannot be used after all.
     """
@@ -92,7 +95,7 @@ def make_network(wanted: Wanted) -> Computing:
     note = device.note
     if device.gpu is not None and device.plan is not None:
         with _refusals(device.is_required) as refusal:
-            return _on_gpu(wanted, device.gpu, device.plan)
+            return _on_gpu(wanted, device.gpu, device.plan, on_compile)
         note = refusal.note
     network = FastTransformer(
         wanted.config,
@@ -124,7 +127,7 @@ def _refusals(are_errors: bool) -> Iterator[_Refusal]:
         refusal.note = f"the GPU is not used: {error.message}"
 
 
-def _on_gpu(wanted: Wanted, gpu: "Gpu", plan: "GpuPlan") -> Computing:
+def _on_gpu(wanted: Wanted, gpu: "Gpu", plan: "GpuPlan", on_compile: OnCompile | None) -> Computing:
     """Return the network on a GPU."""
     from localv4.cuda.offload import offload
 
@@ -139,5 +142,6 @@ def _on_gpu(wanted: Wanted, gpu: "Gpu", plan: "GpuPlan") -> Computing:
         capacity=plan.experts,
         policy=wanted.paging.policy,
         falls_back=not wanted.device.is_required,
+        on_compile=on_compile,
     )
     return Computing(network, plan)

@@ -46,6 +46,8 @@ from localv4.text.tokenizer import Tokenizer
 COMPILING = "compiling kernels (first run only)"
 """The phase of loading that takes a minute, once."""
 
+COMPILING_FOR_GPU = "compiling kernels for the GPU (first run only)"
+
 NumericsName = Literal["exact", "fast"]
 
 HEADS_TOKENS = 128
@@ -124,7 +126,8 @@ class Engine:
                 Wanted(
                     *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
                     device,
-                )
+                ),
+                _phase(on_progress, COMPILING_FOR_GPU),
             )
             engine = cls(checkpoint, computing.network, size, rows)
             engine.facts, engine.plan = facts, plan

@@ -187,11 +187,7 @@ class ChunkPlan:
             network.run(program)
         network.fetch(chunk.chosen[:tokens], chunk.shares[:tokens])
         try:
-            for wave in moe.waves(chunk, buffers, tokens):
-                program = network.new_program()
-                network.publish(*wave.arrays)
-                moe.add_wave(program, chunk, buffers, wave)
-                network.run(program)
+            network.mix_packed(moe, chunk, buffers, tokens)
         except UnpackableError:
             network.experts.drop_forms(index)
         if not moe.forms:

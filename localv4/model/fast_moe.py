@@ -101,6 +101,27 @@ class Wave:
         return self.records, self.starts, self.tokens, self.shares
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Pairs of tokens and experts, sorted by expert: `sizes` how many each expert has."""
+
+    sizes: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, chosen: NDArray[np.int64], experts: int) -> "Slots":
+        """Sort the pairs of tokens with their experts, `chosen` (tokens, k)."""
+        sizes = np.bincount(chosen.ravel(), minlength=experts)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        return cls(sizes, starts, np.argsort(chosen, axis=None, kind="stable"))
+
+    def of_experts(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the pairs of some experts, one after the other."""
+        parts = [self.pairs[self.starts[e] : self.starts[e + 1]] for e in numbers]
+        return np.concatenate(parts)
+
+
 class FastMoe:
     """The feed-forward part of one layer."""
 
@@ -323,11 +344,9 @@ class FastMoe:
         chosen, store = chunk.chosen[:tokens], self.store
         if not self.forms:
             return
-        sizes = np.bincount(chosen.ravel(), minlength=self.config.n_experts)
+        slots = Slots.of(chosen, self.config.n_experts)
         store.begin_prompt(self.index, chosen)
-        slots = np.argsort(chosen, axis=None, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        parts = list(self._parts(sizes, buffers.slots))
+        parts = list(self.parts(slots.sizes, buffers.slots, store.largest_claim(self.index)))
         left = np.concatenate(parts)
         try:
             for part in parts:
@@ -336,21 +355,22 @@ class FastMoe:
                 self._read_ahead(left)
                 while (store.addresses[self.index, part] <= 0).any():
                     store.wait(self.index, part.tolist())
-                mine = np.concatenate([slots[starts[e] : starts[e + 1]] for e in part])
-                yield self._wave(buffers, part, sizes[part], mine, chunk.shares)
+                wave = self.wave(buffers, part, slots, chunk.shares)
+                wave.records[:] = store.addresses[self.index, part]
+                yield wave
                 store.release(self.index, part.tolist())
         finally:
             store.end_prompt(self.index)
 
-    def _wave(
+    def wave(
         self,
         buffers: WaveBuffers,
         part: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-        mine: NDArray[np.int64],
+        slots: Slots,
         shares: NDArray[np.float32],
     ) -> Wave:
-        """Return the wave of some experts, `sizes` slots each, numbered as `mine` of all slots."""
+        """Return the wave of some experts, whose records are still to be named."""
+        mine, sizes = slots.of_experts(part), slots.sizes[part]
         wave = Wave(
             self.experts.form(self.index, int(part[0])),
             buffers.records[: len(part)],
@@ -358,7 +378,7 @@ class FastMoe:
             buffers.tokens[: len(mine)],
             buffers.shares[: len(mine)],
         )
-        wave.records[:] = self.store.addresses[self.index, part]
+        wave.records[:] = ABSENT
         np.cumsum(sizes, out=wave.starts[1:])
         wave.tokens[:], wave.shares[:] = mine // shares.shape[1], shares.ravel()[mine]
         return wave
@@ -373,9 +393,13 @@ class FastMoe:
         room = 2 * store.largest_claim(self.index) - store.count_claimed(self.index, left.tolist())
         store.claim(self.index, absent[: max(0, room)].tolist())
 
-    def _parts(self, sizes: NDArray[np.int64], slots: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the experts in use, those of one form that fit into some slots at a time."""
-        largest = self.store.largest_claim(self.index)
+    def parts(
+        self, sizes: NDArray[np.int64], slots: int, largest: int
+    ) -> Iterator[NDArray[np.int64]]:
+        """Yield the experts in use, those of one form that fit into some slots at a time.
+
+        There are `largest` at most; `sizes` are the slots of each expert.
+        """
         for form in range(len(self.forms)):
             used = np.flatnonzero((sizes > 0) & (self.experts.form_numbers[self.index] == form))
             while len(used):
@@ -413,14 +437,40 @@ class FastMoe:
 
         `experts` are records, their number and starts, `slots` the tokens and shares of slots.
         """
-        up, down = OPERATIONS[form.gate_up.name], OPERATIONS[form.down.name]
+        self.add_hidden(program, form, experts, x, hidden)
+        out = update.at(), 4 * update.stride
+        self.add_outputs(program, form, experts, hidden, out, slots)
+
+    def add_hidden(
+        self,
+        program: Program,
+        form: ExpertForm,
+        experts: tuple[int, int, int],
+        x: Rounded,
+        hidden: Rounded,
+    ) -> None:
+        """Compute the hidden layers of the slots of experts: records, their number and starts."""
         program.add(
-            up.experts_gate_up,
+            OPERATIONS[form.gate_up.name].experts_gate_up,
             *(*experts, 2 * form.inner // GROUP_ROWS, form.hidden, *x.addresses),
             *(*hidden.addresses, program.panels, self.limit),
         )
+
+    def add_outputs(
+        self,
+        program: Program,
+        form: ExpertForm,
+        experts: tuple[int, int, int],
+        hidden: Rounded,
+        out: tuple[int, int],
+        slots: tuple[int, int],
+    ) -> None:
+        """Add the weighted outputs of experts to rows of `out`: an address, and bytes of a row.
+
+        `slots` are the row of each slot and its weight.
+        """
         program.add(
-            down.experts_down,
+            OPERATIONS[form.down.name].experts_down,
             *(*experts, form.hidden // GROUP_ROWS, form.inner, *hidden.addresses),
-            *(update.at(), 4 * update.stride, program.panels, *slots, form.offset),
+            *(*out, program.panels, *slots, form.offset),
         )

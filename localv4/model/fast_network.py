@@ -15,6 +15,7 @@ from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts, MakeStore
 from localv4.model.fast_layer import FastLayer, Site
+from localv4.model.fast_moe import FastMoe, WaveBuffers
 from localv4.model.matrix import F32, Numerics, look_up
 from localv4.model.program import Program, Scratch
 from localv4.model.state import CELLS, State
@@ -209,6 +210,16 @@ class FastNetwork:
         if state.rows is not self.rows:
             raise ValueError(f"a state of {state.rows.name} rows in a network of {self.rows.name}")
         state.begin(tokens)
+
+    def mix_packed(
+        self, moe: FastMoe, chunk: ChunkBuffers, buffers: WaveBuffers, tokens: int
+    ) -> None:
+        """Add the weighted outputs of the experts that some tokens have chosen to `update`."""
+        for wave in moe.waves(chunk, buffers, tokens):
+            program = self.new_program()
+            self.publish(*wave.arrays)
+            moe.add_wave(program, chunk, buffers, wave)
+            self.run(program)
 
     def mix_stored(self, index: int, chunk: ChunkBuffers, tokens: int) -> None:
         """Compute `update` of a layer whose experts have no packed form."""

@@ -149,11 +149,7 @@ class RowsProgram:
         if self._waves is None:
             self._waves = WaveBuffers(network.config, self._rows)
         chunk.update.values[: self._rows] = 0
-        moe = network.layers[layer].moe
-        for wave in moe.waves(chunk, self._waves, self._rows):
-            program = network.new_program()
-            moe.add_wave(program, chunk, self._waves, wave)
-            network.run(program)
+        network.mix_packed(network.layers[layer].moe, chunk, self._waves, self._rows)
 
     def _build(self) -> list[Segment]:
         network = self._network

@@ -24,10 +24,6 @@ Split = Callable[[Key, int, int], Sequence[Callable[[], int]]]
 """Cuts the reading of a record to an address into about so many parts, one or more."""
 
 
-RECORDS_AT_ONCE = 4
-"""Records that all threads together read at a time, of many that wait."""
-
-
 class ReadError(LocalV4Error):
     """A record cannot be read: one line says which expert, where it lies, and why."""
 
@@ -88,7 +84,7 @@ class Readers:
 
     def __init__(self, load: Load, count: int, split: Split | None = None) -> None:
         self._load, self._split = load, split
-        self._fewest_parts = max(1, count // RECORDS_AT_ONCE)
+        self._parts = count
         self._urgent, self._guesses = _Queue(), _Queue()
         self._finished: deque[Finished] = deque()
         self._lock = threading.Lock()
@@ -126,6 +122,14 @@ class Readers:
         with self._lock:
             for key in keys:
                 self._work.notify(self._guesses.move_to(self._urgent, key))
+
+    def prefer(self, keys: Sequence[Key]) -> None:
+        """Let some guesses begin before all others, in this order."""
+        with self._lock:
+            waiting = self._guesses.waiting
+            for key in reversed(keys):
+                if key in waiting:
+                    waiting.move_to_end(key, last=False)
 
     def cancel(self, keys: Iterable[Key]) -> list[tuple[Key, int]]:
         """Forget guesses that have not begun; return which ones those were, with addresses."""
@@ -239,17 +243,17 @@ class Readers:
             job.begun = time.perf_counter()
             self._under_way += 1
             self._meter.begin(job.begun)
-            parts = self._cut(job, (self._idle + 1) // (len(queue.waiting) + 1))
+            parts = self._cut(job)
             job.parts_left = len(parts)
             queue.parts.extend((job, part) for part in parts)
             self._work.notify(len(parts) - 1)
         return queue.parts.popleft()
 
-    def _cut(self, job: _Job, threads: int) -> Sequence[Callable[[], int]]:
-        parts = max(self._fewest_parts, threads)
-        if self._split is not None and parts > 1:
+    def _cut(self, job: _Job) -> Sequence[Callable[[], int]]:
+        """Cut a record so that all threads can read it: it is there early, and in order."""
+        if self._split is not None and self._parts > 1:
             with suppress(Exception):  # `load` then meets what is wrong, and its error is kept
-                return self._split(job.key, job.address, parts)
+                return self._split(job.key, job.address, self._parts)
         return (lambda: self._load(job.key, job.address),)
 
     def _end_part(self, job: _Job, nbytes: int, error: BaseException | None) -> None:

@@ -6,7 +6,7 @@ than a wave: so much scratch memory keeps the products of all slots until they a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from localv4.cuda.twin import Kernel, Twin, Words, nothing
 from localv4.kernels.activations import SUMS_BYTES
@@ -167,12 +167,27 @@ EXPERT_SUM = Kernel(
 """Adds the products of the experts of each token."""
 
 
+DOWN_KINDS = "tiaiiaaaaiiaai"
+
+OUTPUTS_KINDS = f"{DOWN_KINDS}iiiiiia"
+"""The words of a down, and in that of scratch memory an array for the outputs of slots."""
+
+EXPERTS_SUM = Twin(OUTPUTS_KINDS, (replace(EXPERT_SUM, scratch=nothing),))
+"""The rest of a `down` whose outputs (slots, 16 * row groups) are in an array."""
+
+
+def expert_products(name: str) -> Twin:
+    """Return the first part of the `down` of that name: outputs of slots, into an array."""
+    kernel = MANY_PRODUCTS[name].kernels[0]
+    return Twin(OUTPUTS_KINDS, (replace(kernel, scratch=nothing),))
+
+
 def _gate_up(tile: Tile) -> Twin:
     return Twin("tiaiiaaaaaaif", (_expert_kernel(tile, "gate_up"),))
 
 
 def _down(tile: Tile) -> Twin:
-    return Twin("tiaiiaaaaiiaai", (_expert_kernel(tile, "down", _products_bytes), EXPERT_SUM))
+    return Twin(DOWN_KINDS, (_expert_kernel(tile, "down", _products_bytes), EXPERT_SUM))
 
 
 def _twins(prefix: str, tiles: Sequence[Tile], experts: Tile) -> dict[str, Twin]:
