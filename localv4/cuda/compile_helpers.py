@@ -20,7 +20,7 @@ from localv4.errors import LocalV4Error
 from localv4.kernels.threads import usable_processors
 
 MOST_HELPERS = 8
-"""Each takes some 300 MB while it works."""
+"""Each needs memory of its own for a compiler."""
 
 # The helper must find the same modules as this process, whatever that did to its path.
 _CODE = """

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from localv4.cuda.network import GpuNetwork
 
 PIECE_EXPERTS, PIECE_SLOTS = 12, 128
-"""What the host computes between two looks at what has come to the GPU: a few milliseconds."""
+"""What the host computes between two looks at what has come to the GPU."""
 
 READ_SLOTS = 16
-"""The host takes as long to read an expert as to multiply so many tokens with it (16 cores, one
-socket: 20; 2 cores with AMX: 12)."""
+"""The host takes about as long to read an expert as to multiply so many tokens with it: an estimate
+to begin with, for shares that follow what is measured."""
 
 SMOOTHING = 0.3
 """Weight of the last measurement in the mean."""

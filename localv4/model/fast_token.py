@@ -17,9 +17,10 @@ from localv4.model.program import Program
 from localv4.model.state import State
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
 
-GUESSED = (6, 4, 3)
-"""Experts at most that are guessed of the next layer, and of those behind it: the farther away, the
-fewer are right (docs/paging.md)."""
+GUESSED = (6,)
+"""Experts at most that are guessed of the next layer, and of as many behind it as there are numbers.
+
+With (6, 4, 3) nothing was gained (docs/paging.md)."""
 
 FIRST_POSITIONS = 4096
 """Positions that the buffers of attention have room for at first."""
