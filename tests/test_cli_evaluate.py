@@ -192,7 +192,7 @@ def test_divergence_from_a_file_and_from_a_model(tmp_path: Path) -> None:
         (("ppl", "-f", "missing.txt"), 1, "no such file"),
         (("kld",), 2, "--base FILE or --base-model"),
         (("kld", "--base", "a", "--base-model", "b"), 2, "--base FILE or --base-model"),
-        (("kld", "--base", "a", "-c", "64"), 2, "leave -f, -c and --bos out"),
+        (("kld", "--base", "a", "-c", "64"), 2, "--base-kv out"),
         (("kld", "--base", "missing"), 1, "no such file"),
         (("logits",), 2, "--tokens and --out, or --save-base"),
         (("logits", "--save-base", "a", "--out", "b"), 2, "--save-base is of a text"),

@@ -11,11 +11,11 @@ from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.row_operations import F32
 from localv4.library.installed import embedded_model_path
 from localv4.model.config_json import read_config
-from localv4.model.state import State
+from localv4.model.state import SLACK_TOKENS, State
 from localv4.planning import network, plan
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import Memory, read_memory
-from localv4.planning.model_facts import SLACK_TOKENS, ModelFacts, facts_of_recipe, held_state_bytes
+from localv4.planning.model_facts import ModelFacts, facts_of_recipe, held_state_bytes
 from localv4.planning.plan import GIB, MIB, make_plan
 from localv4.planning.recipes import load_recipes
 from localv4.storage import open_checkpoint

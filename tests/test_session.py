@@ -12,7 +12,8 @@ from networks import logits, open_network
 
 from localv4.engine.session import Session
 from localv4.errors import Cancelled, DoesNotFitError, UsageError
-from localv4.model.transformer import CHUNK_TOKENS, SLACK_TOKENS, Transformer
+from localv4.model.state import SLACK_TOKENS
+from localv4.model.transformer import CHUNK_TOKENS, Transformer
 
 IDS = load_golden("tiny300").input_ids
 

@@ -97,7 +97,9 @@ def _measure(
 
 
 def _localv4(*arguments: str) -> dict[str, Any]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    }
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-m", "localv4", *arguments],
         env=environment,

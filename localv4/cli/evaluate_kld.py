@@ -70,7 +70,10 @@ def kld(
     if (base is None) == (base_model is None):
         raise UsageError("give the base: either --base FILE or --base-model MODEL")
     if base is not None and {file, context, bos, base_numerics, base_kv} != {None}:
-        raise UsageError("--base FILE holds the text and its windows: leave -f, -c and --bos out")
+        raise UsageError(
+            "--base FILE holds the text, its windows and the base's logits: "
+            "leave -f, -c, --bos, --base-numerics and --base-kv out"
+        )
     if base is not None and not base.is_file():
         raise NotFoundError(f"no such file: {base}")
     text = evaluation.read_text(file) if base is None else ""

@@ -36,6 +36,7 @@ Tokens = Annotated[
 Out = Annotated[
     Path | None,
     _option(
+        "-o",
         "--out",
         panel=_LIST,
         metavar="FILE",

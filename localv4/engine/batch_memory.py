@@ -12,7 +12,8 @@ from localv4.engine.batching import EXPECTED_TOKENS
 from localv4.engine.memory import MemoryOptions, plan_memory, row_format, row_limits
 from localv4.kernels.row_operations import F32
 from localv4.kernels.threads import default_threads
-from localv4.model.fast import SLACK_TOKENS, FastTransformer
+from localv4.model.fast import FastTransformer
+from localv4.model.state import SLACK_TOKENS
 from localv4.planning.gpu_plan import GpuPlan
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import read_memory

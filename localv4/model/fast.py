@@ -30,7 +30,7 @@ from localv4.model.fast_token import TokenPlan
 from localv4.model.matrix import F32, Floats
 from localv4.model.packing import packed_bytes_of
 from localv4.model.program import Input, Rounded, Rows
-from localv4.model.state import State
+from localv4.model.state import SLACK_TOKENS, State
 from localv4.model.weights import Weights
 from localv4.paging.look_ahead import LookAhead
 from localv4.paging.options import KEEP_ALL
@@ -49,9 +49,6 @@ BALANCE = 0.1
 
 LEAST_ARENA = 8
 """Chunks grow only while an arena is so many times as large as their activations."""
-
-SLACK_TOKENS = 256
-"""How far a sequence can be taken back; no fewer than attention takes at a time."""
 
 HEAD_TOKENS = 32
 """Tokens whose logits are computed together."""

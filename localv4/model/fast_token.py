@@ -18,7 +18,7 @@ from localv4.model.state import State
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
 
 GUESSED = (6,)
-"""Experts at most that are guessed of the next layer, and of as many behind it as there are numbers.
+"""Experts at most that are guessed: of the next layer, and of one behind it for each more number.
 
 With (6, 4, 3) nothing was gained (docs/paging.md)."""
 

@@ -172,6 +172,9 @@ class Passer(Protocol):
         """The rings of a layer end with the tokens at positions first ... end - 1."""
 
 
+SLACK_TOKENS = 256
+"""How far a sequence can be taken back; no fewer than attention takes at a time."""
+
 BLOCK = 128
 """Positions for whose entries room is made at a time."""
 

@@ -14,7 +14,7 @@ from localv4.model.matrix import Floats, Numerics, look_up
 from localv4.model.moe import MoeBlock
 from localv4.model.norm import rms_norm
 from localv4.model.rotary import Rotary, compress_rotary, main_rotary
-from localv4.model.state import LayerState, State
+from localv4.model.state import SLACK_TOKENS, LayerState, State
 from localv4.model.weights import Layer, Weights
 from localv4.paging.row_memory import RowMemory
 
@@ -47,9 +47,6 @@ class Block:
 
 CHUNK_TOKENS = 128
 """Tokens of one forward pass: each row of weights is decoded once for all of them."""
-
-SLACK_TOKENS = 256
-"""How far a sequence can be taken back."""
 
 MOST_ROWS = 64
 """Sequences of which one token each can be processed in one call."""

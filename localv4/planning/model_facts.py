@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from localv4.kernels.row_operations import COMPACT, RowFormat
 from localv4.model.config import LayerKind, ModelConfig
-from localv4.model.state import compressor_capacity, window_capacity
+from localv4.model.state import SLACK_TOKENS, compressor_capacity, window_capacity
 from localv4.model.traffic import VALUE_BYTES, state_bytes
 from localv4.planning.network import multiply_adds, network_weights
 from localv4.planning.recipes import Recipe
@@ -15,9 +15,6 @@ ROUTED, EMBEDDING, HEAD = "routed experts", "embedding row", "head"
 """Components that are no part of the dense weights."""
 
 SHARED = "shared experts"
-
-SLACK_TOKENS = 256
-"""Positions that a sequence can be taken back (`model.fast.SLACK_TOKENS`)."""
 
 DEFAULT_ROWS = COMPACT
 """The format of compressed rows when nobody chooses one; docs/long_context.md tells why."""
