@@ -49,7 +49,7 @@ class Case:
         """Wait until nothing is being read, and let the store know."""
         while not self.store.readers.is_idle:
             time.sleep(0.001)
-        self.store.guess(0, [[]])
+        self.store.guess(0, [])
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 @pytest.mark.parametrize("case", [LAYERS * K + 20], indirect=True)
 def test_every_layer_has_its_guesses(case: Case) -> None:
     for layer in range(LAYERS):
-        case.store.guess(layer, [[4, 5, 6]])
+        case.store.guess(layer, [4, 5, 6])
         case.use(layer, [5, 6, 7])
     assert case.store.counts.guesses > GUESS_SLOTS
     case.store.end_token()
@@ -79,7 +79,7 @@ def test_every_layer_has_its_guesses(case: Case) -> None:
 def test_a_guess_stays_until_its_layer_has_passed(case: Case) -> None:
     case.use(0, [0, 1, 2])
     case.uses.clock += 1
-    case.store.guess(3, [[7, 8]])
+    case.store.guess(3, [7, 8])
     case.settle()
     for layer in (0, 1, 2):
         case.use(layer, [9, 10])
@@ -97,9 +97,9 @@ def test_a_better_guess_takes_the_place_of_one_that_has_not_begun(case: Case) ->
     case.disk.clear()
     case.store.request(0, [0, 1])
     assert not case.store.may_guess or len(case.read) == 2
-    case.store.guess(1, [[3, 4]])
+    case.store.guess(1, [3, 4])
     assert case.store.addresses[1, 3] == ON_ITS_WAY
-    case.store.guess(1, [[4, 5]])
+    case.store.guess(1, [4, 5])
     assert case.store.addresses[1, [3, 4, 5]].tolist() == [ABSENT, ON_ITS_WAY, ON_ITS_WAY]
     case.store.request(1, [5, 6])  # 4 is not wanted, and 5 is wanted now
     assert case.store.addresses[1, 4] == ABSENT
@@ -110,25 +110,9 @@ def test_a_better_guess_takes_the_place_of_one_that_has_not_begun(case: Case) ->
     assert case.store.counts.guesses == 1
 
 
-@pytest.mark.parametrize("case", [12], indirect=True)
-def test_the_next_layer_is_read_before_those_behind_it(case: Case) -> None:
-    case.disk.clear()
-    case.store.request(0, [0, 1])
-    case.store.guess(1, [[3], [6, 7], [8]])
-    case.store.guess(2, [[7, 9], [5]])  # 6 and 8 are not wanted any more
-    case.store.guess(1, [[4, 3]])
-    case.disk.set()
-    case.settle()
-    guessed = [key for key in case.read if key[0]]
-    assert sorted(guessed) == [(1, 3), (1, 4), (2, 7), (2, 9), (3, 5)]
-    assert guessed.index((1, 4)) < guessed.index((1, 3)) < guessed.index((2, 7))
-    assert guessed.index((2, 9)) < guessed.index((3, 5))
-    assert case.store.counts.guesses == 5
-
-
 @pytest.mark.parametrize("case", [3], indirect=True)
 def test_guesses_make_room_for_what_is_needed(case: Case) -> None:
-    case.store.guess(1, [[3, 4]])
+    case.store.guess(1, [3, 4])
     case.settle()
     case.use(0, [0, 1, 2])
     assert (case.store.addresses[0, :3] > 0).all()

@@ -2,25 +2,18 @@
 
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localv4.kernels.operation import WORDS
 from localv4.model.experts import UnpackableError
-from localv4.model.fast_layer import FastLayer
 from localv4.model.fast_moe import HiddenLayers
 from localv4.model.fast_network import FastNetwork
 from localv4.model.matrix import Floats
 from localv4.model.program import Program
 from localv4.model.state import State
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
-
-GUESSED = (6,)
-"""Experts at most that are guessed: of the next layer, and of one behind it for each more number.
-
-With (6, 4, 3) nothing was gained (docs/paging.md)."""
 
 FIRST_POSITIONS = 4096
 """Positions that the buffers of attention have room for at first."""
@@ -46,19 +39,18 @@ class Segment:
 class TokenPlan:
     """The program for one token; built again when the context outgrows its buffers.
 
-    `looks_ahead`: what the experts of the next layers may be is guessed, and read meanwhile. Their
-    routers are asked for what the streams hold before the attention of the first of them, and,
-    while the layer before waits for experts, for what they would hold without these.
+    `looks_ahead`: what the experts of a layer may be is guessed, and read meanwhile. Its router is
+    asked for what the streams hold before its attention, and, while the layer before waits for
+    experts, for what they would hold without these.
     """
 
     def __init__(self, network: FastNetwork) -> None:
         self._network = network
         self._chunk = ChunkBuffers(network.config, 1)
         self._hidden = HiddenLayers(network.config, network.most_forms)
-        self._guesses = [ChunkBuffers(network.config, 1) for _ in GUESSED]
-        self._outlook = copy(self._guesses[0])  # with streams of its own: the others go on
-        for guess in self._guesses:
-            guess.streams = self._chunk.streams
+        self._guess = ChunkBuffers(network.config, 1)
+        self._outlook = copy(self._guess)  # with streams of its own: the others go on
+        self._guess.streams = self._chunk.streams
         self._positions = 0
         self._attention: AttentionBuffers
         self._segments: list[Segment] = []
@@ -68,7 +60,7 @@ class TokenPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        owners = [self._chunk, self._hidden, *self._guesses]
+        owners = [self._chunk, self._hidden, self._guess]
         owners += [self._attention] if self._segments else []
         return sum(map(buffer_bytes, owners)) + self._outlook.streams.nbytes
 
@@ -190,16 +182,10 @@ class TokenPlan:
         network.team.run(self._outlooks[layer])
         self._read_guess(layer + 1)
 
-    def _read_guess(self, first: int) -> None:
-        """Have that read which the buffers of guesses say of a layer and those behind it."""
-        pairs = zip(self._ahead(first), GUESSED, strict=False)
-        ahead = [layer.moe.likeliest_first(guess)[:most] for (layer, guess), most in pairs]
-        self._network.store.guess(first, ahead)
-
-    def _ahead(self, first: int) -> list[tuple[FastLayer, ChunkBuffers]]:
-        """Return a layer and those behind it with the buffers of their guesses."""
-        pairs = zip(self._network.layers[first:], self._guesses, strict=False)
-        return list(takewhile(lambda pair: pair[0].moe.can_guess, pairs))
+    def _read_guess(self, layer: int) -> None:
+        """Have that read which the buffers of guesses say of a layer."""
+        numbers = self._network.layers[layer].moe.likeliest_first(self._guess)
+        self._network.store.guess(layer, numbers)
 
     def _run_late_down(self, layer: int) -> None:
         program, moe = self._network.new_program(), self._network.layers[layer].moe
@@ -254,18 +240,14 @@ class TokenPlan:
         segment.resumes[index] = len(program)
 
     def _add_glance(self, program: Program, segment: Segment, index: int) -> None:
-        """Choose what the next layers would as the streams are; halt if one is absent."""
-        ahead = self._ahead(index)
-        for layer, guess in ahead:
-            layer.add_router(program, guess, 1, leaves=False)
-        with program.alongside():
-            for layer, guess in ahead:
-                layer.moe.add_glance(program, guess, self._network.team.halt_address)
+        """Choose what a layer would if its attention added nothing; halt if one is absent."""
+        layer = self._network.layers[index]
+        layer.add_router(program, self._guess, 1, leaves=False)
+        layer.moe.add_glance(program, self._guess, self._network.team.halt_address)
         segment.glances[len(program) - 1] = index
 
     def _build_outlook(self, index: int) -> NDArray[np.int64]:
-        """Choose what a layer would without its attention and what has not come for the one before,
-        and what those behind it would.
+        """Choose what a layer would without its attention and what has not come for the one before.
 
         `add_late_down` leaves out experts that have no address in `hidden.records`.
         """
@@ -279,15 +261,7 @@ class TokenPlan:
         layer.ffn_site.add_mixing(program, leaving, 1, updates=2, leaves=True)
         layer.ffn_site.add_entry(program, outlook, 1)
         layer.moe.add_router(program, outlook, 1)
-        for later, guess in self._ahead(index)[1:]:
-            later.add_router(program, self._looking(guess), 1, leaves=False)
         return program.finish()
-
-    def _looking(self, guess: ChunkBuffers) -> ChunkBuffers:
-        """Return the buffers of a guess with the streams of the outlook."""
-        looking = copy(guess)
-        looking.streams = self._outlook.streams
-        return looking
 
     def _add_head(self, program: Program) -> None:
         site = self._network.head_site

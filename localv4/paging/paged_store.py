@@ -194,17 +194,15 @@ class PagedStore:
         """Whether a guess would be read soon: all that is needed has come or is being read."""
         return self.readers.has_begun_all
 
-    def guess(self, first: int, ahead: Sequence[Sequence[int]]) -> None:
-        """Have absent records of the next layers read while nothing that is needed waits.
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read, the likeliest first, while nothing that is needed waits.
 
-        `ahead` has those of layer `first` and of the ones behind it, the likeliest first. They take
-        the place of what was guessed for these layers before and has not begun.
+        They take the place of what was guessed for the layer before and has not begun.
         """
         self._collect(self.readers.finished())
-        self._settle_guesses(first - 1)
-        wanted = [(first + i, number) for i, numbers in enumerate(ahead) for number in numbers]
-        layers = range(first, first + len(ahead))
-        self._drop_guesses(key for key in self._guessed.difference(wanted) if key[0] in layers)
+        self._settle_guesses(layer - 1)
+        wanted = [(layer, number) for number in numbers]
+        self._drop_guesses(key for key in self._guessed.difference(wanted) if key[0] == layer)
         spared = self._needed | self._guessed | set(wanted)
         kept = self._claimed | (self.uses.last >= self.uses.clock)  # what the token has used so far
         placed = []
@@ -218,7 +216,6 @@ class PagedStore:
             self.counts.guesses += 1
             placed.append((key, address))
         self._submit(placed, urgent=False)
-        self.readers.prefer(wanted)
 
     def _drop_guesses(self, keys: Iterable[Key]) -> bool:
         """Forget guesses whose reading has not begun; say whether there were any."""

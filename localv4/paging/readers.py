@@ -123,14 +123,6 @@ class Readers:
             for key in keys:
                 self._work.notify(self._guesses.move_to(self._urgent, key))
 
-    def prefer(self, keys: Sequence[Key]) -> None:
-        """Let some guesses begin before all others, in this order."""
-        with self._lock:
-            waiting = self._guesses.waiting
-            for key in reversed(keys):
-                if key in waiting:
-                    waiting.move_to_end(key, last=False)
-
     def cancel(self, keys: Iterable[Key]) -> list[tuple[Key, int]]:
         """Forget guesses that have not begun; return which ones those were, with addresses."""
         with self._lock:

@@ -43,8 +43,8 @@ class ExpertStore(Protocol):
     def may_guess(self) -> bool:
         """Whether a guess would be read soon: all that is needed has come or is being read."""
 
-    def guess(self, first: int, ahead: Sequence[Sequence[int]]) -> None:
-        """Have absent records of layer `first` and those behind it read, the likeliest first."""
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
+        """Have absent records read, the likeliest first, while nothing that is needed waits."""
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
         """Note that a token stands still for want of some records."""
@@ -111,7 +111,7 @@ class MappedStore:
         """There is nothing to be read."""
         return False
 
-    def guess(self, first: int, ahead: Sequence[Sequence[int]]) -> None:
+    def guess(self, layer: int, numbers: Iterable[int]) -> None:
         """Do nothing."""
 
     def count_misses(self, layer: int, numbers: Iterable[int]) -> None:
