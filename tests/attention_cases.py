@@ -8,7 +8,7 @@ import row_forms
 from numpy.typing import NDArray
 from reference_packed import Floats, Wide, address, floats
 
-from localv4.kernels import attend, row_operations
+from localv4.kernels import attend, attend_keys, row_operations
 from localv4.kernels.head_lanes import spread
 from localv4.kernels.operation import WORDS, float_bits
 from localv4.kernels.row_operations import RowFormat
@@ -34,6 +34,7 @@ class Case:
     pairs: int = 8
     capacity: int = 0
     rows: RowFormat = row_operations.F32
+    rounded: bool = False
     x: Floats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,26 +61,32 @@ class Case:
                 self.chosen[t, :count] = np.sort(rng.permutation(most)[:count])
 
     def keys(self, t: int) -> Wide:
-        """The key rows that token t sees, in order."""
+        """The key rows that token t sees, in order, as the products take them."""
         last = self.position + t
         positions = np.arange(max(0, last - self.span + 1), last + 1)
         picked = self.chosen[t, : self.counts[t]] if self.top_k else np.arange(self.counts[t])
         rows = [self.window[positions % self.capacity], self.entries[picked]]
-        return np.concatenate(rows).astype(np.float64)
+        return self.taken(np.concatenate(rows))
+
+    def taken(self, operand: Floats | Wide) -> Wide:
+        """What tiles make of an operand of products, and vector registers leave as it is."""
+        if self.rounded:
+            operand = row_forms.rounded(operand.astype(F32))
+        return operand.astype(np.float64)
 
     def expected(self) -> Wide:
-        """The output of every token, (tokens, heads, n)."""
+        """The output of every token, (tokens, heads, n); `rounded`: with operands of tiles."""
         queries = self.x[:, : self.heads * self.n].astype(np.float64)
         queries = queries.reshape(self.tokens, self.heads, self.n)
         queries /= np.sqrt((queries**2).mean(2, keepdims=True) + EPS)
         out = np.empty_like(queries)
         for t in range(self.tokens):
             keys = self.keys(t)
-            scores = self.turn(t, queries[t], 1) @ keys.T / np.sqrt(self.n)
+            scores = self.taken(self.turn(t, queries[t], 1) / np.sqrt(self.n)) @ keys.T
             highest = np.maximum(scores.max(1), self.sinks)[:, None]
             weights = np.exp(scores - highest)
             total = weights.sum(1, keepdims=True) + np.exp(self.sinks[:, None] - highest)
-            out[t] = self.turn(t, weights / total @ keys, -1)
+            out[t] = self.turn(t, self.taken(weights / total) @ keys, -1)
         return out
 
     def turn(self, t: int, x: Wide, sign: int) -> Wide:
@@ -142,12 +149,21 @@ class Run:
         """Run the operations for one token."""
         case, context = self.case, np.array([self.case.position + t], np.int64)
         x, angles = self.rows(t)
+        sinks, tiled = address(self.sinks), int(case.rows.tiled)
         size, scratch, words = [case.heads, case.n], address(self.scratch), self.words(t, context)
         self.run(
             [
-                [attend.attend_query.address, x, *size, *angles, float_bits(EPS), scratch],
+                [
+                    attend_keys.attend_query.address,
+                    x,
+                    *size,
+                    *angles,
+                    float_bits(EPS),
+                    scratch,
+                    tiled,
+                ],
                 [case.rows.attend_scores.address, *words, *size, scratch, case.pairs],
-                [attend.attend_softmax.address, *words[:4], *size, address(self.sinks), scratch],
+                [attend_keys.attend_softmax.address, *words[:4], *size, sinks, scratch, tiled],
                 [case.rows.attend_values.address, *words[:4], *size, *angles, scratch, x],
             ]
         )
@@ -209,9 +225,9 @@ def assert_the_sink_takes_the_weight(result: Floats) -> None:
     assert np.abs(result[[0, 2, 3]]).max(1).min() > 1e-2
 
 
-def case_with_a_broken_key(spoilt: float) -> Case:
+def case_with_a_broken_key(spoilt: float, rows: RowFormat = row_operations.F32) -> Case:
     """The key of the third token has a channel that is not finite."""
-    case = Case(heads=4, n=32, tokens=4, position=40, span=8)
+    case = Case(heads=4, n=32, tokens=4, position=40, span=8, rows=rows)
     case.window[42 % case.capacity, 3] = spoilt
     return case
 

@@ -55,6 +55,11 @@ def from_bf16(values: NDArray[np.uint16]) -> Floats:
     return (values.astype(np.uint32) << 16).view(F32)
 
 
+def rounded(values: Floats) -> Floats:
+    """The float32 nearest to what bfloat16 can hold."""
+    return from_bf16(bf16(values))
+
+
 def mixed(rows: Floats) -> Floats:
     """Rows (any, n) after the Hadamard transform, with the additions of the kernels."""
     n = rows.shape[-1]

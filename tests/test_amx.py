@@ -10,12 +10,18 @@ import pytest
 from localv4.kernels.isa import ISA, LEVELS, VARIABLE, choose, restricted_features
 
 TRIPLE = "x86_64-linux-gnu"
-SAPPHIRE_RAPIDS = LEVELS["avx512-vnni"][1] | {"avxvnni", "avx512vbmi", "amx-tile", "amx-int8"}
+SAPPHIRE_RAPIDS = LEVELS["avx512-vnni"][1] | {
+    "avxvnni",
+    "avx512vbmi",
+    "amx-tile",
+    "amx-int8",
+    "amx-bf16",
+}
 
 
 def test_tiles_are_for_machines_that_have_them() -> None:
     assert choose(TRIPLE, SAPPHIRE_RAPIDS).amx
-    for missing in ("amx-tile", "amx-int8", "avx512bw"):
+    for missing in ("amx-tile", "amx-int8", "amx-bf16", "avx512bw"):
         assert not choose(TRIPLE, SAPPHIRE_RAPIDS - {missing}).amx
 
 

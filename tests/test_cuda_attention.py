@@ -20,12 +20,12 @@ from attention_cases import (
 )
 from cuda_twins import needs_compiler, run_twin
 
-from localv4.kernels import attend, row_operations
+from localv4.kernels import attend_keys, row_operations
 
 pytestmark = needs_compiler
 
 TOLERANCE = 1e-5
-ENTRIES = [attend.attend_query, attend.attend_softmax]
+ENTRIES = [attend_keys.attend_query, attend_keys.attend_softmax]
 for fmt in row_operations.FORMATS.values():
     ENTRIES += [fmt.attend, fmt.attend_scores, fmt.attend_values]
 BY_ADDRESS = {entry.address: entry for entry in ENTRIES}

@@ -7,7 +7,7 @@ import row_forms as twin
 from reference_packed import address
 
 from localv4.kernels.row_forms import BF16_ROWS, E2M1_ROWS, E4M3_ROWS, F32_ROWS, RowForm
-from localv4.kernels.simd import store_f32
+from localv4.kernels.simd import store_f32, store_i32
 
 pytestmark = pytest.mark.skipif(
     bool(numba.config.DISABLE_JIT), reason="kernels that take addresses need the compiler"
@@ -40,8 +40,20 @@ def _reader(form: RowForm):  # type: ignore[no-untyped-def]
     return run
 
 
+def _word_reader(form: RowForm):  # type: ignore[no-untyped-def]
+    words = form.words
+
+    @numba.njit  # type: ignore[untyped-decorator]
+    def run(out: int, row: int, n: int, rope: int) -> None:
+        for channel in range(0, n, 32):
+            store_i32(out + 2 * channel, words(row, channel, n, rope))
+
+    return run
+
+
 ENCODERS = {name: _encoder(form) for name, form in FORMS.items()}
 READERS = {name: _reader(form) for name, form in FORMS.items()}
+WORD_READERS = {name: _word_reader(form) for name, form in FORMS.items()}
 
 
 def stored(name: str, rows: np.ndarray, rope: int) -> np.ndarray:
@@ -60,6 +72,14 @@ def read(name: str, rows: np.ndarray, n: int, rope: int) -> np.ndarray:
     for target, row in zip(out, rows, strict=True):
         READERS[name](address(target), address(row), n, rope)
     return out
+
+
+def read_words(name: str, rows: np.ndarray, n: int, rope: int) -> np.ndarray:
+    """What the kernels read as bfloat16."""
+    out = np.empty((len(rows), n), np.uint16)
+    for target, row in zip(out, rows, strict=True):
+        WORD_READERS[name](address(target), address(row), n, rope)
+    return twin.from_bf16(out)
 
 
 def some_rows(n: int) -> np.ndarray:
@@ -89,6 +109,21 @@ def test_rows_read_as_what_is_stored(name: str, n: int, rope: int) -> None:
     np.testing.assert_array_equal(read(name, rows, n, rope), twin.decode(name, rows, n, rope))
 
 
+@forms
+@pytest.mark.parametrize(("n", "rope"), SHAPES)
+def test_words_are_the_rows_as_bfloat16(name: str, n: int, rope: int) -> None:
+    rows = stored(name, some_rows(n), rope)
+    expected = twin.rounded(twin.decode(name, rows, n, rope))
+    actual = read_words(name, rows, n, rope)
+    if name == "E4M3":  # subnormal codes are zero
+        largest = np.abs(expected).max(1, keepdims=True)
+        assert not np.where(expected == actual, 0, actual).any()
+        assert (np.abs(expected - actual) <= 2.0**-14 * largest).all()
+        assert (actual[:40] == expected[:40]).mean() > 0.99
+    else:
+        np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize(("name", "most"), [("BF16", 2**-8), ("E4M3", 2**-4), ("E2M1", 0.26)])
 def test_the_error_is_that_of_the_codes(name: str, most: float) -> None:
     rows = np.random.default_rng(1).standard_normal((50, 128)).astype(F32)
@@ -108,8 +143,9 @@ def test_bytes_of_the_released_models() -> None:
 def test_what_is_not_finite_is_not_hidden(name: str, spoilt: float, place: int) -> None:
     rows = np.random.default_rng(2).standard_normal((1, 128)).astype(F32)
     rows[0, place] = spoilt
-    result = read(name, stored(name, rows, 64), 128, 64)[0]
-    assert not np.isfinite(result[place])
+    row = stored(name, rows, 64)
+    assert not np.isfinite(read(name, row, 128, 64)[0, place])
+    assert not np.isfinite(read_words(name, row, 128, 64)[0, place])
 
 
 def test_mixing_keeps_products() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from cuda_cases import CHOSEN, EPS, EXPERTS, HIDDEN, Case, Chain, Memory, floats
 
-from localv4.kernels import attend, index_scores, mixes, pooling, route, row_operations, rows
+from localv4.kernels import attend_keys, index_scores, mixes, pooling, route, row_operations, rows
 from localv4.kernels import streams as hyper
 from localv4.kernels.activations import row_bytes
 from localv4.kernels.compiler import Entry
@@ -219,9 +219,9 @@ def _attend_one(fmt: RowFormat, context: int, ratio: int) -> Chain:
         seen = _keys(memory, fmt, context, 1, ratio)
         size, sinks = [HEADS, WIDTH], floats(memory, lanes(HEADS))
         return [
-            (attend.attend_query, [x, *size, *turn, EPS, scratch]),
+            (attend_keys.attend_query, [x, *size, *turn, EPS, scratch, 0]),
             (fmt.attend_scores, [*seen, *size, scratch, PAIRS]),
-            (attend.attend_softmax, [*seen[:4], *size, sinks, scratch]),
+            (attend_keys.attend_softmax, [*seen[:4], *size, sinks, scratch, 0]),
             (fmt.attend_values, [*seen[:4], *size, *turn, scratch, x]),
         ]
 

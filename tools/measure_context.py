@@ -23,7 +23,7 @@ import psutil
 from numpy.typing import NDArray
 
 from localv4.cli.sizes import parse_bytes
-from localv4.kernels import attend, index_scores
+from localv4.kernels import attend, attend_keys, index_scores
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.compiler import compile_kernels
 from localv4.kernels.head_lanes import spread
@@ -172,9 +172,9 @@ class Context:
         query, turn = self.query.ctypes.data, self._turn()
         sinks, eps = self.sinks.ctypes.data, float_bits(1e-6)
         return _program(
-            (attend.attend_query, query, heads, width, *turn, eps, scratch),
+            (attend_keys.attend_query, query, heads, width, *turn, eps, scratch, int(rows.tiled)),
             (rows.attend_scores, *seen, *where, heads, width, scratch, turn[2]),
-            (attend.attend_softmax, *seen, heads, width, sinks, scratch),
+            (attend_keys.attend_softmax, *seen, heads, width, sinks, scratch, int(rows.tiled)),
             (rows.attend_values, *seen, heads, width, *turn, scratch, query),
         )
 

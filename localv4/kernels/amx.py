@@ -34,6 +34,9 @@ TOKENS, SOME_TOKENS, FEW_TOKENS = 16, 12, 8
 
 CONFIGURATION_BYTES = 64
 
+WHOLE = 16
+"""Rows of the largest tile."""
+
 BLOCK_LINES = BLOCK // 4
 _ROW = 64  # bytes of a row of a tile, as stored
 
@@ -91,6 +94,14 @@ def begin_tiles(b: Builder, memory: Value, small: Value) -> None:
     some, few = (simd_ir.constant(BYTES, _configuration(n)) for n in (SOME_TOKENS, FEW_TOKENS))
     is_some = b.icmp_signed("==", small, ir.Constant(I64, SOME_TOKENS))
     simd_ir.store(b, b.select(is_some, some, few), memory)
+    emit(b, ("ldtilecfg", pointer(b, memory)))
+
+
+@operation(types.void, _address)
+def begin_whole_tiles(b: Builder, memory: Value) -> None:
+    """Let this thread use eight tiles of WHOLE rows of 64 bytes; memory: CONFIGURATION_BYTES."""
+    sizes = bytes((1, *bytes(15), *(_ROW, 0) * 8, *bytes(16), *(WHOLE,) * 8, *bytes(8)))
+    simd_ir.store(b, simd_ir.constant(BYTES, sizes), memory)
     emit(b, ("ldtilecfg", pointer(b, memory)))
 
 

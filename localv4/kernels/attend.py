@@ -2,8 +2,9 @@
 
 One key row per token serves all heads and is the value, too. The keys of a token are the raw
 window, oldest first, and then its compressed entries. For one token there are four operations,
-which share the work inside the token; for many there is one, which shares out tokens. Those that
-read keys are made by `kernels.attend_keys`, for each form of entries.
+which share the work inside the token; for many there is one, which shares out tokens
+(`kernels.attend_keys`). The products with keys are made in vector registers
+(`kernels.attend_lanes`) or in tiles (`kernels.attend_tiles`).
 
 All of them work in scratch memory of one layout, which does not depend on the number of keys:
 
@@ -12,6 +13,8 @@ All of them work in scratch memory of one layout, which does not depend on the n
 | lanes | n * lanes * 4       | the query, and when it is not needed any more the sums of values |
 | slots | n * KEY_BLOCK * 4   | for each CHANNELS channels those of KEY_BLOCK keys, side by side |
 | keys  | lanes * 4 + 64 each | score, later weight of each head; then the address of the key    |
+
+Behind the last key its copies fill up a block of keys.
 
 Words that say which keys token t at `position + t` sees: context (its word 0: position), span (how
 many positions the window shows, the token's own included), ratio (tokens of an entry, 0: there are
@@ -22,23 +25,23 @@ form of `kernels.row_forms`).
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from localv4.kernels.activations import exp
-from localv4.kernels.compiler import entry
 from localv4.kernels.device import device
 from localv4.kernels.head_lanes import (
     lane_row,
     lanes,
-    lanes_to_heads,
     norm_factors,
     rotate_heads,
     scale_heads,
     take_heads,
 )
-from localv4.kernels.head_tiles import CHANNELS, TILE_ROWS
-from localv4.kernels.operation import float_word, take_chunk, word
+from localv4.kernels.head_tiles import TILE_ROWS
+from localv4.kernels.operation import word
 from localv4.kernels.simd import (
     Vector,
     add,
@@ -50,6 +53,7 @@ from localv4.kernels.simd import (
     read_u32,
     splat_f32,
     store_f32,
+    write_i64,
 )
 from localv4.kernels.simd_ir import LANES
 
@@ -57,13 +61,39 @@ KEY_BLOCK = 64
 """Keys whose weights stay in the first cache while they meet all channels."""
 
 LINE = 64
+
+MOST_KEYS = max(TILE_ROWS, 32)
+"""Keys that are multiplied together at most."""
+
 _ONE = np.float32(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyProducts:
+    """One way to multiply queries and weights with keys, as functions of kernels.
+
+    `keys`, `channels`: how many are taken at once at least. `turn(scratch, v, heads, n)` brings
+    vector v of the prepared queries into the layout that `score` needs, `weigh(keys, row, count,
+    sink)` makes weights of the scores of sixteen heads in the layout that `sum_values` needs.
+    `score(operation, t, scratch, heads, n, rope, first, end)` finds and scores keys of token t;
+    `sum_values(scratch, heads, n, rope, raw, count, start, end)` sums channels of all keys, of
+    which the first `raw` are float32; `finish(out, scratch, first, heads, n, cos, sin, pairs)`
+    turns the sums of `channels` channels back and writes them to the row at out.
+    """
+
+    keys: int
+    channels: int
+    turn: Callable[[int, int, int, int], None]
+    score: Callable[[int, int, int, int, int, int, int, int], None]
+    weigh: Callable[[int, int, int, Vector], None]
+    sum_values: Callable[[int, int, int, int, int, int, int, int], None]
+    finish: Callable[[int, int, int, int, int, int, int, int], None]
 
 
 def scratch_bytes(heads: int, n: int, keys: int) -> int:
     """Return the size of the scratch memory for tokens that see up to `keys` keys of n channels."""
     row = 4 * lanes(heads)
-    return n * row + 4 * n * KEY_BLOCK + (keys + TILE_ROWS) * (row + LINE)
+    return (n + LANES) * row + 4 * n * KEY_BLOCK + (keys + MOST_KEYS) * (row + LINE)
 
 
 # --- the parts of the scratch memory, and the keys of a token ---
@@ -72,7 +102,7 @@ def scratch_bytes(heads: int, n: int, keys: int) -> int:
 @device
 def slots_of(scratch: int, heads: int, n: int) -> int:
     """Return where the channels of a block of keys are put side by side."""
-    return scratch + n * lane_row(heads)
+    return scratch + (n + LANES) * lane_row(heads)
 
 
 @device
@@ -115,6 +145,28 @@ def key_address(operation: int, t: int, j: int, row: int, entry_row: int) -> int
     return word(word(operation, 9), 0) + place * entry_row
 
 
+@device
+def float_count(operation: int, t: int) -> int:
+    """Return how many keys of token t, copies of the last one included, lie in its window."""
+    raw, count = window_count(operation, t), key_count(operation, t)
+    return raw if raw < count else count + MOST_KEYS
+
+
+@device
+def find_keys(
+    operation: int, t: int, scratch: int, heads: int, n: int, entry_row: int, first: int, end: int
+) -> None:
+    """Write the addresses of keys first ... end - 1 to their rows; behind the last key its copies.
+
+    entry_row: bytes of an entry.
+    """
+    row = lane_row(heads)
+    keys, last = keys_of(scratch, heads, n) + row, key_count(operation, t) - 1
+    for j in range(first, end):
+        key = key_address(operation, t, min(j, last), 4 * n, entry_row)
+        write_i64(keys + j * (row + LINE), key)
+
+
 # --- the arithmetic ---
 
 
@@ -153,52 +205,3 @@ def softmax(at: int, row: int, count: int, sink: Vector) -> None:
     share = divide(splat_f32(_ONE), total)
     for j in range(count):
         store_f32(at + row * j, multiply(load_f32(at + row * j), share))
-
-
-@device
-def finish_values(
-    out: int, scratch: int, first: int, heads: int, n: int, cos: int, sin: int, pairs: int
-) -> None:
-    """Turn CHANNELS sums back by the angles of the query and write them to the row at out."""
-    row, start = lane_row(heads), n - 2 * pairs
-    turned = max(first, start)
-    done, count = (turned - start) // 2, max(0, first + CHANNELS - turned) // 2
-    for head in range(0, heads, LANES):
-        at = scratch + 4 * head
-        rotate_heads(at + turned * row, row, count, cos + 4 * done, sin + 4 * done, -_ONE)
-        place = out + 4 * (head * n + first)
-        lanes_to_heads(place, 4 * n, at + first * row, row, heads - head)
-
-
-# --- one token ---
-
-
-@entry("fast")
-def attend_query(operation: int, member: int, members: int) -> None:
-    """Norm and rotate the queries of one token and lay them out in lanes.
-
-    Words: x, heads, n, cos, sin, pairs, eps as f32 bits, scratch. x: heads * n float32.
-    """
-    x, heads, n = word(operation, 1), word(operation, 2), word(operation, 3)
-    cos, sin, pairs = word(operation, 4), word(operation, 5), word(operation, 6)
-    eps, scratch = float_word(operation, 7), word(operation, 8)
-    v = take_chunk(operation)
-    while v < lane_row(heads) // 64:
-        prepare_query(scratch, x, v, heads, n, cos, sin, pairs, eps)
-        v = take_chunk(operation)
-
-
-@entry("fast")
-def attend_softmax(operation: int, member: int, members: int) -> None:
-    """Make weights of the scores of one token.
-
-    Words: context, span, ratio, counts, heads, n, sinks (lanes), scratch.
-    """
-    heads, n = word(operation, 5), word(operation, 6)
-    sinks, scratch = word(operation, 7), word(operation, 8)
-    row, count = lane_row(heads), key_count(operation, 0)
-    keys = keys_of(scratch, heads, n)
-    v = take_chunk(operation)
-    while v < row // 64:
-        softmax(keys + 64 * v, row + LINE, count, load_f32(sinks + 64 * v))
-        v = take_chunk(operation)

@@ -34,10 +34,10 @@ from localv4.kernels.simd import (
     splat_f32,
     splat_i32,
     store_f32,
+    store_i32,
     zeros_i32,
 )
 from localv4.kernels.simd_ir import FLOATS, INTS, Builder, Value
-from localv4.kernels.top_entries import store_i32
 from localv4.kernels.vectors import f32x16
 
 WIDE = 128 if ISA.level != "generic" else 0

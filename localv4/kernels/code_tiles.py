@@ -11,7 +11,15 @@ from llvmlite import ir
 from numba import types
 
 from localv4.kernels import simd_ir
-from localv4.kernels.amx import CONFIGURATION_BYTES, Call, emit, end_tiles, pointer
+from localv4.kernels.amx import (
+    CONFIGURATION_BYTES,
+    WHOLE,
+    Call,
+    begin_whole_tiles,
+    emit,
+    end_tiles,
+    pointer,
+)
 from localv4.kernels.code_keys import AHEAD, KEYS, Expand
 from localv4.kernels.code_scores import ScoreBlocks, positive_floats
 from localv4.kernels.device import device
@@ -19,28 +27,19 @@ from localv4.kernels.index_scores import scores_of
 from localv4.kernels.row_forms import E2M1_ROWS
 from localv4.kernels.simd import operation
 from localv4.kernels.simd_dots import prefetch
-from localv4.kernels.simd_ir import BYTES, FLOATS, I64, INTS, LANES, Builder, Value
+from localv4.kernels.simd_ir import FLOATS, I64, INTS, LANES, Builder, Value
 from localv4.kernels.stack import stack_floats
 
 CHANNELS, ROW = 128, 256
 """Channels of a query, and bytes of a row of 64 heads in lanes."""
 
 _BLOCK_LINES = KEYS * E2M1_ROWS.nbytes(CHANNELS, 0) // 64
-_TILE = 16  # rows of a tile, of 64 bytes
 _SUMS, _KEYS, _QUERIES = (0, 1), (2, 3), ((4, 5), (6, 7))  # numbers of tiles; of each half of n
 _address = types.int64
 _codes = stack_floats(KEYS * CHANNELS // 4)
 _sums, _other_sums = stack_floats(KEYS * ROW // 4), stack_floats(KEYS * ROW // 4)
 _scales, _other_scales = stack_floats(KEYS), stack_floats(KEYS)
 _configuration = stack_floats(CONFIGURATION_BYTES // 4)
-
-
-@operation(types.void, _address)
-def _begin(b: Builder, memory: Value) -> None:
-    """Let this thread use eight whole tiles; memory: CONFIGURATION_BYTES to spare."""
-    sizes = bytes((1, *bytes(15), *(64, 0) * 8, *bytes(16), *(_TILE,) * 8, *bytes(8)))
-    simd_ir.store(b, simd_ir.constant(BYTES, sizes), memory)
-    emit(b, ("ldtilecfg", pointer(b, memory)))
 
 
 @operation(types.void, _address, _address, _address)
@@ -93,7 +92,7 @@ def _multiplication(b: Builder, sums: Value, lines: Value, keys: Value) -> list[
             for half, tile in enumerate(tiles):
                 at = simd_ir.offset(b, lines, 16 * ROW * half + 64 * (2 * pair + i))
                 calls.append(("tileloadd64", tile, pointer(b, at), row))
-        for first in range(0, KEYS, _TILE):
+        for first in range(0, KEYS, WHOLE):
             for half, tile in enumerate(_KEYS):
                 at = simd_ir.offset(b, keys, CHANNELS * first + 64 * half)
                 calls.append(("tileloadd64", tile, pointer(b, at), stride))
@@ -164,7 +163,7 @@ def tile_scorer(expand: Expand) -> ScoreBlocks:
 
         So that both units have work, a block is multiplied while the one before is weighed.
         """
-        _begin(_configuration())
+        begin_whole_tiles(_configuration())
         codes, sums, earlier = _codes(), _sums(), _other_sums()
         scales, earlier_scales = _scales(), _other_scales()
         out, weights = 0, 0

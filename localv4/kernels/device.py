@@ -23,6 +23,16 @@ if llvm.llvm_version_info[0] in (20, 21, 22):
 
 def device(function: Function) -> Function:
     """Compile `function` together with its caller; it is never cached or timed on its own."""
+    return cast(Function, njit(**OPTIONS)(_distinct(function)))
+
+
+def inlined(function: Function) -> Function:
+    """Compile `function` into each of its callers: for what is called for a vector or two."""
+    return cast(Function, njit(**OPTIONS, forceinline=True)(_distinct(function)))
+
+
+def _distinct(function: Function) -> Function:
+    """Give a function a name of its own."""
     # Symbols in the cache are told apart by name and by a number that each process counts for
     # itself: functions that a factory makes, all of one name, would be mistaken for one another
     # when machine code of several processes meets.
@@ -30,4 +40,4 @@ def device(function: Function) -> Function:
     _made[key] += 1
     if _made[key] > 1:
         function.__qualname__ += f"_{_made[key]}"
-    return cast(Function, njit(**OPTIONS)(function))
+    return function

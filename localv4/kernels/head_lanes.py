@@ -57,7 +57,7 @@ def lane_row(heads: int) -> int:
 # --- sixteen heads times sixteen channels ---
 
 
-def _turn(b: Builder, rows: list[Value]) -> list[Value]:
+def turn_square(b: Builder, rows: list[Value]) -> list[Value]:
     """Return the columns of a square of sixteen vectors.
 
     Four times, vector i and vector i + 8 are interleaved to vectors 2 i and 2 i + 1: that moves the
@@ -89,7 +89,7 @@ def heads_to_lanes(
         distance = b.select(exists, b.mul(stride, ir.Constant(I64, head)), ir.Constant(I64, 0))
         vector = simd_ir.load(b, FLOATS, b.add(source, distance))
         vectors.append(b.select(exists, vector, simd_ir.filled(FLOATS, 0.0)))
-    for channel, vector in enumerate(_turn(b, vectors)):
+    for channel, vector in enumerate(turn_square(b, vectors)):
         place = b.add(out, b.mul(out_stride, ir.Constant(I64, channel)))
         simd_ir.store(b, vector, place)
 
@@ -101,7 +101,7 @@ def lanes_to_heads(
     """out[head][channel] = source[channel][head] for the first `count` heads, strides in bytes."""
     places = [b.add(source, b.mul(stride, ir.Constant(I64, channel))) for channel in range(LANES)]
     vectors = [simd_ir.load(b, FLOATS, place) for place in places]
-    for head, vector in enumerate(_turn(b, vectors)):
+    for head, vector in enumerate(turn_square(b, vectors)):
         with b.if_then(b.icmp_signed("<", ir.Constant(I64, head), count)):
             simd_ir.store(b, vector, b.add(out, b.mul(out_stride, ir.Constant(I64, head))))
 

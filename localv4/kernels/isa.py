@@ -22,7 +22,7 @@ VARIABLE = "LOCALV4_ISA"
 
 _AVX2 = frozenset(("avx2", "fma", "f16c"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
-_AMX = frozenset(("amx-tile", "amx-int8"))
+_AMX = frozenset(("amx-tile", "amx-int8", "amx-bf16"))
 # Best first. A level is available where the machine is of the family and has all the features.
 LEVELS = {
     "avx512-vnni": ("x86", _AVX512),

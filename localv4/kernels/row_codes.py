@@ -3,6 +3,8 @@
 Codes are made of numbers that are scaled already, rounded to the nearest, ties to even. They are
 read as halves, without their scale: a code that is shifted to its place in a half is its value
 times a power of two, exactly, subnormals included.
+
+*Words* are 32 numbers as bfloat16 in one vector: the operands of tiles (`kernels.attend_tiles`).
 """
 
 from llvmlite import ir
@@ -11,11 +13,25 @@ from numba import types
 from localv4.kernels import simd_ir
 from localv4.kernels.isa import ISA
 from localv4.kernels.simd import i32x16, operation
-from localv4.kernels.simd_ir import FLOATS, I8, I16, INTS, LANES, Builder, Value, filled
+from localv4.kernels.simd_ir import (
+    FLOATS,
+    I8,
+    I16,
+    INTS,
+    LANES,
+    SHORTS,
+    Builder,
+    Value,
+    filled,
+    vector,
+)
 from localv4.kernels.vectors import f32x16
 
 E4M3_UNIT = 8
 """Codes of E4M3 are read as their value times 2^-8."""
+
+SMALLEST_WORD_SCALE = 127 + E4M3_UNIT - 120
+"""The scale with which a code of E4M3 that is shifted to its place in a bfloat16 needs no other."""
 
 E2M1_UNIT = 14
 """Codes of E2M1 are read as their value times 2^-14."""
@@ -34,10 +50,34 @@ def load_bf16(b: Builder, address: Value) -> Value:
 @operation(types.void, _address, f32x16)
 def store_bf16(b: Builder, address: Value, value: Value) -> None:
     """Round to bfloat16 and write; NaN stays one."""
-    bits = _round_bits(b, b.bitcast(value, INTS), 16)
-    is_nan = b.fcmp_unordered("uno", value, value)
-    bits = b.select(is_nan, filled(INTS, 0x7FC0), bits)
-    simd_ir.store(b, b.trunc(bits, _SHORTS), address)
+    simd_ir.store(b, b.trunc(_bf16_bits(b, value), _SHORTS), address)
+
+
+@operation(i32x16, f32x16, f32x16)
+def rounded_words(b: Builder, low: Value, high: Value) -> Value:
+    """Return words of 32 numbers, rounded; NaN stays one."""
+    parts = [b.trunc(_bf16_bits(b, value), _SHORTS) for value in (low, high)]
+    return b.bitcast(simd_ir.join(b, parts), INTS)
+
+
+@operation(i32x16, f32x16, f32x16)
+def exact_words(b: Builder, low: Value, high: Value) -> Value:
+    """Return words of 32 numbers that bfloat16 holds as they are."""
+    upper = simd_ir.constant(vector(simd_ir.I32, 2 * LANES), range(1, 4 * LANES, 2))
+    parts = [b.bitcast(value, SHORTS) for value in (low, high)]
+    return b.bitcast(b.shuffle_vector(*parts, upper), INTS)
+
+
+@operation(i32x16, f32x16, f32x16)
+def paired_words(b: Builder, first: Value, second: Value) -> Value:
+    """Return words of both vectors in turn, rounded: lane by lane the first's and the second's."""
+    return pair_words(b, first, second)
+
+
+def pair_words(b: Builder, first: Value, second: Value) -> Value:
+    """Emit `paired_words`."""
+    high = b.shl(_bf16_bits(b, second), filled(INTS, 16))
+    return b.or_(_bf16_bits(b, first), high)
 
 
 @operation(i32x16, f32x16)
@@ -51,6 +91,23 @@ def load_e4m3(b: Builder, address: Value) -> Value:
     """Read sixteen codes of E4M3 as float32, times 2^-E4M3_UNIT."""
     shifted = b.shl(b.sext(simd_ir.load(b, _BYTES, address), _SHORTS), filled(_SHORTS, 7))
     return simd_ir.halves_to_floats(b, ISA.fast_half, b.and_(shifted, filled(_SHORTS, 0xBFFF)))
+
+
+@operation(i32x16, _address, types.int64)
+def e4m3_words(b: Builder, address: Value, scale: Value) -> Value:
+    """Return words of 32 codes of E4M3, times 2^(scale - 127 - E4M3_UNIT).
+
+    scale: SMALLEST_WORD_SCALE ... 254. Subnormal codes become zero: they are below 2^-14 of the
+    largest code.
+    """
+    codes = b.sext(simd_ir.load(b, vector(I8, 2 * LANES), address), SHORTS)
+    bits = b.and_(b.shl(codes, filled(SHORTS, 4)), filled(SHORTS, 0x87F0))
+    is_normal = b.icmp_signed("!=", b.and_(bits, filled(SHORTS, 0x0780)), filled(SHORTS, 0))
+    raised = b.shl(
+        b.sub(b.trunc(scale, I16), ir.Constant(I16, SMALLEST_WORD_SCALE)), ir.Constant(I16, 7)
+    )
+    scaled = b.add(bits, simd_ir.splat(b, raised, 2 * LANES))
+    return b.bitcast(b.select(is_normal, scaled, filled(SHORTS, 0)), INTS)
 
 
 @operation(types.void, _address, f32x16, f32x16)
@@ -76,6 +133,13 @@ def splat_power(b: Builder, exponent: Value) -> Value:
     """2^(exponent - 127) in all lanes, for 0 < exponent < 255; infinity for 255."""
     bits = b.shl(b.trunc(exponent, simd_ir.I32), ir.Constant(simd_ir.I32, 23))
     return simd_ir.splat(b, b.bitcast(bits, simd_ir.F32))
+
+
+def _bf16_bits(b: Builder, value: Value) -> Value:
+    """Return the bits of sixteen numbers as bfloat16; NaN stays one."""
+    bits = _round_bits(b, b.bitcast(value, INTS), 16)
+    is_nan = b.fcmp_unordered("uno", value, value)
+    return b.select(is_nan, filled(INTS, 0x7FC0), bits)
 
 
 def _round_bits(b: Builder, bits: Value, dropped: int) -> Value:

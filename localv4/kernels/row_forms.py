@@ -32,15 +32,19 @@ from typing import Any
 
 import numpy as np
 
-from localv4.kernels.device import device
+from localv4.kernels.device import device, inlined
 from localv4.kernels.operation import float_at
 from localv4.kernels.row_codes import (
     E2M1_UNIT,
     E4M3_UNIT,
+    SMALLEST_WORD_SCALE,
     e4m3_codes,
+    e4m3_words,
+    exact_words,
     load_bf16,
     load_e2m1,
     load_e4m3,
+    rounded_words,
     splat_power,
     store_bf16,
     store_e2m1,
@@ -50,6 +54,7 @@ from localv4.kernels.simd import (
     highest_i32,
     largest_i32,
     load_f32,
+    load_i32,
     magnitudes,
     multiply,
     read_u8,
@@ -78,15 +83,17 @@ class RowForm:
     """One way to store a row.
 
     `nbytes(n, rope)` is the size of a row, for Python; the other functions are those of kernels.
-    `stride(n, rope)` is the same; `load(row, channel, n, rope)` reads sixteen channels as float32;
-    `encode(row, source, n, rope)` writes the row of float32 at `source`, which is lost.
-    `is_plain`: rows are float32 and can be used where they are.
+    `stride(n, rope)` is the same; `load(row, channel, n, rope)` reads sixteen channels as float32,
+    `words(row, channel, n, rope)` 32 channels as bfloat16 (`kernels.row_codes`), which rounds those
+    of F32 only; `encode(row, source, n, rope)` writes the row of float32 at `source`, which is
+    lost. `is_plain`: rows are float32 and can be used where they are.
     """
 
     name: str
     nbytes: Callable[[int, int], int]
     stride: Any
     load: Callable[[int, int, int, int], Vector]
+    words: Callable[[int, int, int, int], Vector]
     encode: Callable[[int, int, int, int], None]
     is_plain: bool = False
 
@@ -101,6 +108,11 @@ def _f32_bytes(n: int, rope: int) -> int:
 @device
 def _load_f32(row: int, channel: int, n: int, rope: int) -> Vector:
     return load_f32(row + 4 * channel)
+
+
+@inlined
+def _f32_words(row: int, channel: int, n: int, rope: int) -> Vector:
+    return rounded_words(load_f32(row + 4 * channel), load_f32(row + 4 * channel + 64))
 
 
 @device
@@ -119,6 +131,11 @@ def _bf16_bytes(n: int, rope: int) -> int:
 @device
 def _load_bf16(row: int, channel: int, n: int, rope: int) -> Vector:
     return load_bf16(row + 2 * channel)
+
+
+@inlined
+def _bf16_words(row: int, channel: int, n: int, rope: int) -> Vector:
+    return load_i32(row + 2 * channel)
 
 
 @device
@@ -143,6 +160,23 @@ def _load_e4m3(row: int, channel: int, n: int, rope: int) -> Vector:
         return load_bf16(row + 2 * channel - coded)
     scale = int(read_u8(row + 2 * n - coded + channel // _E4M3_GROUP))
     return multiply(load_e4m3(row + channel), splat_power(scale))
+
+
+@inlined
+def _e4m3_words(row: int, channel: int, n: int, rope: int) -> Vector:
+    coded = (n - rope) // LANES * LANES
+    if channel >= coded:
+        return load_i32(row + 2 * channel - coded)
+    scale = int(read_u8(row + 2 * n - coded + channel // _E4M3_GROUP))
+    if channel + 2 * LANES <= coded and SMALLEST_WORD_SCALE <= scale < _LARGEST:
+        return e4m3_words(row + channel, scale)
+    return _other_e4m3_words(row, channel, n, rope)
+
+
+@device
+def _other_e4m3_words(row: int, channel: int, n: int, rope: int) -> Vector:
+    low, high = _load_e4m3(row, channel, n, rope), _load_e4m3(row, channel + LANES, n, rope)
+    return exact_words(low, high)
 
 
 @device
@@ -187,6 +221,12 @@ def _load_e2m1(row: int, channel: int, n: int, rope: int) -> Vector:
     scale = int(read_u8(row + n // 2 + group))
     shift = 4 * (channel % _E2M1_GROUP // LANES)
     return multiply(load_e2m1(row + LANES * group, shift), splat_power(scale))
+
+
+@device
+def _e2m1_words(row: int, channel: int, n: int, rope: int) -> Vector:
+    low, high = _load_e2m1(row, channel, n, rope), _load_e2m1(row, channel + LANES, n, rope)
+    return exact_words(low, high)
 
 
 @device
@@ -238,7 +278,20 @@ def mixing_factor(n: int) -> np.float32:
     return np.float32(1) / np.float32(np.sqrt(np.float32(mixed_block(n))))
 
 
-F32_ROWS = RowForm("F32", _f32_bytes, device(_f32_bytes), _load_f32, _encode_f32, is_plain=True)
-BF16_ROWS = RowForm("BF16", _bf16_bytes, device(_bf16_bytes), _load_bf16, _encode_bf16)
-E4M3_ROWS = RowForm("E4M3", _e4m3_bytes, device(_e4m3_bytes), _load_e4m3, _encode_e4m3)
-E2M1_ROWS = RowForm("E2M1", _e2m1_bytes, device(_e2m1_bytes), _load_e2m1, _encode_e2m1)
+F32_ROWS = RowForm(
+    *("F32", _f32_bytes, device(_f32_bytes)),
+    *(_load_f32, _f32_words, _encode_f32),
+    is_plain=True,
+)
+BF16_ROWS = RowForm(
+    *("BF16", _bf16_bytes, device(_bf16_bytes)),
+    *(_load_bf16, _bf16_words, _encode_bf16),
+)
+E4M3_ROWS = RowForm(
+    *("E4M3", _e4m3_bytes, device(_e4m3_bytes)),
+    *(_load_e4m3, _e4m3_words, _encode_e4m3),
+)
+E2M1_ROWS = RowForm(
+    *("E2M1", _e2m1_bytes, device(_e2m1_bytes)),
+    *(_load_e2m1, _e2m1_words, _encode_e2m1),
+)

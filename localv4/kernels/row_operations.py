@@ -6,7 +6,7 @@ operations of the format that a network uses are compiled.
 
 from dataclasses import dataclass
 
-from localv4.kernels.attend_keys import attend_keys
+from localv4.kernels.attend_keys import attend_keys, is_tiled
 from localv4.kernels.compiler import Entry, entry
 from localv4.kernels.index_codes import index_codes
 from localv4.kernels.index_keys import index_keys
@@ -34,6 +34,11 @@ class RowFormat:
     index_query: Entry
     index_scores: Entry
     index_choose: Entry
+
+    @property
+    def tiled(self) -> bool:
+        """Whether queries and weights of attention are to be laid out for tiles."""
+        return is_tiled(self.keys)
 
     @property
     def family(self) -> str:

@@ -116,6 +116,12 @@ def store_f32(b: Builder, address: Value, value: Value) -> None:
 
 
 @operation(types.void, _address, i32x16)
+def store_i32(b: Builder, address: Value, value: Value) -> None:
+    """Write sixteen int32."""
+    simd_ir.store(b, value, address)
+
+
+@operation(types.void, _address, i32x16)
 def store_i8(b: Builder, address: Value, value: Value) -> None:
     """Write the low bytes of sixteen int32."""
     simd_ir.store(b, b.trunc(value, simd_ir.vector(I8, LANES)), address)

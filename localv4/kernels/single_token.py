@@ -24,8 +24,8 @@ from localv4.kernels.simd import store_f32, zeros_f32
 ROW_GAP = 16
 """Floats between two rows of activations; see `activations` for the reason."""
 
-QUANTIZE_CHUNK = 16
-"""Blocks of 32 activations that a member takes at once."""
+LEAST_BLOCKS, MOST_BLOCKS = 16, 256
+"""Blocks that a member rounds at once: asking for the next ones takes as long as rounding ten."""
 
 
 @entry("fast")
@@ -39,15 +39,20 @@ def quantize(operation: int, member: int, members: int) -> None:
     count, cols = word(operation, 4), word(operation, 5)
     q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
     blocks = cols // packed.BLOCK
-    chunks = -(-blocks // QUANTIZE_CHUNK)
-    taken = take_chunk(operation)
-    while taken < count * chunks:
-        row, first = taken // chunks, taken % chunks * QUANTIZE_CHUNK
-        source = x + 4 * stride * (row if rows == 0 else word(rows, row))
-        end = min(first + QUANTIZE_CHUNK, blocks)
-        own_q, own_d = q + row * activations.q_row(cols), d + row * activations.d_row(cols)
-        activations.quantize(own_q, own_d, b + row * activations.b_row(cols), source, first, end)
-        taken = take_chunk(operation)
+    total = count * blocks
+    chunk = max(LEAST_BLOCKS, min(MOST_BLOCKS, total // (8 * members)))
+    at = take_chunk(operation) * chunk
+    while at < total:
+        end = min(at + chunk, total)
+        while at < end:
+            row, first = at // blocks, at % blocks
+            last = min(first + end - at, blocks)
+            source = x + 4 * stride * (row if rows == 0 else word(rows, row))
+            own_q, own_d = q + row * activations.q_row(cols), d + row * activations.d_row(cols)
+            own_b = b + row * activations.b_row(cols)
+            activations.quantize(own_q, own_d, own_b, source, first, last)
+            at += last - first
+        at = take_chunk(operation) * chunk
 
 
 @device

@@ -23,6 +23,7 @@ from localv4.kernels.simd import (
     operation,
     read_u32,
     splat_i32,
+    store_i32,
     sum_i32,
     write_i32,
     write_u32,
@@ -53,12 +54,6 @@ def order_keys(b: Builder, scores: Value) -> Value:
     bits = b.bitcast(scores, INTS)
     mirrored = b.sub(simd_ir.filled(INTS, _LOWEST), bits)
     return b.select(b.icmp_signed("<", bits, simd_ir.filled(INTS, 0)), mirrored, bits)
-
-
-@operation(types.void, _address, i32x16)
-def store_i32(b: Builder, address: Value, value: Value) -> None:
-    """Write sixteen int32."""
-    simd_ir.store(b, value, address)
 
 
 @operation(i32x16, i32x16, i32x16, i32x16)

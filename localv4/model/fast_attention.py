@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.kernels import attend, index_scores, pooling, rows
+from localv4.kernels import attend_keys, index_scores, pooling, rows
 from localv4.kernels.head_lanes import spread
 from localv4.kernels.operation import float_bits
 from localv4.kernels.row_operations import RowFormat
@@ -201,7 +201,8 @@ class FastAttention:
         """Return how the queries of one token are prepared; that is a step of its own for one."""
         buffers, size = part.buffers, (self.config.n_heads, self.config.head_dim)
         turn, scratch = self._angles(buffers), buffers.scratch.ctypes.data
-        return (attend.attend_query, buffers.query.at(), *size, *turn, self.eps, scratch)
+        words = (buffers.query.at(), *size, *turn, self.eps, scratch, int(self.entries.tiled))
+        return (attend_keys.attend_query, *words)
 
     def _attending(self, part: "Part") -> Iterator[Step]:
         """Yield how the queries are replaced by the output of attention, step by step."""
@@ -223,7 +224,8 @@ class FastAttention:
             )
             return
         yield (self.entries.attend_scores, *seen, *rows_of, heads, width, scratch, turn[2])
-        yield (attend.attend_softmax, *seen, heads, width, sinks, scratch)
+        tiled = int(self.entries.tiled)
+        yield (attend_keys.attend_softmax, *seen, heads, width, sinks, scratch, tiled)
         yield (self.entries.attend_values, *seen, heads, width, *turn, scratch, query.at())
 
     def _angles(self, buffers: AttentionBuffers) -> tuple[int, int, int]:

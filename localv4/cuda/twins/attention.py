@@ -42,7 +42,7 @@ def _query() -> Twin:
         scratch=lambda words: _scratch_bytes(words[2], words[3]),
         joins=4,
     )
-    return Twin("aiiaaifi", (kernel,), owner=8)
+    return Twin("aiiaaifii", (kernel,), owner=8)
 
 
 def _scores(name: str) -> Twin:
@@ -60,7 +60,7 @@ def _softmax() -> Twin:
         lambda words: words[5] * -(-words[6] // 256),
         scratch=lambda words: _scratch_bytes(words[5], words[6]),
     )
-    return Twin("aiiaiiai", (kernel,), owner=8)
+    return Twin("aiiaiiaii", (kernel,), owner=8)
 
 
 def _many(name: str) -> Twin:
@@ -72,8 +72,8 @@ def _many(name: str) -> Twin:
 
 
 ATTENTION = {
-    "attend.attend_query": _query(),
-    "attend.attend_softmax": _softmax(),
+    "attend_keys.attend_query": _query(),
+    "attend_keys.attend_softmax": _softmax(),
     **{f"row_operations.{name}_attend_scores": _scores(name) for name in FORMATS},
     **{f"row_operations.{name}_attend_values": Twin("aiiaiiaaiia", ()) for name in FORMATS},
     **{f"row_operations.{name}_attend": _many(name) for name in FORMATS},
