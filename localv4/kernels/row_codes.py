@@ -50,22 +50,20 @@ def load_bf16(b: Builder, address: Value) -> Value:
 @operation(types.void, _address, f32x16)
 def store_bf16(b: Builder, address: Value, value: Value) -> None:
     """Round to bfloat16 and write; NaN stays one."""
-    simd_ir.store(b, b.trunc(_bf16_bits(b, value), _SHORTS), address)
+    bits = b.lshr(_rounded(b, value), filled(INTS, 16))
+    simd_ir.store(b, b.trunc(bits, _SHORTS), address)
 
 
 @operation(i32x16, f32x16, f32x16)
 def rounded_words(b: Builder, low: Value, high: Value) -> Value:
     """Return words of 32 numbers, rounded; NaN stays one."""
-    parts = [b.trunc(_bf16_bits(b, value), _SHORTS) for value in (low, high)]
-    return b.bitcast(simd_ir.join(b, parts), INTS)
+    return _upper_halves(b, _rounded(b, low), _rounded(b, high))
 
 
 @operation(i32x16, f32x16, f32x16)
 def exact_words(b: Builder, low: Value, high: Value) -> Value:
     """Return words of 32 numbers that bfloat16 holds as they are."""
-    upper = simd_ir.constant(vector(simd_ir.I32, 2 * LANES), range(1, 4 * LANES, 2))
-    parts = [b.bitcast(value, SHORTS) for value in (low, high)]
-    return b.bitcast(b.shuffle_vector(*parts, upper), INTS)
+    return _upper_halves(b, low, high)
 
 
 @operation(i32x16, f32x16, f32x16)
@@ -76,8 +74,8 @@ def paired_words(b: Builder, first: Value, second: Value) -> Value:
 
 def pair_words(b: Builder, first: Value, second: Value) -> Value:
     """Emit `paired_words`."""
-    high = b.shl(_bf16_bits(b, second), filled(INTS, 16))
-    return b.or_(_bf16_bits(b, first), high)
+    low = b.lshr(_rounded(b, first), filled(INTS, 16))
+    return b.or_(low, b.and_(_rounded(b, second), filled(INTS, 0xFFFF0000)))
 
 
 @operation(i32x16, f32x16)
@@ -135,18 +133,30 @@ def splat_power(b: Builder, exponent: Value) -> Value:
     return simd_ir.splat(b, b.bitcast(bits, simd_ir.F32))
 
 
-def _bf16_bits(b: Builder, value: Value) -> Value:
-    """Return the bits of sixteen numbers as bfloat16; NaN stays one."""
-    bits = _round_bits(b, b.bitcast(value, INTS), 16)
+def _rounded(b: Builder, value: Value) -> Value:
+    """Return bits whose upper halves are sixteen numbers as bfloat16; NaN stays one."""
+    bits = _raise_half(b, b.bitcast(value, INTS), 16)
     is_nan = b.fcmp_unordered("uno", value, value)
-    return b.select(is_nan, filled(INTS, 0x7FC0), bits)
+    return b.select(is_nan, filled(INTS, 0x7FC00000), bits)
+
+
+def _upper_halves(b: Builder, low: Value, high: Value) -> Value:
+    """Return the upper halves of two times sixteen lanes, in order."""
+    upper = simd_ir.constant(vector(simd_ir.I32, 2 * LANES), range(1, 4 * LANES, 2))
+    parts = [b.bitcast(value, SHORTS) for value in (low, high)]
+    return b.bitcast(b.shuffle_vector(*parts, upper), INTS)
 
 
 def _round_bits(b: Builder, bits: Value, dropped: int) -> Value:
     """Return the bits of floats without the lowest `dropped` ones, rounded to the nearest even."""
+    return b.lshr(_raise_half(b, bits, dropped), filled(INTS, dropped))
+
+
+def _raise_half(b: Builder, bits: Value, dropped: int) -> Value:
+    """Return what is the nearest when the lowest `dropped` bits are cut off; of two the even one."""
     odd = b.and_(b.lshr(bits, filled(INTS, dropped)), filled(INTS, 1))
     half = filled(INTS, (1 << (dropped - 1)) - 1)
-    return b.lshr(b.add(b.add(bits, half), odd), filled(INTS, dropped))
+    return b.add(b.add(bits, half), odd)
 
 
 def _codes(b: Builder, value: Value, mantissa: int, bias: int, sign: int) -> Value:
