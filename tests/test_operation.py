@@ -1,9 +1,10 @@
 """Sharing out the rows of a matrix: every group once, small pieces at the end."""
 
+import numpy as np
 import pytest
 from numba import config
 
-from localv4.kernels.operation import LARGEST_CHUNK, chunk_groups, piece
+from localv4.kernels.operation import LAST_GROUPS, piece
 from localv4.kernels.single_token import expert_piece
 
 pytestmark = pytest.mark.skipif(bool(config.DISABLE_JIT), reason="members need the compiler")
@@ -29,10 +30,16 @@ def test_pieces_have_every_group_once(members: int) -> None:
 @pytest.mark.parametrize(("groups", "members"), [(256, 2), (2048, 2), (256, 16), (8080, 32)])
 def test_the_last_pieces_are_small_but_not_too_small(groups: int, members: int) -> None:
     sizes = [end - first for first, end in pieces(groups, members)]
-    chunk = chunk_groups(groups, members)
-    assert max(sizes) <= LARGEST_CHUNK
-    assert max(sizes[-members:]) <= max(2, chunk // 4)
+    assert sizes[-1] <= LAST_GROUPS
     assert all(size % 2 == 0 for size in sizes)
+
+
+@pytest.mark.parametrize(("groups", "members"), [(256, 2), (2048, 2), (256, 16), (8080, 32)])
+def test_pieces_are_few_and_leave_half_to_whoever_is_quick(groups: int, members: int) -> None:
+    sizes = [end - first for first, end in pieces(groups, members)]
+    assert sum(sizes[:members]) <= groups / 2
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) <= members * (2 + np.log2(groups / members))
 
 
 def test_experts_are_shared_out_one_after_the_other() -> None:

@@ -26,8 +26,8 @@ ALONGSIDE, COUNTER = 22, 23
 LARGEST_CHUNK = 16
 """Row groups that a member takes at once: enough for the prefetchers to get going."""
 
-SMALLER = 4
-"""The last pieces of a matrix are smaller than its chunks by this factor."""
+LAST_GROUPS = 4
+"""Row groups of the last pieces of a matrix, for which members wait."""
 
 
 @device
@@ -68,15 +68,19 @@ def chunk_groups(groups: int, members: int) -> int:
 def piece(number: int, groups: int, members: int) -> tuple[int, int]:
     """Return which row groups piece `number` of a matrix has: (first, end); none: first >= groups.
 
-    Pieces are chunks, and toward the end smaller ones: members wait for the last piece of all.
+    Each round of pieces, one for each member, has half of what is left, down to LAST_GROUPS each: a
+    new piece costs the time of an atomic addition and of memory that begins to deliver, and what
+    one member must wait for at the end is as small as before.
     """
-    chunk = chunk_groups(groups, members)
-    small = max(min(2, chunk), chunk // SMALLER)  # kernels read two groups at a time
-    whole = max(0, groups // chunk - 2 * members)
-    if number < whole:
-        return number * chunk, (number + 1) * chunk
-    first = whole * chunk + (number - whole) * small
-    return first, min(first + small, groups)
+    last = min(LAST_GROUPS, max(min(2, groups), groups // (8 * members)))
+    first, size, left = 0, groups // (2 * members), number
+    while size > last and left >= members:
+        size -= size % 2  # kernels read two groups at a time
+        first += members * size
+        size, left = (groups - first) // (2 * members), left - members
+    size = max(size - size % 2, last)
+    first += left * size
+    return first, min(first + size, groups)
 
 
 def float_bits(value: float) -> int:
