@@ -79,7 +79,8 @@ def imatrix(
     from localv4.storage.imatrix_file import write_imatrix
 
     exact = engine_options.Arithmetic.EXACT
-    engine = evaluation.load(model, threads, pin, exact, quiet, no_color).engine
+    computing = engine_options.MeasuringOptions(threads, pin, exact, device="cpu")
+    engine = evaluation.load(model, computing, quiet, no_color).engine
     tokens = evaluation.tokenize(engine, text, file)
     part = evaluation.cut_text(engine, tokens, context or evaluation.WINDOW, windows, bos)
     make = collecting.Collector if second_moments is None else _moments_within(engine, limit)
