@@ -14,6 +14,7 @@ from localv4.engine.batch_memory import BatchPlan, plan_batch
 from localv4.engine.batching import BatchStats
 from localv4.engine.engine import Engine
 from localv4.engine.memory import MemoryOptions
+from localv4.engine.setup import Setup
 from localv4.kernels.row_operations import COMPACT, FORMATS
 from localv4.library.installed import embedded_model_path
 from localv4.library.registry import ApiPrice, ModelSpec
@@ -83,7 +84,7 @@ def test_little_memory_means_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_jit
 def test_the_plan_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(monkeypatch, 4, parallel=8)
-    engine = Engine.load(embedded_model_path(), threads=1, memory=found.memory)
+    engine = Engine.load(embedded_model_path(), Setup(threads=1, memory=found.memory))
     assert engine.plan is not None
     assert engine.plan.reserve == found.memory.reserve
     state = held_state_bytes(engine.config, engine.plan.ctx_size, COMPACT)

@@ -18,6 +18,7 @@ from localv4.engine.engine import Engine
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.sampler import Sampling
 from localv4.engine.session import Session
+from localv4.engine.setup import Setup
 from localv4.errors import Cancelled, DoesNotFitError, NumericsError
 from localv4.kernels.row_operations import COMPACT
 from localv4.library.installed import embedded_model_path
@@ -40,7 +41,7 @@ GREEDY = Sampling(temperature=0.0)
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """The built-in model."""
-    loaded = Engine.load(embedded_model_path(), ctx_size=600, threads=2)
+    loaded = Engine.load(embedded_model_path(), Setup(ctx_size=600, threads=2))
     yield loaded
 
 
@@ -137,7 +138,7 @@ def test_sampled_rows_do_not_depend_on_their_company(engine: Engine) -> None:
 
 
 def test_exact_arithmetic() -> None:
-    engine = Engine.load(embedded_model_path(), ctx_size=600, threads=2, numerics="exact")
+    engine = Engine.load(embedded_model_path(), Setup(ctx_size=600, threads=2, numerics="exact"))
     jobs = [job(engine, text, max_tokens=6) for text in QUESTIONS[:3]]
     ended = drain(Batcher(engine, 8), jobs)
     assert [tokens(ended[asked]) for asked in jobs] == [alone(engine, asked) for asked in jobs]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from networks import CONTEXT, logits, open_network
 from numpy.typing import NDArray
 
-from localv4.engine.engine import Engine, NumericsName
+from localv4.engine.engine import Engine
 from localv4.engine.ladder import KEPT_PROMPTS, STEP_TOKENS, Ladder
 from localv4.engine.session import Network, Session, common_prefix
+from localv4.engine.setup import NumericsName, Setup
 from localv4.errors import Cancelled, LocalV4Error
 from localv4.kernels.row_operations import COMPACT
 from localv4.library.installed import embedded_model_path, resolve
@@ -234,7 +235,7 @@ def test_forks_rewind_by_the_rungs_they_inherited(
 @pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT", "0") != "0", reason="too slow")
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_the_built_in_model_goes_back_anywhere(numerics: NumericsName) -> None:
-    network = Engine.load(resolve("tiny-v4").path, threads=2, numerics=numerics).network
+    network = Engine.load(resolve("tiny-v4").path, Setup(threads=2, numerics=numerics)).network
     cuts = [*CUTS, *np.random.default_rng(5).integers(1, 298, 5).tolist()]
     clean = Session(network, CONTEXT).all_logits(IDS[:300])
     session, snapshots = Session(network, CONTEXT), []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localv4.engine.batching import EXPECTED_TOKENS
-from localv4.engine.memory import MemoryOptions, plan_memory, row_format, row_limits
+from localv4.engine.memory import MemoryOptions, plan_memory, with_rows
 from localv4.kernels.row_operations import F32
 from localv4.kernels.threads import default_threads
 from localv4.model.fast import FastTransformer
@@ -70,12 +70,12 @@ def plan_batch(
     wanted = parallel or max(LEAST_ROWS, ROWS_PER_THREAD * threads)
     wanted = max(1, min(wanted, rows, FastTransformer.most_rows))
     tokens = min(ctx_size or config.max_positions, 2 * EXPECTED_TOKENS)
-    stored = F32 if exact else row_format(options)
-    row_bytes = held_state_bytes(config, tokens, stored, SLACK_TOKENS)
     if exact:
+        row_bytes = held_state_bytes(config, tokens, F32, SLACK_TOKENS)
         room = int(STATE_SHARE * read_memory().available)
         return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options, row_bytes)
-    facts = replace(facts, rows=stored, limits=row_limits(options))
+    facts = with_rows(facts, options)
+    row_bytes = held_state_bytes(config, tokens, facts.rows, SLACK_TOKENS)
     plan = plan_memory(facts, options, ctx_size, threads)
     own = plan.fixed["decoder state"]
     beyond = plan.usable - plan.total  # what neither the model nor one row takes
