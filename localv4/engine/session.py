@@ -7,11 +7,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.engine.ladder import STEP_TOKENS, Ladder, last_step, wanted_rungs
+from localv4.engine.ladder import Ladder
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.threads import use_threads
 from localv4.model.fast import FastTransformer
 from localv4.model.matrix import Floats
+from localv4.model.rungs import STEP_TOKENS, last_step, wanted_rungs
 from localv4.model.snapshot import Passing, Snapshot, fork, restore, take_snapshot
 from localv4.model.state import State
 from localv4.model.transformer import Transformer
