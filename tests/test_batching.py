@@ -16,12 +16,14 @@ from localv4.engine.batch_rows import Job
 from localv4.engine.batching import Batcher, Outcome
 from localv4.engine.engine import Engine
 from localv4.engine.growing_answer import ReplyOptions
+from localv4.engine.ladder import Ladder
 from localv4.engine.sampler import Sampling
-from localv4.engine.session import Session
 from localv4.engine.setup import Setup
 from localv4.errors import Cancelled, DoesNotFitError, NumericsError
 from localv4.kernels.row_operations import COMPACT
 from localv4.library.installed import embedded_model_path
+from localv4.model.rungs import STEP_TOKENS
+from localv4.model.snapshot import Snapshot
 from localv4.planning.model_facts import held_state_bytes
 from localv4.text.prompt import parse_messages, render
 
@@ -319,12 +321,22 @@ def test_cancelled_between_layers(engine: Engine) -> None:
     assert engine.network.cancelled is None
 
 
-def test_ladders_of_rows_are_given_up(engine: Engine) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_no_snapshots_are_taken_of_rows(
+    together: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where prompts are read together nor where each is read for itself."""
+    monkeypatch.setattr(engine.network, "reads_together", together)
+    taken: list[Snapshot] = []
+    monkeypatch.setattr(Ladder, "add", lambda _, rung: taken.append(rung))
+    asked = job(engine, SYSTEM * 2, 50)
+    assert len(asked.prompt_ids) > STEP_TOKENS
     batcher = Batcher(engine, 4)
-    batcher.submit(job(engine, SYSTEM * 2, 50))
+    batcher.submit(asked)
     batcher.step()
-    session = batcher._running[0].session
-    assert isinstance(session, Session) and session.ladder.positions == []
+    assert len(batcher._running) == 1 and not taken
+    engine.new_session().read(asked.prompt_ids.tolist())
+    assert taken
 
 
 def test_stop_strings(engine: Engine) -> None:

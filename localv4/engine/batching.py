@@ -211,6 +211,7 @@ class Batcher:
         except DoesNotFitError as error:
             self._give_way(row, error)
         else:
+            session.go_on_only()  # rows never go back: snapshots would only take memory
             row.session = session
             self._joining.append(row)
 
@@ -251,7 +252,6 @@ class Batcher:
 
     def _start(self, row: RunningRow) -> None:
         assert row.session is not None
-        row.session.ladder.cut(-1)  # rows never go back: snapshots would only take memory
         self._running.append(row)
 
     def _decode(self) -> None:

@@ -46,6 +46,7 @@ class Session:
         self.tokens: list[int] = []
         self.ladder = Ladder()
         self.store: Store | None = None
+        self._climbs = True
         try:
             self._state = network.new_state()
         except MemoryError:
@@ -69,6 +70,11 @@ class Session:
     def reset(self) -> None:
         """Forget everything."""
         self.rollback(0)
+
+    def go_on_only(self) -> None:
+        """Keep no snapshots, now and later: further back than the rings reach is the beginning."""
+        self._climbs = False
+        self.ladder = Ladder()
 
     def fork(self) -> "Session":
         """Return another timeline that begins with the same tokens and goes its own way.
@@ -189,7 +195,8 @@ class Session:
     def _pass(self, part: NDArray[np.int64]) -> Floats:
         """Process some tokens; put up the rungs that they pass where the rings move on."""
         first, end = self.position, self.position + len(part)
-        passing = Passing(wanted_rungs(first, end - self.network.slack))
+        wanted = wanted_rungs(first, end - self.network.slack) if self._climbs else ()
+        passing = Passing(wanted)
         self._state.passer = passing
         try:
             vectors = self.network.forward(part, self._state)
@@ -201,6 +208,8 @@ class Session:
 
     def _climb(self, tokens: int) -> None:
         """Put up the rungs that the last `tokens` tokens have passed, where the rings allow it."""
+        if not self._climbs:
+            return
         tip = self.position
         passed = range(last_step(tip), tip - tokens, -STEP_TOKENS)
         for place in filter(self._state.can_roll_back, passed):
