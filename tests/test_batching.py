@@ -18,9 +18,10 @@ from localv4.engine.engine import Engine
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.ladder import Ladder
 from localv4.engine.sampler import Sampling
+from localv4.engine.session import remedy
 from localv4.engine.setup import Setup
 from localv4.errors import Cancelled, DoesNotFitError, NumericsError
-from localv4.kernels.row_operations import COMPACT
+from localv4.kernels.row_operations import COMPACT, F32
 from localv4.library.installed import embedded_model_path
 from localv4.model.rungs import STEP_TOKENS
 from localv4.model.snapshot import Snapshot
@@ -284,6 +285,21 @@ def test_memory_that_runs_out_costs_no_row(engine: Engine, monkeypatch: pytest.M
     ended = drain(batcher, jobs)
     assert [tokens(ended[asked]) for asked in jobs] == expected
     assert max(calls) > 2 and batcher.stats.paused > 0
+
+
+def test_a_lone_prompt_without_memory_is_told_what_helps(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine.network, "forward_many", full)
+    asked = job(engine, "Hi")
+    error = drain(Batcher(engine, 2), [asked])[asked].error
+    assert isinstance(error, DoesNotFitError) and "out of memory in a prompt of" in error.message
+    assert error.hint is not None and "--ram" in error.hint and "--kv" not in error.hint
+    monkeypatch.setattr(type(engine.network), "rows", F32)
+    assert "--kv compact" in remedy(engine.network)
 
 
 def test_bad_logits_end_one_row_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,8 @@ def logits(
         raise UsageError("give --tokens and --out, or --save-base")
     if save_base is None and of_text != (None, None, None, None):
         raise UsageError("-f, -c, -w and --bos belong to --save-base")
+    for target in filter(None, (out, save_base)):
+        evaluation.check_folder(target)
     ids = read_tokens(tokens) if tokens is not None else []
     text = evaluation.read_text(file) if save_base is not None else ""
 

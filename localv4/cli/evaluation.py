@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from localv4.cli import engine_options
 from localv4.cli.option_groups import option
-from localv4.errors import DoesNotFitError, UsageError
+from localv4.errors import DoesNotFitError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
@@ -114,6 +114,12 @@ def read_text(path: Path | None) -> str:
     if not text.strip():
         raise UsageError(f"{source} is empty")
     return text
+
+
+def check_folder(path: Path) -> None:
+    """Raise NotFoundError where there is no folder for a file, long before it is written."""
+    if not path.parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.parent}")
 
 
 def tokenize(engine: "Engine", text: str, path: Path | None) -> Text:

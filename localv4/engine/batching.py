@@ -20,7 +20,7 @@ import numpy as np
 from localv4.engine.batch_prefixes import Ids, Prefixes
 from localv4.engine.batch_rows import Answer, Job, RunningRow
 from localv4.engine.engine import Engine
-from localv4.engine.session import Session, extend_together
+from localv4.engine.session import Session, extend_together, remedy
 from localv4.errors import DoesNotFitError, LocalV4Error, NumericsError
 from localv4.kernels.threads import use_threads
 from localv4.model.matrix import Floats
@@ -290,7 +290,8 @@ class Batcher:
             for session in sessions:  # some may have gone ahead
                 session.state.roll_back(len(session.tokens))
             row = self._running.pop()
-            self._give_way(row, DoesNotFitError(f"out of memory at token {len(row.ids_before)}"))
+            message = f"out of memory at token {len(row.ids_before)}"
+            self._give_way(row, DoesNotFitError(message, hint=remedy(self._network)))
             return None
         finally:
             self._network.cancelled = None

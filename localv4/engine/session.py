@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from localv4.engine.ladder import Ladder
 from localv4.errors import DoesNotFitError, UsageError
+from localv4.kernels.row_operations import COMPACT
 from localv4.kernels.threads import use_threads
 from localv4.model.fast import FastTransformer
 from localv4.model.matrix import Floats
@@ -50,7 +51,7 @@ class Session:
         try:
             self._state = network.new_state()
         except MemoryError:
-            raise DoesNotFitError("not enough memory for the state of a new session") from None
+            raise _no_room_for_a_session(network) from None
 
     @property
     def state(self) -> State:
@@ -86,7 +87,7 @@ class Session:
         try:
             twin._state = fork(self._state)
         except MemoryError:
-            raise DoesNotFitError("not enough memory for the state of a new session") from None
+            raise _no_room_for_a_session(self.network) from None
         return twin
 
     def rollback(self, position: int) -> None:
@@ -120,7 +121,9 @@ class Session:
             try:
                 found = self.store.load(self._state, token_ids[:-1], shared)
             except MemoryError:
-                raise DoesNotFitError("not enough memory for a stored session") from None
+                raise DoesNotFitError(
+                    "not enough memory for a stored session", hint=remedy(self.network)
+                ) from None
             if found is not None:
                 self.tokens = list(token_ids[: found.position])
                 self.ladder.add(found)
@@ -256,12 +259,30 @@ def extend_together(
     try:
         network.forward_many(np.concatenate(ids), [session.state for session in sessions], counts)
     except MemoryError:
-        raise DoesNotFitError(f"out of memory in a prompt of {max(counts)} tokens") from None
+        raise DoesNotFitError(
+            f"out of memory in a prompt of {max(counts)} tokens", hint=remedy(network)
+        ) from None
     finally:
         network.cancelled = None
     for session, own in zip(sessions, ids, strict=True):
         session.tokens.extend(own.tolist())
         session._climb(own.size)
+
+
+def remedy(network: Network) -> str:
+    """Say what leaves more memory to the context of a network."""
+    if isinstance(network, Transformer):
+        return "close other programs, or use --numerics fast, whose context takes less"
+    smaller_rows = "" if network.rows is COMPACT else ", use --kv compact"
+    return f"close other programs{smaller_rows}, or keep fewer experts in memory: a smaller --ram"
+
+
+def _no_room_for_a_session(network: Network) -> DoesNotFitError:
+    """Say what helps where there is no memory for rings: how rows are stored does not matter."""
+    is_paged = isinstance(network, FastTransformer)
+    fewer = ", or keep fewer experts in memory: a smaller --ram" if is_paged else ""
+    message = "not enough memory for the state of a new session"
+    return DoesNotFitError(message, hint=f"close other programs{fewer}")
 
 
 def common_prefix(mine: Sequence[int], wanted: Sequence[int]) -> int:
