@@ -264,8 +264,11 @@ def test_rows_join_by_the_bytes_of_their_format(engine: Engine) -> None:
     assert len(batcher._running) == 3
     for row in batcher._running:
         tokens = len(row.ids_before) + row.budget
-        most = held_state_bytes(engine.config, tokens, COMPACT)
-        assert held_state_bytes(engine.config, tokens - 24, COMPACT) <= row.planned_bytes <= most
+        assert tokens - 24 <= row.planned_tokens <= tokens
+    tokens = sum(len(row.ids_before) + row.budget for row in batcher._running)
+    rings = held_state_bytes(engine.config, 0, COMPACT)
+    most = held_state_bytes(engine.config, tokens, COMPACT) + 2 * rings
+    assert 3 * rings < batcher._held <= most
 
 
 def test_memory_that_runs_out_costs_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

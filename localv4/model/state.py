@@ -197,6 +197,11 @@ class State:
         self._open_rows(self.position, end)
         self._written = max(self._written, end)
 
+    @property
+    def reserved(self) -> int:
+        """Positions whose entries have memory, be they processed or not."""
+        return self._reserved
+
     def read_back(self) -> None:
         """Bring what a device has written into the arrays of the layers."""
         if self.device is not None:

@@ -186,15 +186,19 @@ def facts_of_recipe(
 
 def held_state_bytes(
     config: ModelConfig,
-    ctx_size: int,
+    tokens: int,
     rows: RowFormat,
     slack: int = SLACK_TOKENS,
     limits: RowLimits = RowLimits(),
+    sequences: int = 1,
 ) -> int:
-    """Return the bytes of a `model.state.State` that holds `ctx_size` tokens."""
-    fixed = sum(_ring_bytes(config, layer, slack) for layer in range(config.n_layers))
+    """Return the bytes of a `model.state.State` that holds `tokens`, or of several together.
+
+    `limits` bounds the rows of all `sequences`, which hold `tokens` altogether.
+    """
+    rings = sum(_ring_bytes(config, layer, slack) for layer in range(config.n_layers))
     always, chosen = _entry_bytes(config, rows)
-    return fixed + limits.within(int(always * ctx_size), int(chosen * ctx_size))
+    return sequences * rings + limits.within(int(always * tokens), int(chosen * tokens))
 
 
 def _ring_bytes(config: ModelConfig, layer: int, slack: int) -> int:
