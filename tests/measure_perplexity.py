@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.engine.engine import Engine, NumericsName
+from localv4.engine.engine import Engine
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.sampler import Sampling
+from localv4.engine.setup import NumericsName, Setup
 from localv4.text.pieces import Piece, Prompt
 from localv4.text.tokenizer import Tokenizer
 
@@ -234,7 +235,7 @@ def compare_generations(exact: Engine, fast: Engine, path: Path) -> None:
 
 def load(path: Path, tokenizer: Path | None, numerics: NumericsName) -> Engine:
     """Open a model with two threads, if asked for with the tokenizer of another folder."""
-    engine = Engine.load(path, threads=2, numerics=numerics)
+    engine = Engine.load(path, Setup(threads=2, numerics=numerics))
     if engine.network.name != numerics:
         raise SystemExit(f"{path} does not run in {numerics}")
     if tokenizer is not None:

@@ -14,6 +14,7 @@ from localv4.engine.batch_memory import BatchPlan, plan_batch
 from localv4.engine.batching import BatchStats
 from localv4.engine.engine import Engine
 from localv4.engine.memory import MemoryOptions
+from localv4.engine.setup import Setup
 from localv4.kernels.row_operations import COMPACT, FORMATS
 from localv4.library.installed import embedded_model_path
 from localv4.library.registry import ApiPrice, ModelSpec
@@ -74,6 +75,19 @@ def test_rows_are_counted_in_the_format_that_they_have(monkeypatch: pytest.Monke
     assert exact.row_bytes == wide.row_bytes
 
 
+def test_rows_share_the_bound_of_kv_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is counted once, be they many or few."""
+    cap = 1 << 20
+    bounded = MemoryOptions(kv="f32", kv_dir=Path("x"), kv_ram=cap)
+    few, many = (plan(monkeypatch, parallel=n, options=bounded) for n in (8, 9))
+    whole = plan(monkeypatch, parallel=8, options=MemoryOptions(kv="f32"))
+    rings = many.room - few.room
+    assert few.room == 8 * rings + cap < whole.room == 8 * whole.row_bytes
+    # memory in which fewer rows would fit if each had a bound of its own
+    monkeypatch.setattr(batch_memory, "_beyond_one_row", lambda *_, **__: 9 * rings)
+    assert plan(monkeypatch, threads=2, options=bounded).rows == 10
+
+
 def test_little_memory_means_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy, tight = plan(monkeypatch, threads=16), plan(monkeypatch, 0.85, threads=16)
     assert 1 <= tight.rows < roomy.rows == 64
@@ -83,7 +97,7 @@ def test_little_memory_means_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_jit
 def test_the_plan_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(monkeypatch, 4, parallel=8)
-    engine = Engine.load(embedded_model_path(), threads=1, memory=found.memory)
+    engine = Engine.load(embedded_model_path(), Setup(threads=1, memory=found.memory))
     assert engine.plan is not None
     assert engine.plan.reserve == found.memory.reserve
     state = held_state_bytes(engine.config, engine.plan.ctx_size, COMPACT)

@@ -16,11 +16,15 @@ from localv4.engine.batch_rows import Job
 from localv4.engine.batching import Batcher, Outcome
 from localv4.engine.engine import Engine
 from localv4.engine.growing_answer import ReplyOptions
+from localv4.engine.ladder import Ladder
 from localv4.engine.sampler import Sampling
-from localv4.engine.session import Session
+from localv4.engine.session import remedy
+from localv4.engine.setup import Setup
 from localv4.errors import Cancelled, DoesNotFitError, NumericsError
-from localv4.kernels.row_operations import COMPACT
+from localv4.kernels.row_operations import COMPACT, F32
 from localv4.library.installed import embedded_model_path
+from localv4.model.rungs import STEP_TOKENS
+from localv4.model.snapshot import Snapshot
 from localv4.planning.model_facts import held_state_bytes
 from localv4.text.prompt import parse_messages, render
 
@@ -40,7 +44,7 @@ GREEDY = Sampling(temperature=0.0)
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """The built-in model."""
-    loaded = Engine.load(embedded_model_path(), ctx_size=600, threads=2)
+    loaded = Engine.load(embedded_model_path(), Setup(ctx_size=600, threads=2))
     yield loaded
 
 
@@ -137,7 +141,7 @@ def test_sampled_rows_do_not_depend_on_their_company(engine: Engine) -> None:
 
 
 def test_exact_arithmetic() -> None:
-    engine = Engine.load(embedded_model_path(), ctx_size=600, threads=2, numerics="exact")
+    engine = Engine.load(embedded_model_path(), Setup(ctx_size=600, threads=2, numerics="exact"))
     jobs = [job(engine, text, max_tokens=6) for text in QUESTIONS[:3]]
     ended = drain(Batcher(engine, 8), jobs)
     assert [tokens(ended[asked]) for asked in jobs] == [alone(engine, asked) for asked in jobs]
@@ -260,8 +264,11 @@ def test_rows_join_by_the_bytes_of_their_format(engine: Engine) -> None:
     assert len(batcher._running) == 3
     for row in batcher._running:
         tokens = len(row.ids_before) + row.budget
-        most = held_state_bytes(engine.config, tokens, COMPACT)
-        assert held_state_bytes(engine.config, tokens - 24, COMPACT) <= row.planned_bytes <= most
+        assert tokens - 24 <= row.planned_tokens <= tokens
+    tokens = sum(len(row.ids_before) + row.budget for row in batcher._running)
+    rings = held_state_bytes(engine.config, 0, COMPACT)
+    most = held_state_bytes(engine.config, tokens, COMPACT) + 2 * rings
+    assert 3 * rings < batcher._held <= most
 
 
 def test_memory_that_runs_out_costs_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +288,21 @@ def test_memory_that_runs_out_costs_no_row(engine: Engine, monkeypatch: pytest.M
     ended = drain(batcher, jobs)
     assert [tokens(ended[asked]) for asked in jobs] == expected
     assert max(calls) > 2 and batcher.stats.paused > 0
+
+
+def test_a_lone_prompt_without_memory_is_told_what_helps(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine.network, "forward_many", full)
+    asked = job(engine, "Hi")
+    error = drain(Batcher(engine, 2), [asked])[asked].error
+    assert isinstance(error, DoesNotFitError) and "out of memory in a prompt of" in error.message
+    assert error.hint is not None and "--ram" in error.hint and "--kv" not in error.hint
+    monkeypatch.setattr(type(engine.network), "rows", F32)
+    assert "--kv compact" in remedy(engine.network)
 
 
 def test_bad_logits_end_one_row_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,12 +340,22 @@ def test_cancelled_between_layers(engine: Engine) -> None:
     assert engine.network.cancelled is None
 
 
-def test_ladders_of_rows_are_given_up(engine: Engine) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_no_snapshots_are_taken_of_rows(
+    together: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where prompts are read together nor where each is read for itself."""
+    monkeypatch.setattr(engine.network, "reads_together", together)
+    taken: list[Snapshot] = []
+    monkeypatch.setattr(Ladder, "add", lambda _, rung: taken.append(rung))
+    asked = job(engine, SYSTEM * 2, 50)
+    assert len(asked.prompt_ids) > STEP_TOKENS
     batcher = Batcher(engine, 4)
-    batcher.submit(job(engine, SYSTEM * 2, 50))
+    batcher.submit(asked)
     batcher.step()
-    session = batcher._running[0].session
-    assert isinstance(session, Session) and session.ladder.positions == []
+    assert len(batcher._running) == 1 and not taken
+    engine.new_session().read(asked.prompt_ids.tolist())
+    assert taken
 
 
 def test_stop_strings(engine: Engine) -> None:

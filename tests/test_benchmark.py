@@ -31,6 +31,7 @@ from localv4.engine.machine import CpuTimes
 from localv4.engine.measurement import Case, Measurement, Memory, PeerResult, Sample, Series
 from localv4.engine.peer import Peer, PeerContext, PeerError, PeerRun
 from localv4.engine.session import Session
+from localv4.engine.setup import Setup
 from localv4.errors import Cancelled, DoesNotFitError, UsageError
 from localv4.library import installed
 from localv4.model import traffic
@@ -54,7 +55,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """The built-in model."""
-    return Engine.load(installed.embedded_model_path(), threads=1, numerics="exact")
+    return Engine.load(installed.embedded_model_path(), Setup(threads=1, numerics="exact"))
 
 
 def matrices_of_a_token(
@@ -308,7 +309,7 @@ class Rival:
 @cache
 def tokens_in_vocabulary() -> int:
     """Return the number of tokens that the built-in model knows."""
-    return Engine.load(installed.embedded_model_path(), threads=1).config.vocab_size
+    return Engine.load(installed.embedded_model_path(), Setup(threads=1)).config.vocab_size
 
 
 def compare(
@@ -356,7 +357,7 @@ def test_one_engine_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             super().load(path, threads)
 
     def load() -> Engine:
-        engine = Engine.load(path, threads=1)
+        engine = Engine.load(path, Setup(threads=1))
         engines.append(weakref.ref(engine))
         calls.append("load ours")
         return engine

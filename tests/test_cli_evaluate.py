@@ -197,6 +197,12 @@ def test_divergence_from_a_file_and_from_a_model(tmp_path: Path) -> None:
         (("logits",), 2, "--tokens and --out, or --save-base"),
         (("logits", "--save-base", "a", "--out", "b"), 2, "--save-base is of a text"),
         (("logits", "--tokens", "a", "--out", "b", "-w", "1"), 2, "belong to --save-base"),
+        (("logits", "--tokens", "a", "--out", "no/b.npy"), 1, "there is no folder no"),
+        (("logits", "--save-base", "no/b", "-m", "unknown"), 1, "there is no folder no"),
+        (("imatrix", "-o", "a.txt"), 2, "ending in .gguf"),
+        (("imatrix", "-o", "a.gguf", "--second-moments", "b"), 2, "ending in .safetensors"),
+        (("imatrix", "-o", "no/a.GGUF"), 1, "there is no folder no"),
+        (("imatrix", "-o", "a.gguf", "--second-moments", "no/b.SafeTensors"), 1, "folder no"),
     ],
 )
 def test_calls_without_sense(

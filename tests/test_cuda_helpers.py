@@ -15,6 +15,7 @@ from localv4.cuda.gpu import GpuError
 from localv4.cuda.options import GpuOptions
 from localv4.cuda.transformer import GpuTransformer
 from localv4.engine.engine import COMPILING_FOR_GPU, Engine
+from localv4.engine.setup import Setup
 from localv4.library.installed import embedded_model_path
 
 ARCH = "sm_90"
@@ -67,9 +68,7 @@ def test_all_that_a_network_launches_was_made_ready_while_it_was_loaded(
     phases: list[str] = []
     engine = Engine.load(
         embedded_model_path(),
-        ctx_size=64,
-        threads=2,
-        gpu=GpuOptions("cuda"),
+        Setup(ctx_size=64, threads=2, gpu=GpuOptions("cuda")),
         on_progress=lambda phase, *_: phases.append(phase),
     )
     assert COMPILING_FOR_GPU in phases and gpu.launches == 0

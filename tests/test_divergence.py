@@ -10,6 +10,7 @@ from localv4.engine import logits_file
 from localv4.engine.divergence import Comparison, Divergence, LiveBase, compare, measure
 from localv4.engine.engine import Engine
 from localv4.engine.scoring import log_softmax, logits_rows
+from localv4.engine.setup import Setup
 from localv4.engine.windows import Windows, cut
 from localv4.library.installed import embedded_model_path
 
@@ -19,13 +20,13 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture(scope="module")
 def exact() -> Engine:
     """The built-in model in float32."""
-    return Engine.load(embedded_model_path(), threads=2, numerics="exact")
+    return Engine.load(embedded_model_path(), Setup(threads=2, numerics="exact"))
 
 
 @pytest.fixture(scope="module")
 def fast() -> Engine:
     """The built-in model with rounded activations."""
-    return Engine.load(embedded_model_path(), threads=2, numerics="fast")
+    return Engine.load(embedded_model_path(), Setup(threads=2, numerics="fast"))
 
 
 @pytest.fixture(scope="module")

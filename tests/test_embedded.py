@@ -13,6 +13,7 @@ from localv4.engine.engine import Engine
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.reply import Reply
 from localv4.engine.sampler import Sampling
+from localv4.engine.setup import Setup
 from localv4.errors import BadFileError, DoesNotFitError, NumericsError, UsageError
 from localv4.library.installed import embedded_model_path
 from localv4.text.messages import parse_messages
@@ -29,7 +30,7 @@ GREEDY = ReplyOptions(sampling=Sampling(temperature=0))
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """The built-in model."""
-    return Engine.load(embedded_model_path(), numerics="exact")
+    return Engine.load(embedded_model_path(), Setup(numerics="exact"))
 
 
 def answer(engine: Engine, ids: list[int], options: ReplyOptions = GREEDY) -> Reply:
@@ -157,18 +158,18 @@ def test_a_context_filled_to_the_last_token(engine: Engine) -> None:
 @pytest.mark.parametrize("ctx_size", [0, -5])
 def test_a_context_must_be_positive(ctx_size: int) -> None:
     with pytest.raises(UsageError, match="--ctx-size"):
-        Engine.load(embedded_model_path(), ctx_size=ctx_size)
+        Engine.load(embedded_model_path(), Setup(ctx_size=ctx_size))
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(DoesNotFitError, match="4096"):
-        Engine.load(embedded_model_path(), ctx_size=10**9)
+        Engine.load(embedded_model_path(), Setup(ctx_size=10**9))
 
 
 @pytest.mark.parametrize("threads", [0, -1, 10**6])
 def test_the_number_of_threads_is_checked(threads: int) -> None:
     with pytest.raises(UsageError, match="--threads"):
-        Engine.load(embedded_model_path(), threads=threads)
+        Engine.load(embedded_model_path(), Setup(threads=threads))
 
 
 def copy_of_the_model(folder: Path) -> Path:

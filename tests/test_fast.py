@@ -19,6 +19,7 @@ if os.environ.get("NUMBA_DISABLE_JIT") == "1":
     pytest.skip("packed kernels need the compiler", allow_module_level=True)
 
 from localv4.engine.engine import Engine
+from localv4.engine.setup import Setup
 from localv4.kernels import gemm, gemm_floats
 from localv4.kernels.packed import MX4
 from localv4.kernels.packing_floats import B16
@@ -117,7 +118,7 @@ def test_a_small_cache_changes_no_bit(official: Transformer, share: float) -> No
 def test_other_dimensions_are_left_to_exact(name: str, tmp_path: Path) -> None:
     folder = write_model(load_golden(name), tmp_path)
     assert not can_run(open_network(folder).config)
-    assert Engine.load(folder, threads=1, numerics="fast").network.name == "exact"
+    assert Engine.load(folder, Setup(threads=1, numerics="fast")).network.name == "exact"
 
 
 def test_experts_without_a_packed_form_are_multiplied_as_they_are_stored(tmp_path: Path) -> None:

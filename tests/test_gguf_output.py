@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from test_packer import MIXES, WHOLE, open_source
 
 from localv4.engine.engine import Engine
+from localv4.engine.setup import Setup
 from localv4.errors import BadFileError, UsageError
 from localv4.kernels import blocks
 from localv4.library.installed import embedded_model_path
@@ -46,7 +47,7 @@ def lossless(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(path: Path, ids: list[int]) -> NDArray[np.float32]:
-    engine = Engine.load(path, threads=2, numerics="exact")
+    engine = Engine.load(path, Setup(threads=2, numerics="exact"))
     return np.concatenate([part.copy() for part in engine.logits(ids)])
 
 
@@ -205,7 +206,7 @@ def test_llama_cpp_agrees(recipe: str, tmp_path: Path) -> None:
 
     path = converted(embedded_model_path(), tmp_path / "m.gguf", recipe)
     text = (embedded_model_path() / "README.md").read_text("utf-8")
-    ids = Engine.load(path, threads=1).tokenizer.encode(text)[:300]
+    ids = Engine.load(path, Setup(threads=1)).tokenizer.encode(text)[:300]
     model = Llama(str(path), n_ctx=512, n_batch=512, logits_all=True, verbose=False)
     model.eval(ids)
     ours, theirs = logits(path, ids), np.array(model.scores[: len(ids)])

@@ -24,6 +24,7 @@ from localv4.engine.gpu_measurement import GpuResult
 from localv4.engine.gpu_stats import GpuStats, Tiers
 from localv4.engine.measurement import Case, Measurement, Memory, Sample, Series
 from localv4.engine.memory import MemoryOptions
+from localv4.engine.setup import Setup
 from localv4.library.installed import embedded_model_path
 from localv4.planning.gpu_forecast import TierBytes
 from localv4.planning.gpu_plan import STATE_SHARE, GpuPlan, plan_gpu
@@ -109,7 +110,7 @@ def test_a_whole_benchmark_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "COPY_BYTES", 1 << 22)
     monkeypatch.setattr(probe, "LEAST_BYTES", 1 << 20)
     options = GpuOptions("cuda")
-    loaded = Engine.load(embedded_model_path(), ctx_size=64, threads=2, gpu=options)
+    loaded = Engine.load(embedded_model_path(), Setup(ctx_size=64, threads=2, gpu=options))
     assert loaded.facts is not None
     need = loaded.facts.weight_bytes_per_token + loaded.facts.state_read_bytes(1)
     benchmark = Benchmark(loaded, repeats=1, roof_bytes=1 << 20)

@@ -20,6 +20,7 @@ from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.memory import MemoryOptions
 from localv4.engine.reply import Reply
 from localv4.engine.sampler import Sampling
+from localv4.engine.setup import Setup
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.library import installed
 from localv4.library.installed import embedded_model_path
@@ -33,6 +34,7 @@ from localv4.storage import open_checkpoint
 
 GIB = 1 << 30
 CTX = 400
+MEMORY = MemoryOptions()
 TOKENS = 4
 
 
@@ -48,9 +50,9 @@ def _own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(offload, "find_gpu", lambda _: HostGpu(2 * GIB))
 
 
-def load(memory: int | None = None, ram: MemoryOptions | None = None) -> Engine:
+def load(memory: int | None = None, ram: MemoryOptions = MEMORY) -> Engine:
     gpu = GpuOptions("cuda", memory=memory)
-    return Engine.load(embedded_model_path(), ctx_size=CTX, threads=2, memory=ram, gpu=gpu)
+    return Engine.load(embedded_model_path(), Setup(ctx_size=CTX, threads=2, memory=ram, gpu=gpu))
 
 
 def room_for(facts: ModelFacts, share: float) -> int:
@@ -125,7 +127,7 @@ def test_a_gpu_that_is_full_one_day_is_told_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(offload, "find_gpu", lambda _: gpu)
     monkeypatch.setattr(devices, "has_library", lambda: True)
     model = installed.resolve(None)
-    engine = Engine.load(model.path, ctx_size=CTX, threads=2, gpu=GpuOptions("auto"))
+    engine = Engine.load(model.path, Setup(ctx_size=CTX, threads=2, gpu=GpuOptions("auto")))
     loaded = Loaded(engine, model)
     assert loaded.fresh_notes() == []
     gpu.total_bytes = 0
@@ -166,7 +168,7 @@ def test_shares_of_tiers() -> None:
 
 def test_exact_arithmetic_is_the_cpus() -> None:
     with pytest.raises(UsageError, match="--device cuda needs --numerics fast"):
-        Engine.load(embedded_model_path(), numerics="exact", gpu=GpuOptions("cuda"))
+        Engine.load(embedded_model_path(), Setup(numerics="exact", gpu=GpuOptions("cuda")))
 
 
 def test_too_little_memory_ends_cuda_and_is_a_note_for_auto(
@@ -175,7 +177,9 @@ def test_too_little_memory_ends_cuda_and_is_a_note_for_auto(
     monkeypatch.setattr(devices, "has_library", lambda: True)
     path = embedded_model_path()
     with pytest.raises(DoesNotFitError, match=r"needs at least .* of a GPU of the tests"):
-        Engine.load(path, ctx_size=CTX, threads=2, gpu=GpuOptions("cuda", memory=1 << 20))
-    engine = Engine.load(path, ctx_size=CTX, threads=2, gpu=GpuOptions("auto", memory=1 << 20))
+        Engine.load(path, Setup(ctx_size=CTX, threads=2, gpu=GpuOptions("cuda", memory=1 << 20)))
+    engine = Engine.load(
+        path, Setup(ctx_size=CTX, threads=2, gpu=GpuOptions("auto", memory=1 << 20))
+    )
     assert engine.gpu_plan is None
     assert [line for line in engine.notes if line.startswith("the GPU is not used: ")]

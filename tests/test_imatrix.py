@@ -17,6 +17,7 @@ from terminal import needs_jit, run_here
 from localv4.engine.engine import Engine
 from localv4.engine.imatrix import collect
 from localv4.engine.scoring import final_vectors
+from localv4.engine.setup import Setup
 from localv4.engine.windows import Windows, cut
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 from localv4.library.installed import embedded_model_path
@@ -38,7 +39,7 @@ TEXT = Path(__file__).parent / "golden" / "heldout.txt"
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """The built-in model."""
-    return Engine.load(embedded_model_path(), threads=2, numerics="exact")
+    return Engine.load(embedded_model_path(), Setup(threads=2, numerics="exact"))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_every_token_is_in_each_layer_once_for_each_expert_it_uses(
 
 @needs_jit
 def test_inputs_that_were_rounded_are_refused(windows: Windows) -> None:
-    fast = Engine.load(embedded_model_path(), threads=2, numerics="fast")
+    fast = Engine.load(embedded_model_path(), Setup(threads=2, numerics="fast"))
     with pytest.raises(UsageError, match="exact"):
         collect(fast, windows, "x")
 

@@ -16,6 +16,7 @@ from localv4.engine.engine import Engine
 from localv4.engine.fingerprint import arithmetic_fingerprint
 from localv4.engine.memory import MemoryOptions
 from localv4.engine.session import Session
+from localv4.engine.setup import Setup
 from localv4.errors import UsageError
 from localv4.kernels import row_operations
 from localv4.kernels.row_operations import BF16, COMPACT, F32, RowFormat
@@ -126,8 +127,8 @@ def test_the_state_has_the_bytes_that_were_planned(rows: RowFormat) -> None:
 def test_exact_keeps_float32(tmp_path: Path) -> None:
     folder = write_model(load_golden("tiny300"), tmp_path)
     with pytest.raises(UsageError, match="--kv compact"):
-        Engine.load(folder, threads=1, numerics="exact", memory=MemoryOptions(kv="compact"))
-    engine = Engine.load(folder, threads=1, numerics="exact", memory=MemoryOptions(kv="f32"))
+        Engine.load(folder, Setup(threads=1, numerics="exact", memory=MemoryOptions(kv="compact")))
+    engine = Engine.load(folder, Setup(threads=1, numerics="exact", memory=MemoryOptions(kv="f32")))
     assert engine.network.rows is F32
 
 
@@ -136,8 +137,7 @@ def test_the_option_chooses_the_format_and_saved_sessions_know_it() -> None:
     for name in row_operations.FORMATS:
         engine = Engine.load(
             embedded_model_path(),
-            threads=1,
-            memory=MemoryOptions(kv=name),  # type: ignore[arg-type]
+            Setup(threads=1, memory=MemoryOptions(kv=name)),  # type: ignore[arg-type]
         )
         assert engine.network.rows.name == name
         assert engine.new_session().state.rows.name == name

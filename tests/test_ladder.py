@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from networks import CONTEXT, logits, open_network
 from numpy.typing import NDArray
 
-from localv4.engine.engine import Engine, NumericsName
-from localv4.engine.ladder import KEPT_PROMPTS, STEP_TOKENS, Ladder
+from localv4.engine.engine import Engine
+from localv4.engine.ladder import Ladder
 from localv4.engine.session import Network, Session, common_prefix
+from localv4.engine.setup import NumericsName, Setup
 from localv4.errors import Cancelled, LocalV4Error
 from localv4.kernels.row_operations import COMPACT
 from localv4.library.installed import embedded_model_path, resolve
 from localv4.model.config_json import read_config
+from localv4.model.rungs import KEPT_PROMPTS, STEP_TOKENS, most_rungs, snapshot_bytes
 from localv4.model.snapshot import Snapshot, restore, take_snapshot
 from localv4.model.state import State
 
@@ -234,7 +236,7 @@ def test_forks_rewind_by_the_rungs_they_inherited(
 @pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT", "0") != "0", reason="too slow")
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_the_built_in_model_goes_back_anywhere(numerics: NumericsName) -> None:
-    network = Engine.load(resolve("tiny-v4").path, threads=2, numerics=numerics).network
+    network = Engine.load(resolve("tiny-v4").path, Setup(threads=2, numerics=numerics)).network
     cuts = [*CUTS, *np.random.default_rng(5).integers(1, 298, 5).tolist()]
     clean = Session(network, CONTEXT).all_logits(IDS[:300])
     session, snapshots = Session(network, CONTEXT), []
@@ -309,6 +311,44 @@ def test_an_edit_of_a_long_conversation_computes_little_anew(document: int) -> N
     session = whole.fork()
     session.extend(edited[session.reuse(edited) :])
     assert session.tokens == edited and network.processed - before <= STEP_TOKENS + 3
+
+
+@pytest.mark.parametrize("turn", [60, 400, 1_000, 3_000, 20_000, LONG])
+def test_a_conversation_has_no_more_rungs_than_are_planned(
+    turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions of one length with answers of 60 tokens; counted before others are taken down."""
+    counts: list[int] = []
+    thin_out = Ladder.thin_out
+
+    def note(ladder: Ladder, tip: int) -> None:
+        counts.append(len(ladder.positions))
+        thin_out(ladder, tip)
+
+    monkeypatch.setattr(Ladder, "thin_out", note)
+    network = NoNetwork()
+    session = Session(network, LONG)  # type: ignore[arg-type]
+    while session.position < LONG:
+        session.extend([7] * min(turn, LONG - session.position))
+        for _ in range(min(60, LONG - session.position)):
+            session.extend([7])
+    planned = most_rungs(LONG, CHUNK)
+    assert len(session.ladder.positions) <= planned - 8
+    assert 0.5 * planned < max(counts) <= planned
+    assert session.ladder.nbytes <= planned * snapshot_bytes(network.config)
+
+
+def test_few_tokens_have_few_rungs() -> None:
+    assert [most_rungs(tokens, CHUNK) for tokens in (1, 127, 128, 1_000)] == [0, 0, 1, 7]
+
+
+def test_what_a_rung_takes_follows_from_the_configuration(network: Network) -> None:
+    session = run(network, IDS[:550])
+    session.rollback(513)
+    found = [rung.nbytes for rung in (session.ladder.below(end) for end in (128, 256, 512)) if rung]
+    assert len(found) == 3 and max(found) <= snapshot_bytes(network.config)
+    if all(STEP_TOKENS % ratio == 0 for ratio in network.config.ratios if ratio):
+        assert set(found) == {snapshot_bytes(network.config)}
 
 
 def rung(position: int) -> Snapshot:

@@ -12,6 +12,7 @@ from terminal import needs_jit, run_here
 from localv4.engine.engine import Engine
 from localv4.engine.imatrix import collect, named_matrices
 from localv4.engine.second_moments import MomentCollector
+from localv4.engine.setup import Setup
 from localv4.engine.windows import cut
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError
 from localv4.kernels.team import Team
@@ -47,7 +48,7 @@ def moments(cols: int, tokens: int, blocks: int = 1, seed: int = 3) -> Moments:
 @needs_jit
 @pytest.mark.parametrize("limit", [128 << 20, 1 << 20])
 def test_diagonals_are_those_of_the_importance_matrix(limit: int) -> None:
-    engine = Engine.load(embedded_model_path(), threads=2, numerics="exact")
+    engine = Engine.load(embedded_model_path(), Setup(threads=2, numerics="exact"))
     ids = engine.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
 
     def make(team: Team, weights: Weights) -> MomentCollector:

@@ -20,6 +20,7 @@ from packed_values import as_stored
 from test_sources import SUPERBLOCKS
 
 from localv4.engine.engine import Engine
+from localv4.engine.setup import Setup
 from localv4.errors import BadFileError, DoesNotFitError, LocalV4Error, UsageError
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
@@ -353,12 +354,12 @@ def test_the_engine_opens_packed_folders(official: Path, tmp_path: Path) -> None
     rows = [
         np.concatenate([part.copy() for part in engine.logits(ids)])
         for engine in (
-            Engine.load(place, threads=2, numerics="fast") for place in (folder, official)
+            Engine.load(place, Setup(threads=2, numerics="fast")) for place in (folder, official)
         )
     ]
     assert np.array_equal(rows[0], rows[1])
     with pytest.raises(UsageError, match="packed for --numerics fast"):
-        Engine.load(folder, threads=2, numerics="exact")
+        Engine.load(folder, Setup(threads=2, numerics="exact"))
 
 
 # --- refusals

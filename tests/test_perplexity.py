@@ -11,6 +11,7 @@ from localv4.engine.engine import Engine
 from localv4.engine.noise import RoundingNoise
 from localv4.engine.perplexity import Perplexity, measure
 from localv4.engine.scoring import logits_rows
+from localv4.engine.setup import Setup
 from localv4.engine.windows import cut
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.library.installed import embedded_model_path
@@ -22,7 +23,7 @@ IDS = list(range(100, 117))  # 17 tokens
 @pytest.fixture(scope="module", params=["fast", "exact"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     """The built-in model in both arithmetics."""
-    return Engine.load(embedded_model_path(), threads=2, numerics=request.param)
+    return Engine.load(embedded_model_path(), Setup(threads=2, numerics=request.param))
 
 
 def test_windows_lie_side_by_side_and_begin_with_bos() -> None:

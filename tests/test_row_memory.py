@@ -14,6 +14,7 @@ from terminal import needs_jit
 
 from localv4.engine.engine import Engine
 from localv4.engine.memory import MemoryOptions, row_limits, row_memory
+from localv4.engine.setup import Setup
 from localv4.errors import DoesNotFitError, LocalV4Error, UsageError
 from localv4.kernels.row_operations import COMPACT, F32
 from localv4.library.installed import embedded_model_path
@@ -199,7 +200,7 @@ def test_a_bound_holds_within_prompts_tokens_and_rows(
         monkeypatch.setattr(memory_module, name, 26 << 12)
     monkeypatch.setattr(state_module, "_COPIED", 4 << 12)
     options = MemoryOptions(kv="bf16", kv_dir=tmp_path)
-    engine = Engine.load(embedded_model_path(), threads=1, memory=options)
+    engine = Engine.load(embedded_model_path(), Setup(threads=1, memory=options))
     memory, most = engine.network.row_memory, [0]
     run = FastNetwork.run
 
@@ -304,7 +305,7 @@ def test_logits_are_the_same_from_a_file(tmp_path: Path) -> None:
     options = MemoryOptions(kv="compact", kv_dir=tmp_path, kv_ram=64 << 20)
     found = []
     for memory in (MemoryOptions(kv="compact"), options):
-        engine = Engine.load(embedded_model_path(), threads=1, memory=memory)
+        engine = Engine.load(embedded_model_path(), Setup(threads=1, memory=memory))
         session = engine.new_session()
         session.extend(ids[:-2])
         found.append([session.extend([token]) for token in ids[-2:]])

@@ -165,11 +165,24 @@ def test_running_out_of_memory_is_told(
         raise MemoryError
 
     monkeypatch.setattr(network, "forward", full)
-    with pytest.raises(DoesNotFitError, match="out of memory"):
+    with pytest.raises(DoesNotFitError, match="out of memory") as caught:
         session.extend(IDS[:3])
+    assert "--ctx-size" in (caught.value.hint or "")
+    session.store = FullStore()
+    with pytest.raises(DoesNotFitError, match="not enough memory for a stored session") as caught:
+        session.reuse(IDS)
+    assert "--numerics fast" in (caught.value.hint or "")  # this network is exact
     monkeypatch.setattr(network, "new_state", full)
-    with pytest.raises(DoesNotFitError, match="not enough memory"):
+    with pytest.raises(DoesNotFitError, match="not enough memory") as caught:
         new_session(network)
+    assert caught.value.hint == "close other programs"
+
+
+class FullStore:
+    """Has what is wanted, and finds no memory for it."""
+
+    def load(self, *_: object) -> None:
+        raise MemoryError
 
 
 def test_state_grows_with_the_context_only(network: Transformer) -> None:

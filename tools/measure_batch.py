@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from localv4.engine.engine import Engine
 from localv4.engine.session import Session
+from localv4.engine.setup import Setup
 
 PEER = Path(__file__).with_name("batch_peer.py")
 FIRST_FREE_ID = 16
@@ -40,7 +41,7 @@ def main() -> None:
     """Read the command line, measure, print a table."""
     options = _parser().parse_args()
     counts = [int(count) for count in options.rows.split(",")]
-    engine = Engine.load(options.model, threads=options.threads)
+    engine = Engine.load(options.model, Setup(threads=options.threads))
     bench = Bench(engine, options.depth, max(counts))
     peer = Peer(options, engine.network.threads) if options.peer else None
     ours: dict[int, list[float]] = {count: [] for count in counts}

@@ -33,6 +33,7 @@ from synthetic_network import NETWORKS
 from localv4.engine.benchmark import trace
 from localv4.engine.engine import Engine
 from localv4.engine.memory import MemoryOptions
+from localv4.engine.setup import Setup
 from localv4.model.fast import FastTransformer
 from localv4.planning.forecast import PROMPT_TOKENS, Forecast, make_forecast
 from localv4.planning.header_facts import facts_of_checkpoint
@@ -157,7 +158,7 @@ class Decoder:
     """A loaded model that decodes the tokens of the trace, one after the other."""
 
     def __init__(self, path: Path, memory: MemoryOptions, threads: int | None) -> None:
-        self.engine = Engine.load(path, ctx_size=CTX_SIZE, threads=threads, memory=memory)
+        self.engine = Engine.load(path, Setup(ctx_size=CTX_SIZE, threads=threads, memory=memory))
         network = self.engine.network
         if not isinstance(network, FastTransformer):
             sys.exit(f"error: {path} has dimensions that the fast kernels do not know")

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from localv4.engine.setup import Setup
 from localv4.paging.look_ahead import TURN_TOKENS, TURNS
 
 SAMPLE_S = 0.01
@@ -113,7 +114,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         prefetch=not options.no_prefetch,
     )
     start = time.perf_counter()
-    engine = Engine.load(options.model, threads=options.threads, memory=wishes)
+    engine = Engine.load(options.model, Setup(threads=options.threads, memory=wishes))
     load_s = time.perf_counter() - start
     session, vocab = engine.new_session(), engine.config.vocab_size
     tokens = np.random.default_rng(11).integers(

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localv4.engine.engine import Engine
+from localv4.engine.setup import Setup
 from localv4.kernels.team import Team
 from localv4.model.matrix import Floats, Matrix, Numerics, look_up
 from localv4.model.state import State
@@ -67,7 +68,7 @@ class Recorder(Numerics):
 
 def record(path: Path, text: str, tokens: int) -> list[Met]:
     """Run a model over a text, half of the tokens for each part; return all matrices it used."""
-    engine = Engine.load(path, numerics="exact")
+    engine = Engine.load(path, Setup(numerics="exact"))
     network = engine.network
     assert isinstance(network, Transformer)
     recorder = Recorder(network.weights)

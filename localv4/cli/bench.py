@@ -168,6 +168,7 @@ def bench(
     from localv4.cli.bench_report import Report, write
     from localv4.cli.progress import Progress
     from localv4.engine.benchmark import Benchmark, plan
+    from localv4.engine.engine import Engine
     from localv4.engine.peer import PeerSettings
 
     setup = engine.setup()
@@ -186,7 +187,7 @@ def bench(
         if rival is not None:
             make = partial(make, peer=rival.peer)
             if not rival.fits_together:
-                make = partial(make, reload=partial(setup.load, loaded.model.path))
+                make = partial(make, reload=partial(Engine.load, loaded.model.path, setup))
         benchmark = worker.call(partial(make, loaded.engine, cancelled=cancelled))
         report = Report(loaded.name, benchmark, cases.skipped, rival)
         del loaded  # the benchmark may have to forget the engine: it must be the last to hold it

@@ -1,6 +1,6 @@
 """Options of how this machine runs a model: processors, arithmetic, memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -192,12 +192,62 @@ def gpu_options(device: str, gpu_mem: str | None) -> "GpuOptions":
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """The options of all commands that load a model."""
+class ComputingOptions:
+    """The options of all commands that compute with a model: what computes it, and how.
+
+    Those of memory are declared by the groups that have this base, in the order of --help.
+    """
 
     threads: Threads = None
     pin: Pin = False
     numerics: Numerics = Arithmetic.FAST
+    device: Device = "auto"
+
+    def _setup(
+        self, memory: "MemoryOptions", gpu_mem: str | None, ctx_size: int | None = None
+    ) -> "Setup":
+        from localv4.engine.setup import Setup
+
+        return Setup(
+            ctx_size=ctx_size,
+            threads=self.threads,
+            pin=self.pin,
+            numerics=self.numerics.value,
+            memory=memory,
+            gpu=gpu_options(self.device, gpu_mem),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuringOptions(ComputingOptions):
+    """The options of all commands that load a model to measure its quality."""
+
+    kv: KvRows = None
+    gpu_mem: GpuMem = None
+
+    def setup(self) -> "Setup":
+        """Return all of it. Raises UsageError for what is no device or no size."""
+        from localv4.engine.memory import MemoryOptions
+
+        memory = MemoryOptions(kv=self.kv.value if self.kv is not None else None)
+        return self._setup(memory, self.gpu_mem)
+
+    def of_base(self, numerics: Arithmetic | None, kv: Kv | None) -> "MeasuringOptions":
+        """Return the options of the model that is compared with; None stands for the same.
+
+        In `exact` arithmetic the processor computes it, with rows of float32 unless others are
+        asked for.
+        """
+        numerics = numerics or self.numerics
+        if numerics is Arithmetic.EXACT:
+            return replace(self, numerics=numerics, kv=kv, device="cpu", gpu_mem=None)
+        return replace(self, numerics=numerics, kv=kv or self.kv)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions(ComputingOptions):
+    """The options of all commands that load a model to answer."""
+
     ram: Ram = None
     reserve: Reserve = None
     io: Io = IoWay.AUTO
@@ -207,21 +257,11 @@ class EngineOptions:
     kv: KvRows = None
     kv_dir: KvDir = None
     kv_ram: KvRam = None
-    device: Device = "auto"
     gpu_mem: GpuMem = None
 
     def setup(self, ctx_size: int | None = None) -> "Setup":
         """Return all of it. Raises UsageError for what is no device or no size."""
-        from localv4.engine.setup import Setup
-
-        return Setup(
-            ctx_size=ctx_size,
-            threads=self.threads,
-            pin=self.pin,
-            numerics=self.numerics.value,
-            memory=self._memory(),
-            gpu=gpu_options(self.device, self.gpu_mem),
-        )
+        return self._setup(self._memory(), self.gpu_mem, ctx_size)
 
     def _memory(self) -> "MemoryOptions":
         from localv4.cli.sizes import parse_bytes

@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from localv4 import __version__
-from localv4.cli import engine_options, evaluate_kld, evaluate_ppl, evaluation, options
+from localv4.cli import evaluate_kld, evaluate_ppl, evaluation, options
+from localv4.cli.engine_options import Arithmetic, MeasuringOptions
+from localv4.cli.option_groups import option, with_groups
 from localv4.errors import LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -19,17 +20,13 @@ if TYPE_CHECKING:
     from localv4.engine.windows import Windows
 
 
-def _option(*names: str, panel: str = "Card", **rest: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **rest)
+_option = partial(option, panel="Card", env=False)
 
 
 BaseModel = Annotated[
     str | None, _option("--base-model", metavar="MODEL", help="Model to measure divergence from.")
 ]
-BaseNumerics = Annotated[
-    engine_options.Arithmetic | None,
-    _option("--base-numerics", help="Arithmetic of --base-model. Default: that of the model."),
-]
+BaseNumerics = Annotated[Arithmetic | None, evaluation.base_numerics(panel="Card")]
 Out = Annotated[
     Path | None,
     _option(
@@ -46,8 +43,10 @@ Beside = Annotated[
 ]
 
 
+@with_groups
 def card(
     model: options.Model = None,
+    *,
     base_model: BaseModel = None,
     base_numerics: BaseNumerics = None,
     out: Out = None,
@@ -57,13 +56,8 @@ def card(
     windows: evaluation.MostWindows = None,
     bos: evaluation.Bos = True,
     floor_windows: evaluation.FloorWindows = 4,
-    threads: engine_options.Threads = None,
-    pin: engine_options.Pin = False,
-    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
-    kv: engine_options.KvRows = None,
+    computing: MeasuringOptions,
     base_kv: evaluation.BaseKv = None,
-    device: engine_options.Device = "auto",
-    gpu_mem: engine_options.GpuMem = None,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -87,16 +81,13 @@ def card(
         )
     folder = out or quality_card.card_folder(found.path)
     _check_target(folder)
-    gpu = engine_options.gpu_options(device, gpu_mem)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
+    loaded = evaluation.load(model, computing, quiet, no_color)
     tokens = evaluation.tokenize(loaded.engine, text, file)
     cuts = [evaluation.cut_text(loaded.engine, tokens, size, windows, bos) for size in sizes]
     base = None
     if base_model is not None:
-        arithmetic, rows = base_numerics or numerics, (kv, base_kv)
-        base = evaluation.load_base(
-            base_model, threads, pin, arithmetic, quiet, no_color, rows, gpu
-        )
+        of_base = computing.of_base(base_numerics, base_kv)
+        base = evaluation.load(base_model, of_base, quiet, no_color)
         evaluation.check_same_tokens(loaded.engine, base.engine, tokens)
     with Progress(quiet=quiet, no_color=no_color) as progress:
         document = _document(loaded, tokens, cuts, base, floor_windows, progress)

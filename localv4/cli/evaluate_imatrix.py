@@ -9,7 +9,7 @@ import typer
 from localv4.cli import engine_options, evaluation, options
 from localv4.cli.generation import format_bytes
 from localv4.cli.sizes import parse_bytes
-from localv4.errors import DoesNotFitError, NotFoundError, UsageError
+from localv4.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from localv4.engine.engine import Engine
@@ -61,15 +61,9 @@ def imatrix(
     quantizer read the file. Choose a text like those that the model is for, and another one than
     that on which its quality is measured.
     """
-    if out.suffix.lower() != ".gguf":
-        raise UsageError(f"--out is {out.name!r}, expected a name ending in .gguf")
-    if second_moments is not None and second_moments.suffix != ".safetensors":
-        raise UsageError(
-            f"--second-moments is {second_moments.name!r}, expected a name ending in .safetensors"
-        )
-    for path in filter(None, (out, second_moments)):
-        if not path.parent.is_dir():
-            raise NotFoundError(f"there is no folder {path.parent}")
+    _check_name(out, "--out", ".gguf")
+    if second_moments is not None:
+        _check_name(second_moments, "--second-moments", ".safetensors")
     limit = parse_bytes(moments_limit, "--moments-limit")
     text = evaluation.read_text(file)
 
@@ -79,7 +73,8 @@ def imatrix(
     from localv4.storage.imatrix_file import write_imatrix
 
     exact = engine_options.Arithmetic.EXACT
-    engine = evaluation.load(model, threads, pin, exact, quiet, no_color).engine
+    computing = engine_options.MeasuringOptions(threads, pin, exact, device="cpu")
+    engine = evaluation.load(model, computing, quiet, no_color).engine
     tokens = evaluation.tokenize(engine, text, file)
     part = evaluation.cut_text(engine, tokens, context or evaluation.WINDOW, windows, bos)
     make = collecting.Collector if second_moments is None else _moments_within(engine, limit)
@@ -98,6 +93,13 @@ def imatrix(
     if not quiet:
         for line in notes:
             loading.note(line)
+
+
+def _check_name(path: Path, option: str, suffix: str) -> None:
+    """Raise a LocalV4Error for a file that cannot be written, or under a misleading name."""
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"{option} is {path.name!r}, expected a name ending in {suffix}")
+    evaluation.check_folder(path)
 
 
 def _moments_within(engine: "Engine", limit: int) -> "Callable[[Team, Weights], MomentCollector]":

@@ -2,13 +2,14 @@
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from localv4.cli import engine_options, evaluation, options, terminal
+from localv4.cli import evaluation, options, terminal
+from localv4.cli.engine_options import Arithmetic, MeasuringOptions
 from localv4.cli.evaluation import figure, pair, percent
+from localv4.cli.option_groups import option, with_groups
 from localv4.errors import BadFileError, LocalV4Error, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 
 
-def _option(*names: str, panel: str = "Base", **rest: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **rest)
+_option = partial(option, panel="Base", env=False)
 
 
 BaseFile = Annotated[
@@ -35,14 +35,13 @@ BaseModel = Annotated[
     str | None,
     _option("--base-model", metavar="MODEL", help="Or the base itself: both models are run."),
 ]
-BaseNumerics = Annotated[
-    engine_options.Arithmetic | None,
-    _option("--base-numerics", help="Arithmetic of --base-model. Default: that of the model."),
-]
+BaseNumerics = Annotated[Arithmetic | None, evaluation.base_numerics(panel="Base")]
 
 
+@with_groups
 def kld(
     model: options.Model = None,
+    *,
     base: BaseFile = None,
     base_model: BaseModel = None,
     base_numerics: BaseNumerics = None,
@@ -51,13 +50,8 @@ def kld(
     windows: evaluation.MostWindows = None,
     bos: evaluation.OptionalBos = None,
     floor_windows: evaluation.FloorWindows = 4,
-    threads: engine_options.Threads = None,
-    pin: engine_options.Pin = False,
-    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
-    kv: engine_options.KvRows = None,
+    computing: MeasuringOptions,
     base_kv: evaluation.BaseKv = None,
-    device: engine_options.Device = "auto",
-    gpu_mem: engine_options.GpuMem = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -81,8 +75,7 @@ def kld(
     from localv4.cli.progress import Progress
     from localv4.engine.divergence import LiveBase
 
-    gpu = engine_options.gpu_options(device, gpu_mem)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
+    loaded = evaluation.load(model, computing, quiet, no_color)
     engine = loaded.engine
     with ExitStack() as stack:
         about: dict[str, Any]
@@ -91,10 +84,8 @@ def kld(
             source = stack.enter_context(_open_file(base, engine, windows))
             about = {"file": base.name}
         else:
-            arithmetic, rows = base_numerics or numerics, (kv, base_kv)
-            other = evaluation.load_base(
-                base_model, threads, pin, arithmetic, quiet, no_color, rows, gpu
-            )
+            of_base = computing.of_base(base_numerics, base_kv)
+            other = evaluation.load(base_model, of_base, quiet, no_color)
             tokens = evaluation.tokenize(engine, text, file)
             evaluation.check_same_tokens(engine, other.engine, tokens)
             size = context or evaluation.WINDOW

@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from localv4.cli import engine_options, evaluation, options
+from localv4.cli import evaluation, options
+from localv4.cli.engine_options import MeasuringOptions
+from localv4.cli.option_groups import option, with_groups
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.finished_file import finished_file
 
@@ -24,10 +25,7 @@ ROWS_WAITING = 256
 """Rows on their way to the disk: 66 MB for a vocabulary of 129,280."""
 
 
-def _option(*names: str, panel: str, **rest: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **rest)
-
-
+_option = partial(option, env=False)
 _LIST, _BASE = "All logits of a list of tokens", "A base for `eval kld`"
 Tokens = Annotated[
     Path | None,
@@ -60,7 +58,9 @@ SaveBase = Annotated[
 ]
 
 
+@with_groups
 def logits(
+    *,
     tokens: Tokens = None,
     out: Out = None,
     chunk: Chunk = None,
@@ -70,12 +70,7 @@ def logits(
     windows: evaluation.MostWindows = None,
     bos: evaluation.OptionalBos = None,
     model: options.Model = None,
-    threads: engine_options.Threads = None,
-    pin: engine_options.Pin = False,
-    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
-    kv: engine_options.KvRows = None,
-    device: engine_options.Device = "auto",
-    gpu_mem: engine_options.GpuMem = None,
+    computing: MeasuringOptions,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
 ) -> None:
@@ -90,13 +85,14 @@ def logits(
         raise UsageError("give --tokens and --out, or --save-base")
     if save_base is None and of_text != (None, None, None, None):
         raise UsageError("-f, -c, -w and --bos belong to --save-base")
+    for target in filter(None, (out, save_base)):
+        evaluation.check_folder(target)
     ids = read_tokens(tokens) if tokens is not None else []
     text = evaluation.read_text(file) if save_base is not None else ""
 
     from localv4.cli.progress import Progress
 
-    gpu = engine_options.gpu_options(device, gpu_mem)
-    engine = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu).engine
+    engine = evaluation.load(model, computing, quiet, no_color).engine
     with Progress(quiet=quiet, no_color=no_color) as progress:
 
         def report(done: int, total: int) -> None:

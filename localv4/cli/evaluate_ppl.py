@@ -3,10 +3,10 @@
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from localv4.cli import engine_options, evaluation, options, terminal
+from localv4.cli import evaluation, options, terminal
+from localv4.cli.engine_options import MeasuringOptions
 from localv4.cli.evaluation import figure, finite, pair, percent
+from localv4.cli.option_groups import option, with_groups
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 Stride = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--stride",
-        rich_help_panel="Text",
+        panel="Text",
+        env=False,
         metavar="N",
         min=1,
         help="Begin a window every N tokens; its last N count. Default: side by side, half counts.",
@@ -27,20 +28,17 @@ Stride = Annotated[
 ]
 
 
+@with_groups
 def ppl(
     model: options.Model = None,
+    *,
     file: evaluation.TextFile = None,
     context: evaluation.Sizes = "512,2048",
     stride: Stride = None,
     windows: evaluation.MostWindows = None,
     bos: evaluation.Bos = True,
     floor_windows: evaluation.FloorWindows = 4,
-    threads: engine_options.Threads = None,
-    pin: engine_options.Pin = False,
-    numerics: engine_options.Numerics = engine_options.Arithmetic.FAST,
-    kv: engine_options.KvRows = None,
-    device: engine_options.Device = "auto",
-    gpu_mem: engine_options.GpuMem = None,
+    computing: MeasuringOptions,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_color: options.NoColor = False,
@@ -55,8 +53,7 @@ def ppl(
 
     from localv4.cli.progress import Progress
 
-    gpu = engine_options.gpu_options(device, gpu_mem)
-    loaded = evaluation.load(model, threads, pin, numerics, quiet, no_color, kv, gpu)
+    loaded = evaluation.load(model, computing, quiet, no_color)
     engine = loaded.engine
     tokens = evaluation.tokenize(engine, text, file)
     cuts = [evaluation.cut_text(engine, tokens, size, windows, bos, stride) for size in sizes]

@@ -3,17 +3,16 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from localv4.cli import engine_options
-from localv4.errors import DoesNotFitError, UsageError
+from localv4.cli.option_groups import option
+from localv4.errors import DoesNotFitError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from localv4.cli.loading import Loaded
-    from localv4.cuda.options import GpuOptions
     from localv4.engine.engine import Engine
     from localv4.engine.scoring import Estimate
     from localv4.engine.windows import Windows
@@ -25,9 +24,14 @@ BUILT_IN_TEXT = Path(__file__).parents[1] / "embedded" / "heldout.txt"
 """Passages of three novels in the public domain; the built-in model was not trained on them."""
 
 
-def _option(*names: str, panel: str = "Text", **rest: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **rest)
-
+_option = partial(option, panel="Text", env=False)
+base_numerics = partial(
+    option,
+    "--base-numerics",
+    env=False,
+    help="Arithmetic of --base-model. Default: that of the model.",
+)
+"""Declare --base-numerics in a `panel`."""
 
 TextFile = Annotated[
     Path | None,
@@ -112,6 +116,12 @@ def read_text(path: Path | None) -> str:
     return text
 
 
+def check_folder(path: Path) -> None:
+    """Raise NotFoundError where there is no folder for a file, long before it is written."""
+    if not path.parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.parent}")
+
+
 def tokenize(engine: "Engine", text: str, path: Path | None) -> Text:
     """Return the tokens of a text; marks in it have no power, as in llama.cpp."""
     name = "built-in" if path is None else path.name
@@ -193,46 +203,9 @@ def finite(value: float) -> float | None:
 
 
 def load(
-    model: str | None,
-    threads: int | None,
-    pin: bool,
-    numerics: "engine_options.Arithmetic",
-    quiet: bool,
-    no_color: bool,
-    kv: "engine_options.Kv | None" = None,
-    gpu: "GpuOptions | None" = None,
+    model: str | None, computing: engine_options.MeasuringOptions, quiet: bool, no_color: bool
 ) -> "Loaded":
     """Load a model with the whole context that it allows."""
     from localv4.cli import loading
-    from localv4.cuda.options import GpuOptions
-    from localv4.engine.memory import MemoryOptions
-    from localv4.engine.setup import Setup
 
-    setup = Setup(
-        threads=threads,
-        pin=pin,
-        numerics=numerics.value,
-        memory=MemoryOptions(kv=kv.value if kv is not None else None),
-        gpu=gpu or GpuOptions("cpu"),
-    )
-    return loading.load_engine(model, setup, quiet=quiet, no_color=no_color)
-
-
-def load_base(
-    model: str | None,
-    threads: int | None,
-    pin: bool,
-    numerics: "engine_options.Arithmetic",
-    quiet: bool,
-    no_color: bool,
-    rows: "tuple[engine_options.Kv | None, engine_options.Kv | None]",
-    gpu: "GpuOptions",
-) -> "Loaded":
-    """Load what a model is compared with.
-
-    `rows`: how the model stores its context, and how the base shall. In `exact` arithmetic a base
-    is computed by the processor, with rows of float32 unless others are asked for.
-    """
-    is_exact = numerics is engine_options.Arithmetic.EXACT
-    kv = rows[1] or (None if is_exact else rows[0])
-    return load(model, threads, pin, numerics, quiet, no_color, kv, None if is_exact else gpu)
+    return loading.load_engine(model, computing.setup(), quiet=quiet, no_color=no_color)

@@ -74,7 +74,7 @@ def load_engine(reference: str | None, setup: "Setup", *, quiet: bool, no_color:
 
     def load() -> "Engine":
         # the import is slow as well: it belongs to the part that Ctrl-C can end at once
-        from localv4.engine.engine import COMPILING, COMPILING_FOR_GPU
+        from localv4.engine.engine import COMPILING, COMPILING_FOR_GPU, Engine
         from localv4.kernels.bus_error import end_with_a_line
         from localv4.kernels.compiler import can_keep
 
@@ -87,7 +87,7 @@ def load_engine(reference: str | None, setup: "Setup", *, quiet: bool, no_color:
                 progress.announce(phase)
             progress(phase, done, total)
 
-        engine = setup.load(model.path, report)
+        engine = Engine.load(model.path, setup, on_progress=report)
         end_with_a_line()
         return engine
 

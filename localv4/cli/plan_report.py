@@ -94,6 +94,8 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
         remark = ""
         if name == "decoder state":
             remark = f"for {plan.ctx_size:,} tokens; up to {plan.most_ctx:,} would fit"
+        if name == "snapshots":
+            remark = "to go back in the context"
         if name == "experts" and not plan.fits:
             remark = f"{100 * plan.resident_share:.0f} % of {format_bytes(plan.all_experts)}"
         rows.append((COMPONENT_NAMES.get(name, name), format_bytes(nbytes), remark))

@@ -6,10 +6,11 @@ from the disk by all of them.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from localv4.engine.batching import EXPECTED_TOKENS
-from localv4.engine.memory import MemoryOptions, plan_memory, row_format, row_limits
+from localv4.engine.memory import MemoryOptions, plan_memory, with_rows
 from localv4.kernels.row_operations import F32
 from localv4.kernels.threads import default_threads
 from localv4.model.fast import FastTransformer
@@ -17,7 +18,8 @@ from localv4.model.state import SLACK_TOKENS
 from localv4.planning.gpu_plan import GpuPlan
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.memory import read_memory
-from localv4.planning.model_facts import held_state_bytes
+from localv4.planning.model_facts import ModelFacts, held_state_bytes
+from localv4.planning.plan import Plan
 from localv4.storage import open_checkpoint
 
 ROWS_PER_THREAD, LEAST_ROWS = 4, 16
@@ -31,7 +33,7 @@ STATE_SHARE = 0.25
 class BatchPlan:
     """`rows` at a time, whose states get `room` bytes; `memory` keeps that much from experts.
 
-    A row is expected to take `row_bytes`.
+    A row is expected to take `row_bytes` where nothing bounds its rows, as on a GPU.
     """
 
     rows: int
@@ -65,31 +67,44 @@ def plan_batch(
     """
     with open_checkpoint(path) as checkpoint:
         facts = facts_of_checkpoint(checkpoint.path.name, "", checkpoint)
-    config = facts.config
+    facts = replace(facts, rows=F32) if exact else with_rows(facts, options)
     threads = threads or default_threads()
     wanted = parallel or max(LEAST_ROWS, ROWS_PER_THREAD * threads)
     wanted = max(1, min(wanted, rows, FastTransformer.most_rows))
-    tokens = min(ctx_size or config.max_positions, 2 * EXPECTED_TOKENS)
-    stored = F32 if exact else row_format(options)
-    row_bytes = held_state_bytes(config, tokens, stored, SLACK_TOKENS)
+    tokens = min(ctx_size or facts.config.max_positions, 2 * EXPECTED_TOKENS)
+    held = partial(_held, facts, tokens)
     if exact:
-        room = int(STATE_SHARE * read_memory().available)
-        return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, options, row_bytes)
-    facts = replace(facts, rows=stored, limits=row_limits(options))
-    plan = plan_memory(facts, options, ctx_size, threads)
-    own = plan.fixed["decoder state"]
-    beyond = plan.usable - plan.total  # what neither the model nor one row takes
-    most = plan.usable - sum(plan.fixed.values()) - plan.floor
-    unasked = max(beyond, int(STATE_SHARE * plan.usable) - own)
-    extra = max(0, min(wanted * row_bytes - own, most, most if parallel else unasked))
-    room = own + extra
-    if options.ram is not None:
-        kept = replace(options, ram=options.ram - extra)
+        room, kept = int(STATE_SHARE * read_memory().available), options
     else:
-        kept = replace(options, reserve=plan.reserve + extra)
-    return BatchPlan(_rows(wanted, room, row_bytes, parallel), room, kept, row_bytes)
+        plan = plan_memory(facts, options, ctx_size, threads)
+        extra = _beyond_one_row(plan, held(wanted), is_asked=parallel is not None)
+        room, kept = plan.fixed["decoder state"] + extra, _without(options, plan, extra)
+    fitting = next((n for n in range(wanted, 1, -1) if held(n) <= room), 1)
+    row_bytes = held_state_bytes(facts.config, tokens, facts.rows, SLACK_TOKENS)
+    # those that were asked for join one after the other, as there is room
+    return BatchPlan(wanted if parallel else fitting, room, kept, row_bytes)
 
 
-def _rows(wanted: int, room: int, row_bytes: int, parallel: int | None) -> int:
-    """Return how many rows to run: those asked for (each waits for memory), or those that fit."""
-    return wanted if parallel else max(1, min(wanted, room // row_bytes))
+def _beyond_one_row(plan: Plan, wanted: int, *, is_asked: bool) -> int:
+    """Return the bytes for states beside that in the plan, where all of them want `wanted`."""
+    own = plan.fixed["decoder state"]
+    most = plan.usable - sum(plan.fixed.values()) - plan.floor
+    left_over = plan.usable - plan.total  # what neither the model nor one row takes
+    unasked = max(left_over, int(STATE_SHARE * plan.usable) - own)
+    return max(0, min(wanted - own, most, most if is_asked else unasked))
+
+
+def _without(options: MemoryOptions, plan: Plan, kept: int) -> MemoryOptions:
+    """Return the options that keep so many bytes from the model."""
+    if options.ram is not None:
+        return replace(options, ram=options.ram - kept)
+    return replace(options, reserve=plan.reserve + kept)
+
+
+def _held(facts: ModelFacts, tokens: int, rows: int) -> int:
+    """Return the memory of so many rows of `tokens` each, whose compressed rows share a bound."""
+    return held_state_bytes(
+        *(facts.config, rows * tokens, facts.rows, SLACK_TOKENS),
+        limits=facts.limits,
+        sequences=rows,
+    )

@@ -33,14 +33,14 @@ class RunningRow:
     """A job whose answer is under way.
 
     `session` has processed all tokens but the newest; it is None while the row waits for memory.
-    `planned_bytes` of memory are counted for it.
+    memory for `planned_tokens` is counted for it.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, ctx_size: int) -> None:
         """Raises DoesNotFitError when the prompt leaves no room for an answer."""
         self.job = job
         self.session: Session | None = None
-        self.planned_bytes = 0
+        self.planned_tokens = 0
         self._answer = GrowingAnswer(tokenizer, job.options, len(job.prompt_ids), ctx_size)
 
     @property

@@ -11,7 +11,7 @@ The batcher has no thread of its own: whoever owns it submits jobs and calls `st
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,11 +20,11 @@ import numpy as np
 from localv4.engine.batch_prefixes import Ids, Prefixes
 from localv4.engine.batch_rows import Answer, Job, RunningRow
 from localv4.engine.engine import Engine
-from localv4.engine.session import Session, extend_together
+from localv4.engine.session import Session, extend_together, remedy
 from localv4.errors import DoesNotFitError, LocalV4Error, NumericsError
 from localv4.kernels.threads import use_threads
 from localv4.model.matrix import Floats
-from localv4.planning.model_facts import held_state_bytes
+from localv4.planning.model_facts import RowLimits, held_state_bytes
 
 COMPARED = 64
 """Prompts that wait behind the next one and are compared with it for a common beginning."""
@@ -96,6 +96,9 @@ class Batcher:
         self._engine, self._network = engine, engine.network
         self.most_rows = max(1, min(most_rows, self._network.most_rows))
         self._room = room
+        self._limits = RowLimits()
+        if engine.facts is not None and engine.gpu_plan is None:  # a GPU has all rows
+            self._limits = engine.facts.limits
         self._cancelled = cancelled
         self._jobs: deque[Job] = deque()
         self._paused: deque[RunningRow] = deque()
@@ -211,6 +214,7 @@ class Batcher:
         except DoesNotFitError as error:
             self._give_way(row, error)
         else:
+            session.go_on_only()  # rows never go back: snapshots would only take memory
             row.session = session
             self._joining.append(row)
 
@@ -251,7 +255,6 @@ class Batcher:
 
     def _start(self, row: RunningRow) -> None:
         assert row.session is not None
-        row.session.ladder.cut(-1)  # rows never go back: snapshots would only take memory
         self._running.append(row)
 
     def _decode(self) -> None:
@@ -290,7 +293,8 @@ class Batcher:
             for session in sessions:  # some may have gone ahead
                 session.state.roll_back(len(session.tokens))
             row = self._running.pop()
-            self._give_way(row, DoesNotFitError(f"out of memory at token {len(row.ids_before)}"))
+            message = f"out of memory at token {len(row.ids_before)}"
+            self._give_way(row, DoesNotFitError(message, hint=remedy(self._network)))
             return None
         finally:
             self._network.cancelled = None
@@ -302,28 +306,35 @@ class Batcher:
 
     def _has_room_for(self, row: RunningRow) -> bool:
         """Say whether the state of another row fits beside those that run; one always does."""
-        tokens = len(row.ids_before) + min(row.budget, EXPECTED_TOKENS)
-        row.planned_bytes = held_state_bytes(
-            self._network.config, tokens, self._network.rows, self._network.slack
-        )
-        if self._room is None or not (self._running or self._joining):
+        row.planned_tokens = len(row.ids_before) + min(row.budget, EXPECTED_TOKENS)
+        seated = [*self._running, *self._joining]
+        if self._room is None or not seated:
             return True
-        free = self._room - self._held
-        if free < row.planned_bytes + self._prefixes.nbytes:
+        needed = self._bytes_of([*seated, row])
+        if needed + self._prefixes.nbytes > self._room:
             self._prefixes.clear()
-        return free >= row.planned_bytes
+        return needed <= self._room
 
     def _measure(self) -> None:
-        """Count the memory that rows really hold; the newest pause if that is too much."""
+        """Count the memory that rows really have; the newest pause if that is too much."""
         for row in self._running:
             if row.session is not None:
-                row.planned_bytes = max(row.planned_bytes, row.session.state_bytes)
+                row.planned_tokens = max(row.planned_tokens, row.session.state.reserved)
         while self._room is not None and len(self._running) > 1 and self._held > self._room:
             self._pause(self._running.pop())
 
     @property
     def _held(self) -> int:
-        return sum(row.planned_bytes for row in (*self._running, *self._joining))
+        return self._bytes_of([*self._running, *self._joining])
+
+    def _bytes_of(self, rows: Sequence[RunningRow]) -> int:
+        """Return the memory of the states of some rows, all together."""
+        network, tokens = self._network, sum(row.planned_tokens for row in rows)
+        return held_state_bytes(
+            *(network.config, tokens, network.rows, network.slack),
+            limits=self._limits,
+            sequences=len(rows),
+        )
 
     def _give_way(self, row: RunningRow, error: DoesNotFitError) -> None:
         """Let a row that got no memory wait for that of the others; alone, it cannot be answered.

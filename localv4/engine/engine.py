@@ -3,25 +3,21 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-from localv4.cuda.options import GpuOptions
-from localv4.engine.devices import Wanted, find_device, make_network
+from localv4.engine.devices import Computing, Wanted, find_device, make_network
 from localv4.engine.expert_usage import ExpertUsage
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.memory import (
-    MemoryOptions,
     paging_options,
     plan_memory,
-    row_format,
-    row_limits,
     row_memory,
+    with_rows,
 )
 from localv4.engine.reply import Reply
 from localv4.engine.session import Network, Progress, Session
+from localv4.engine.setup import Setup
 from localv4.errors import BadFileError, DoesNotFitError, UsageError
 from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels
 from localv4.kernels.team import Team
@@ -47,8 +43,6 @@ COMPILING = "compiling kernels (first run only)"
 """The phase of loading that takes a minute, once."""
 
 COMPILING_FOR_GPU = "compiling kernels for the GPU (first run only)"
-
-NumericsName = Literal["exact", "fast"]
 
 HEADS_TOKENS = 128
 """Tokens that are processed together where the logits of all of them are wanted."""
@@ -86,77 +80,36 @@ class Engine:
 
     @classmethod
     def load(
-        cls,
-        path: Path,
-        *,
-        ctx_size: int | None = None,
-        threads: int | None = None,
-        pin: bool = False,
-        numerics: NumericsName = "fast",
-        memory: MemoryOptions | None = None,
-        gpu: GpuOptions | None = None,
-        on_progress: OnLoad | None = None,
+        cls, path: Path, setup: Setup | None = None, *, on_progress: OnLoad | None = None
     ) -> "Engine":
         """Open the model at `path` (a checkpoint folder or a GGUF file).
 
-        `ctx_size` in tokens defaults to what the model allows, `threads` to the physical
-        performance cores; `pin` binds each thread to a core.
-        `numerics` "fast" multiplies packed weights with rounded activations; packing needs memory
-        for the dense weights and for the experts in use. Networks of dimensions that its kernels
-        do not know are computed in "exact" (`network.name` tells). `gpu` says if a GPU helps.
-        Raises NotFoundError, BadFileError, UsageError or DoesNotFitError.
+        Networks of dimensions that the kernels of "fast" do not know are computed in "exact"
+        (`network.name` tells). Raises NotFoundError, BadFileError, UsageError or DoesNotFitError.
         """
+        setup = setup or Setup()
         checkpoint = open_checkpoint(path)
         table = read_names(checkpoint)
         config = read_model_config(checkpoint, table)
-        size = _checked_ctx_size(ctx_size, config)
-        count = _checked_threads(threads)
+        size = _checked_ctx_size(setup.ctx_size, config)
+        threads = _checked_threads(setup.threads)
         weights = read_weights(checkpoint, table, config, _phase(on_progress, "opening weights"))
-        if numerics == "fast" and can_run(config):
-            options = memory or MemoryOptions()
-            rows = row_memory(options)
+        if setup.numerics == "fast" and can_run(config):
+            rows = row_memory(setup.memory)
             facts = facts_of_tensors(checkpoint, table, config, name=checkpoint.path.name)
-            facts = replace(facts, rows=row_format(options), limits=row_limits(options))
-            plan = plan_memory(facts, options, ctx_size, count)
-            device = find_device(gpu or GpuOptions("cpu"), facts, plan.ctx_size)
-            _make_kernels(families(weights) | {row_format(options).family}, on_progress)
-            paging = paging_options(checkpoint, options, plan)
-            weights = _packed(checkpoint, weights, count, paging, on_progress)
-            computing = make_network(
-                Wanted(
-                    *(checkpoint, config, weights, Team(count, pin), paging, row_format(options)),
-                    device,
-                ),
-                _phase(on_progress, COMPILING_FOR_GPU),
-            )
+            facts = with_rows(facts, setup.memory)
+            plan = plan_memory(facts, setup.memory, setup.ctx_size, threads)
+            computing = _computing(checkpoint, weights, facts, plan, setup, threads, on_progress)
             engine = cls(checkpoint, computing.network, size, rows)
             engine.facts, engine.plan = facts, plan
             engine.gpu_plan, engine._gpu_note = computing.gpu, computing.note
             engine._begin_usage()
             return engine
-        if isinstance(checkpoint, PackedFolder):
-            raise UsageError(
-                f"{path} is packed for --numerics fast and has no weights for exact",
-                hint="leave --numerics out, or use the model that it was made from",
-            )
-        if memory is not None and memory.kv not in (None, "f32"):
-            raise UsageError(
-                f"--kv {memory.kv} needs --numerics fast, and dimensions that it can compute",
-                hint="leave --kv out: exact keeps float32",
-            )
-        if gpu is not None and gpu.name == "cuda":
-            raise UsageError(
-                "--device cuda needs --numerics fast, and dimensions that it can compute",
-                hint="leave --device out: exact is computed by the CPU",
-            )
+        _check_exact(checkpoint, setup)
         _make_kernels({EXACT}, on_progress)
-        exact = Numerics(Team(count, pin), weights.widest)
-        return cls(
-            checkpoint,
-            Transformer(config, weights, exact),
-            size,
-            row_memory(memory or MemoryOptions()),
-        )
+        exact = Numerics(Team(threads, setup.pin), weights.widest)
+        network = Transformer(config, weights, exact)
+        return cls(checkpoint, network, size, row_memory(setup.memory))
 
     def _begin_usage(self) -> None:
         store = self.network.host_store if isinstance(self.network, FastTransformer) else None
@@ -242,6 +195,50 @@ class Engine:
             yield rows
             if on_progress is not None:
                 on_progress(start + len(part), len(token_ids))
+
+
+def _computing(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    facts: ModelFacts,
+    plan: Plan,
+    setup: Setup,
+    threads: int,
+    on_progress: OnLoad | None,
+) -> Computing:
+    """Make the network of packed weights on its device, with memory as planned."""
+    device = find_device(setup.gpu, facts, plan.ctx_size)
+    _make_kernels(families(weights) | {facts.rows.family}, on_progress)
+    paging = paging_options(checkpoint, setup.memory, plan)
+    wanted = Wanted(
+        checkpoint=checkpoint,
+        config=facts.config,
+        weights=_packed(checkpoint, weights, threads, paging, on_progress),
+        team=Team(threads, setup.pin),
+        paging=paging,
+        rows=facts.rows,
+        device=device,
+    )
+    return make_network(wanted, _phase(on_progress, COMPILING_FOR_GPU))
+
+
+def _check_exact(checkpoint: Checkpoint, setup: Setup) -> None:
+    """Raise UsageError for what only the arithmetic `fast` can do."""
+    if isinstance(checkpoint, PackedFolder):
+        raise UsageError(
+            f"{checkpoint.path} is packed for --numerics fast and has no weights for exact",
+            hint="leave --numerics out, or use the model that it was made from",
+        )
+    if setup.memory.kv not in (None, "f32"):
+        raise UsageError(
+            f"--kv {setup.memory.kv} needs --numerics fast, and dimensions that it can compute",
+            hint="leave --kv out: exact keeps float32",
+        )
+    if setup.gpu.name == "cuda":
+        raise UsageError(
+            "--device cuda needs --numerics fast, and dimensions that it can compute",
+            hint="leave --device out: exact is computed by the CPU",
+        )
 
 
 def _packed(

@@ -1,6 +1,6 @@
 """How a model is brought into the memory of this machine: from wishes and a plan to a store."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,11 @@ def row_limits(options: MemoryOptions) -> RowLimits:
     """Return the bounds of compressed rows in memory."""
     keys = KEYS_BYTES if options.kv_dir is not None and options.kv_ram is None else None
     return RowLimits(options.kv_ram, keys)
+
+
+def with_rows(facts: ModelFacts, options: MemoryOptions) -> ModelFacts:
+    """Return what a model costs in the arithmetic `fast` with its context stored as asked for."""
+    return replace(facts, rows=row_format(options), limits=row_limits(options))
 
 
 def paging_options(checkpoint: Checkpoint, options: MemoryOptions, plan: Plan) -> PagingOptions:

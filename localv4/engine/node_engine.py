@@ -13,6 +13,7 @@ from localv4.engine.batch_memory import plan_batch
 from localv4.engine.batch_request import BatchSettings
 from localv4.engine.batch_results import Document, Results
 from localv4.engine.batch_run import BatchRun, make_run
+from localv4.engine.engine import Engine
 from localv4.engine.fingerprint import weights_fingerprint
 from localv4.engine.setup import Setup
 from localv4.errors import LocalV4Error, UsageError
@@ -51,7 +52,7 @@ class EngineOrder:
             exact=self.setup.numerics == "exact",
         )
         gpu = replace(self.setup.gpu, state_bytes=plan.room)
-        engine = replace(self.setup, memory=plan.memory, gpu=gpu).load(model.path)
+        engine = Engine.load(model.path, replace(self.setup, memory=plan.memory, gpu=gpu))
         plan = plan.within(engine.gpu_plan)
         results = Results(self.identity, self.settings.model)
         return make_run(

@@ -7,11 +7,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.engine.ladder import STEP_TOKENS, Ladder, last_step, wanted_rungs
+from localv4.engine.ladder import Ladder
 from localv4.errors import DoesNotFitError, UsageError
+from localv4.kernels.row_operations import COMPACT
 from localv4.kernels.threads import use_threads
 from localv4.model.fast import FastTransformer
 from localv4.model.matrix import Floats
+from localv4.model.rungs import STEP_TOKENS, last_step, wanted_rungs
 from localv4.model.snapshot import Passing, Snapshot, fork, restore, take_snapshot
 from localv4.model.state import State
 from localv4.model.transformer import Transformer
@@ -45,10 +47,11 @@ class Session:
         self.tokens: list[int] = []
         self.ladder = Ladder()
         self.store: Store | None = None
+        self._climbs = True
         try:
             self._state = network.new_state()
         except MemoryError:
-            raise DoesNotFitError("not enough memory for the state of a new session") from None
+            raise _no_room_for_a_session(network) from None
 
     @property
     def state(self) -> State:
@@ -69,6 +72,11 @@ class Session:
         """Forget everything."""
         self.rollback(0)
 
+    def go_on_only(self) -> None:
+        """Keep no snapshots, now and later: further back than the rings reach is the beginning."""
+        self._climbs = False
+        self.ladder = Ladder()
+
     def fork(self) -> "Session":
         """Return another timeline that begins with the same tokens and goes its own way.
 
@@ -79,7 +87,7 @@ class Session:
         try:
             twin._state = fork(self._state)
         except MemoryError:
-            raise DoesNotFitError("not enough memory for the state of a new session") from None
+            raise _no_room_for_a_session(self.network) from None
         return twin
 
     def rollback(self, position: int) -> None:
@@ -113,7 +121,9 @@ class Session:
             try:
                 found = self.store.load(self._state, token_ids[:-1], shared)
             except MemoryError:
-                raise DoesNotFitError("not enough memory for a stored session") from None
+                raise DoesNotFitError(
+                    "not enough memory for a stored session", hint=remedy(self.network)
+                ) from None
             if found is not None:
                 self.tokens = list(token_ids[: found.position])
                 self.ladder.add(found)
@@ -188,7 +198,8 @@ class Session:
     def _pass(self, part: NDArray[np.int64]) -> Floats:
         """Process some tokens; put up the rungs that they pass where the rings move on."""
         first, end = self.position, self.position + len(part)
-        passing = Passing(wanted_rungs(first, end - self.network.slack))
+        wanted = wanted_rungs(first, end - self.network.slack) if self._climbs else ()
+        passing = Passing(wanted)
         self._state.passer = passing
         try:
             vectors = self.network.forward(part, self._state)
@@ -200,6 +211,8 @@ class Session:
 
     def _climb(self, tokens: int) -> None:
         """Put up the rungs that the last `tokens` tokens have passed, where the rings allow it."""
+        if not self._climbs:
+            return
         tip = self.position
         passed = range(last_step(tip), tip - tokens, -STEP_TOKENS)
         for place in filter(self._state.can_roll_back, passed):
@@ -246,12 +259,30 @@ def extend_together(
     try:
         network.forward_many(np.concatenate(ids), [session.state for session in sessions], counts)
     except MemoryError:
-        raise DoesNotFitError(f"out of memory in a prompt of {max(counts)} tokens") from None
+        raise DoesNotFitError(
+            f"out of memory in a prompt of {max(counts)} tokens", hint=remedy(network)
+        ) from None
     finally:
         network.cancelled = None
     for session, own in zip(sessions, ids, strict=True):
         session.tokens.extend(own.tolist())
         session._climb(own.size)
+
+
+def remedy(network: Network) -> str:
+    """Say what leaves more memory to the context of a network."""
+    if isinstance(network, Transformer):
+        return "close other programs, or use --numerics fast, whose context takes less"
+    smaller_rows = "" if network.rows is COMPACT else ", use --kv compact"
+    return f"close other programs{smaller_rows}, or keep fewer experts in memory: a smaller --ram"
+
+
+def _no_room_for_a_session(network: Network) -> DoesNotFitError:
+    """Say what helps where there is no memory for rings: how rows are stored does not matter."""
+    is_paged = isinstance(network, FastTransformer)
+    fewer = ", or keep fewer experts in memory: a smaller --ram" if is_paged else ""
+    message = "not enough memory for the state of a new session"
+    return DoesNotFitError(message, hint=f"close other programs{fewer}")
 
 
 def common_prefix(mine: Sequence[int], wanted: Sequence[int]) -> int:

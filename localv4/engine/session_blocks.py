@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.engine.ladder import STEP_TOKENS
 from localv4.errors import BadFileError
 from localv4.finished_file import finished_file
+from localv4.model.rungs import STEP_TOKENS
 from localv4.model.snapshot import Snapshot, rings_of
 from localv4.model.state import Rows, State
 

@@ -16,7 +16,7 @@ from localv4.kernels.operation import float_bits
 from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.program import Input, Program, Rows
-from localv4.model.state import compressor_capacity, window_capacity
+from localv4.model.rings import pooling_shape, window_shape
 from localv4.model.weights import Attention, Compressor
 from localv4.model.workspace import AttentionBuffers, CompressorBuffers
 
@@ -44,8 +44,8 @@ class FastAttention:
         self.rotation = 0 if kind is LayerKind.SLIDING else 1
         self.sinks = spread(weights.sinks)
         self.eps = float_bits(config.rms_eps)
-        self.window_capacity = window_capacity(config.window, slack)
-        self.capacity = compressor_capacity(self.reach, ratio, slack)
+        self.window_capacity = window_shape(config).capacity(slack)
+        self.capacity = pooling_shape(config.head_dim, ratio, self.reach).capacity(slack)
 
     @property
     def reach(self) -> int:

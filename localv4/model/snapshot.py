@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from localv4.errors import LocalV4Error
 from localv4.model.matrix import Floats
-from localv4.model.state import LayerState, Ring, State
+from localv4.model.rings import Ring
+from localv4.model.state import LayerState, State
 
 
 @dataclass(frozen=True, slots=True, eq=False)

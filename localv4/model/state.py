@@ -19,6 +19,7 @@ from localv4.kernels.row_forms import RowForm
 from localv4.kernels.row_operations import RowFormat
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32, Floats
+from localv4.model.rings import Ring, ring_shapes
 from localv4.paging.row_memory import PAGE, RowArray, RowMemory, Wanted, view
 
 Stored = NDArray[np.float32] | NDArray[np.uint8]
@@ -78,34 +79,6 @@ class Rows:
     def write(self, first: int, rows: Floats) -> None:
         """Put rows of float32 at index `first` and after, over whatever was there."""
         self.floats[first : first + rows.shape[0]] = rows
-
-
-class Ring:
-    """Rows by position: position p lies in slot p % capacity.
-
-    After P tokens the rows from position P // period * period - back on will be read again.
-    """
-
-    def __init__(self, capacity: int, width: int, *, period: int, back: int) -> None:
-        self.values = np.zeros((capacity, width), F32)
-        self._period, self._back = period, back
-
-    def first_needed(self, position: int) -> int:
-        """Return the first position whose row is read again after `position` tokens."""
-        return max(0, position // self._period * self._period - self._back)
-
-    def write(self, first: int, rows: Floats) -> None:
-        """Store the rows of positions first, first + 1, ..."""
-        self.values[self._slots(first, first + rows.shape[0])] = rows
-
-    def read(self, first: int, end: int) -> Floats:
-        """Return a copy of the rows of positions first ... end - 1."""
-        rows: Floats = self.values[self._slots(first, end)]
-        return rows
-
-    def _slots(self, first: int, end: int) -> NDArray[np.int64]:
-        slots: NDArray[np.int64] = np.arange(first, end) % self.values.shape[0]
-        return slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +196,11 @@ class State:
         end = self.position + tokens
         self._open_rows(self.position, end)
         self._written = max(self._written, end)
+
+    @property
+    def reserved(self) -> int:
+        """Positions whose entries have memory, be they processed or not."""
+        return self._reserved
 
     def read_back(self) -> None:
         """Bring what a device has written into the arrays of the layers."""
@@ -385,39 +363,15 @@ def _resident(rows: Rows) -> int:
     return rows.memory.resident if rows.memory is not None else 0
 
 
-def window_capacity(window: int, slack: int) -> int:
-    """Return the positions that the ring of a raw window holds."""
-    return window + slack
-
-
-def compressor_capacity(reach: int, ratio: int, slack: int) -> int:
-    """Return the positions that a compressor's rings hold; it pools `reach` windows of `ratio`."""
-    return reach * ratio + slack
-
-
 def _layer_state(config: ModelConfig, layer: int, slack: int, rows: RowFormat) -> LayerState:
-    kind, ratio, rope = config.layer_kinds[layer], config.ratios[layer], config.rope_dim
+    kind, rope = config.layer_kinds[layer], config.rope_dim
+    window, *others = (Ring(shape, slack) for shape in ring_shapes(config, layer))
     compressor, indexer = None, None
     if kind is not LayerKind.SLIDING:
-        reach = 2 if kind is LayerKind.CSA else 1
         chosen = kind is LayerKind.CSA  # the indexer chooses which of them a token reads
         entries = Rows(rows.keys, config.head_dim, rope, is_sparse=chosen)
-        compressor = _compressor_state(entries, config.head_dim, ratio, reach, slack)
+        compressor = CompressorState(others[0], others[1], entries)
     if kind is LayerKind.CSA:
         entries = Rows(rows.index, config.index_head_dim, rope, is_sparse=False)
-        indexer = _compressor_state(entries, config.index_head_dim, ratio, 2, slack)
-    capacity = window_capacity(config.window, slack)
-    window = Ring(capacity, config.head_dim, period=1, back=config.window - 1)
-    return LayerState(window, compressor, indexer, ratio)
-
-
-def _compressor_state(
-    entries: Rows, width: int, ratio: int, reach: int, slack: int
-) -> CompressorState:
-    """`reach` windows are pooled into an entry, each with its own `width` channels."""
-
-    def ring() -> Ring:
-        capacity = compressor_capacity(reach, ratio, slack)
-        return Ring(capacity, reach * width, period=ratio, back=(reach - 1) * ratio)
-
-    return CompressorState(keys=ring(), gates=ring(), entries=entries)
+        indexer = CompressorState(others[2], others[3], entries)
+    return LayerState(window, compressor, indexer, config.ratios[layer])

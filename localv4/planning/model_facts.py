@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from localv4.kernels.row_operations import COMPACT, RowFormat
 from localv4.model.config import LayerKind, ModelConfig
-from localv4.model.state import SLACK_TOKENS, compressor_capacity, window_capacity
+from localv4.model.fast import CHUNK_TOKENS
+from localv4.model.rings import ring_shapes
+from localv4.model.rungs import most_rungs, snapshot_bytes
+from localv4.model.state import SLACK_TOKENS
 from localv4.model.traffic import VALUE_BYTES, state_bytes
 from localv4.planning.network import multiply_adds, network_weights
 from localv4.planning.recipes import Recipe
@@ -141,6 +144,10 @@ class ModelFacts:
         """Return the memory of one sequence of `ctx_size` tokens."""
         return held_state_bytes(self.config, ctx_size, self.rows, limits=self.limits)
 
+    def snapshots_bytes(self, ctx_size: int) -> int:
+        """Return the memory of the snapshots by which a sequence of `ctx_size` tokens goes back."""
+        return most_rungs(ctx_size, CHUNK_TOKENS) * snapshot_bytes(self.config)
+
     @property
     def state_bytes_per_token(self) -> float:
         """What a further token of context takes."""
@@ -179,26 +186,24 @@ def facts_of_recipe(
 
 def held_state_bytes(
     config: ModelConfig,
-    ctx_size: int,
+    tokens: int,
     rows: RowFormat,
     slack: int = SLACK_TOKENS,
     limits: RowLimits = RowLimits(),
+    sequences: int = 1,
 ) -> int:
-    """Return the bytes of a `model.state.State` that holds `ctx_size` tokens."""
-    fixed = sum(_ring_bytes(config, layer, slack) for layer in range(config.n_layers))
+    """Return the bytes of a `model.state.State` that holds `tokens`, or of several together.
+
+    `limits` bounds the rows of all `sequences`, which hold `tokens` altogether.
+    """
+    rings = sum(_ring_bytes(config, layer, slack) for layer in range(config.n_layers))
     always, chosen = _entry_bytes(config, rows)
-    return fixed + limits.within(int(always * ctx_size), int(chosen * ctx_size))
+    return sequences * rings + limits.within(int(always * tokens), int(chosen * tokens))
 
 
 def _ring_bytes(config: ModelConfig, layer: int, slack: int) -> int:
-    kind, ratio = config.layer_kinds[layer], config.ratios[layer]
-    values = window_capacity(config.window, slack) * config.head_dim
-    if kind is LayerKind.HCA:
-        values += 2 * compressor_capacity(1, ratio, slack) * config.head_dim
-    elif kind is LayerKind.CSA:
-        width = config.head_dim + config.index_head_dim
-        values += 2 * compressor_capacity(2, ratio, slack) * 2 * width
-    return VALUE_BYTES * values
+    shapes = ring_shapes(config, layer)
+    return VALUE_BYTES * sum(shape.width * shape.capacity(slack) for shape in shapes)
 
 
 def _entry_bytes(config: ModelConfig, rows: RowFormat) -> tuple[float, float]:

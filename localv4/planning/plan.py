@@ -1,7 +1,7 @@
 """How memory is shared out before a model is loaded: what stays in it, and what is paged.
 
     usable  = --ram, and never more than available - reserve
-    experts = usable - dense - head - decoder state - workspace - program
+    experts = usable - dense - head - decoder state - snapshots - workspace - program
     all of them fit: mode map (or arena, where files hold another form); else arena, which pages
 
 docs/planning.md explains the components.
@@ -161,6 +161,7 @@ def fixed_memory(facts: ModelFacts, ctx: int, threads: int) -> dict[str, int]:
         "dense weights": facts.dense_bytes,
         "head": facts.head_bytes,
         "decoder state": facts.state_bytes(ctx),
+        "snapshots": facts.snapshots_bytes(ctx),
         "workspace": workspace_bytes(facts.config, ctx, threads),
         "program": PROGRAM_BYTES,
     }
