@@ -55,10 +55,11 @@ def share_gemm(operation: int, member: int, few_sums: Any, many_sums: Any) -> No
     q, d, b, tokens = word(operation, 4), word(operation, 5), word(operation, 6), word(operation, 7)
     out, stride = word(operation, 8), word(operation, 9)
     scratch = word(operation, 10) + member * SCRATCH_BYTES
-    batches = (tokens + BATCH_TOKENS - 1) // BATCH_TOKENS
+    panels = panels_of(groups)
     taken = take_chunk(operation)
-    while taken < batches * panels_of(groups):
-        panel, first = taken // batches, taken % batches * BATCH_TOKENS
+    while taken // panels * BATCH_TOKENS < tokens:
+        # all panels for some tokens, which stay in the second cache: they are more than a panel
+        first, panel = taken // panels * BATCH_TOKENS, taken % panels
         count = min(BATCH_TOKENS, tokens - first)
         _sums(few_sums, many_sums, scratch, w, panel, groups, cols, q, d, b, first, count)
         store_sums(out, stride, scratch, panel, groups, first, count)
