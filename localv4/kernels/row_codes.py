@@ -153,7 +153,7 @@ def _round_bits(b: Builder, bits: Value, dropped: int) -> Value:
 
 
 def _raise_half(b: Builder, bits: Value, dropped: int) -> Value:
-    """Return what is the nearest when the lowest `dropped` bits are cut off; of two the even one."""
+    """Return bits that are the nearest without the lowest `dropped` ones, of two the even one."""
     odd = b.and_(b.lshr(bits, filled(INTS, dropped)), filled(INTS, 1))
     half = filled(INTS, (1 << (dropped - 1)) - 1)
     return b.add(b.add(bits, half), odd)
