@@ -42,8 +42,9 @@ def test_pieces_are_few_and_leave_half_to_whoever_is_quick(groups: int, members:
     assert len(sizes) <= members * (2 + np.log2(groups / members))
 
 
-def test_experts_are_shared_out_one_after_the_other() -> None:
-    count, groups, members = 6, 128, 2
+@pytest.mark.parametrize(("groups", "members"), [(128, 2), (128, 3), (3, 16), (40, 16)])
+def test_experts_are_shared_out_one_after_the_other(groups: int, members: int) -> None:
+    count = 6
     found, number = [], 0
     while True:
         first, end, expert = expert_piece(number, count, groups, members)

@@ -65,12 +65,31 @@ def chunk_groups(groups: int, members: int) -> int:
 
 
 @device
-def piece(number: int, groups: int, members: int) -> tuple[int, int]:
-    """Return which row groups piece `number` of a matrix has: (first, end); none: first >= groups.
+def take_piece(operation: int, groups: int, members: int) -> tuple[int, int]:
+    """Return row groups of a matrix that are free: (first, end), first >= groups if none is left.
 
-    Each round of pieces, one for each member, has half of what is left, down to LAST_GROUPS each: a
-    new piece costs the time of an atomic addition and of memory that begins to deliver, and what
-    one member must wait for at the end is as small as before.
+    Where another operation follows at once, nobody waits for the last piece of this one.
+    """
+    number = take_chunk(operation)
+    if word(operation, ALONGSIDE) != 0:
+        size = share(groups, members)
+        return number * size, min((number + 1) * size, groups)
+    return piece(number, groups, members)
+
+
+@device
+def share(groups: int, members: int) -> int:
+    """Return how many row groups each member takes at once; kernels read two at a time."""
+    size = (groups + members - 1) // members
+    return size + size % 2
+
+
+@device
+def piece(number: int, groups: int, members: int) -> tuple[int, int]:
+    """Return which row groups piece `number` has when members wait for the last one.
+
+    A new piece costs the time of an atomic addition, and of memory that begins to deliver. So each
+    round of pieces, one for each member, has half of what is left, down to LAST_GROUPS each.
     """
     last = min(LAST_GROUPS, max(min(2, groups), groups // (8 * members)))
     first, size, left = 0, groups // (2 * members), number

@@ -12,11 +12,12 @@ from localv4.kernels import activations, packed
 from localv4.kernels.compiler import entry
 from localv4.kernels.device import device
 from localv4.kernels.operation import (
-    chunk_groups,
     float_at,
     float_word,
     piece,
+    share,
     take_chunk,
+    take_piece,
     word,
 )
 from localv4.kernels.simd import store_f32, zeros_f32
@@ -63,10 +64,10 @@ def share_matvec(operation: int, members: int, multiply: Any) -> None:
     """
     w, groups, cols = word(operation, 1), word(operation, 2), word(operation, 3)
     q, d, b, out = word(operation, 4), word(operation, 5), word(operation, 6), word(operation, 7)
-    g0, g1 = piece(take_chunk(operation), groups, members)
+    g0, g1 = take_piece(operation, groups, members)
     while g0 < groups:
         multiply(out, w, g0, g1, cols, q, d, b)
-        g0, g1 = piece(take_chunk(operation), groups, members)
+        g0, g1 = take_piece(operation, groups, members)
 
 
 @device
@@ -90,13 +91,13 @@ def share_gate_up(operation: int, members: int, multiply: Any) -> None:
 
 @device
 def expert_piece(number: int, count: int, groups: int, members: int) -> tuple[int, int, int]:
-    """Return `piece` number of `count` matrices: (first, end, matrix); small ones in the last."""
-    chunk = chunk_groups(groups, members)
-    chunks = -(-groups // chunk)
-    before = (count - 1) * chunks
+    """Return piece `number` of `count` matrices: (first, end, matrix); small ones in the last."""
+    size = share(groups, members)
+    pieces = (groups + size - 1) // size
+    before = (count - 1) * pieces
     if number < before:
-        first = number % chunks * chunk
-        return first, min(first + chunk, groups), number // chunks
+        first = number % pieces * size
+        return first, min(first + size, groups), number // pieces
     first, end = piece(number - before, groups, members)
     return first, end, count - 1
 
@@ -114,7 +115,7 @@ def share_down(operation: int, members: int, multiply: Any) -> None:
     out, weights, offset = word(operation, 8), word(operation, 9), word(operation, 10)
     adds = word(operation, 11) != 0
     q_row, d_row, b_row = activations.q_row(cols), activations.d_row(cols), activations.b_row(cols)
-    g0, g1 = piece(take_chunk(operation), groups, members)
+    g0, g1 = take_piece(operation, groups, members)
     while g0 < groups:
         if not adds:
             for g in range(g0, g1):
@@ -124,4 +125,4 @@ def share_down(operation: int, members: int, multiply: Any) -> None:
             eq, ed, eb = q + e * q_row, d + e * d_row, b + e * b_row
             if record != 0:
                 multiply(out, record + offset, g0, g1, cols, eq, ed, eb, weight)
-        g0, g1 = piece(take_chunk(operation), groups, members)
+        g0, g1 = take_piece(operation, groups, members)
