@@ -22,6 +22,10 @@ class Choice:
     method: Method = "search"
     note: str = ""
 
+    def note_on(self, format_name: str) -> str:
+        """Return the note on a matrix in a format: a wish that came true by itself needs none."""
+        return "" if self.note == _as_small_as(format_name) else self.note
+
 
 KEPT = Choice(None)
 
@@ -87,4 +91,8 @@ def _choose(
 def _note(wish: str, name: str, rows: int, cols: int, kept: bool) -> str:
     if name != wish:
         return f"{rows} x {cols} does not fit {wish}"
-    return f"as small as {name} already" if kept else ""
+    return _as_small_as(name) if kept else ""
+
+
+def _as_small_as(name: str) -> str:
+    return f"as small as {name} already"

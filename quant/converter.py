@@ -47,20 +47,27 @@ class Converter:
             for first, end in strips_of(rows, matrix.cols):
                 yield group * rows + first, group * rows + end
 
-    def kept(self, name: str, matrix: Matrix, first: int, end: int) -> Matrix:
-        """Return rows as they are stored; raise BadFileError where one is not finite."""
+    def rows(self, name: str, matrix: Matrix, first: int, end: int, choice: Choice) -> Matrix:
+        """Return rows `first` to `end` in blocks of the chosen ggml type, or as they are stored.
+
+        Raises BadFileError where a value is not finite.
+        """
+        if choice.target is None:
+            return self._kept(name, matrix, first, end)
+        return self._rounded(name, matrix, first, end, choice.target, choice.method)
+
+    def _kept(self, name: str, matrix: Matrix, first: int, end: int) -> Matrix:
         part = strip(matrix, first, end)
         if not is_finite(part):
             raise BadFileError(self.path, f"tensor {name!r} holds a NaN or an infinity")
         return part
 
-    def rounded(
+    def _rounded(
         self, name: str, matrix: Matrix, first: int, end: int, target: Target, method: Method
     ) -> Matrix:
-        """Return rows `first` to `end` in blocks of a ggml type: that of `target` or its kin.
+        """Return rows in blocks of a ggml type: that of `target` or its kin.
 
-        What a packed format holds is the same numbers in another order. Raises BadFileError where a
-        value is not finite.
+        What a packed format holds is the same numbers in another order.
         """
         from quant.quantizers import quantize_rows
 
@@ -90,11 +97,8 @@ class Converter:
     def convert(self, name: str, matrix: Matrix, choice: Choice) -> Matrix:
         """Return a whole matrix in blocks of the chosen ggml type, or as it is stored."""
         if choice.target is None:
-            return self.kept(name, matrix, 0, matrix.rows)
-        parts = []
-        for first, end in self.spans(name, matrix):
-            part = self.rounded(name, matrix, first, end, choice.target, choice.method)
-            parts.append(part.data)
+            return self.rows(name, matrix, 0, matrix.rows, choice)
+        parts = [self.rows(name, matrix, *span, choice).data for span in self.spans(name, matrix)]
         return ggml_matrix(ggml_name(choice.target), matrix.cols, np.concatenate(parts))
 
 

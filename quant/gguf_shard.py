@@ -17,7 +17,7 @@ from quant.ggml_rows import kept_rows, kept_type
 from quant.gguf_names import gguf_name
 from quant.gguf_writer import GgufTensor
 from quant.output_file import Job
-from quant.packed_shard import Choose, Leaf, ShardSource, matrix_rows
+from quant.packed_shard import Choose, Leaf, ShardSource, expert_prefixes, matrix_rows
 from quant.strips import give_back
 from quant.tensor_class import class_of, layer_of
 
@@ -44,17 +44,14 @@ def build_gguf_shard(source: ShardSource, converter: Converter, choose: Choose) 
     for name, experts in source.experts.items():
         is_routed = not name.endswith("shared_experts")
         for part in ("w1", "w3", "w2"):
-            matrices = list(_parts(name, part, experts, is_routed))
+            matrices = list(_parts(name, part, experts))
             _add(shard, converter, choose, f"{name}.{part}.weight", matrices, is_routed)
     return shard
 
 
-def _parts(
-    name: str, part: str, experts: Sequence[Expert], is_routed: bool
-) -> Iterator[tuple[str, Matrix]]:
+def _parts(name: str, part: str, experts: Sequence[Expert]) -> Iterator[tuple[str, Matrix]]:
     """Yield the same matrix of all experts with their official names."""
-    for number, expert in enumerate(experts):
-        prefix = f"{name}.{number}" if is_routed else name
+    for prefix, expert in zip(expert_prefixes(name, experts), experts, strict=True):
         yield f"{prefix}.{part}.weight", getattr(expert, part)
 
 
@@ -96,7 +93,7 @@ def _add(
             is_exact=choices[0].target is None,
             source_bytes=sum(matrix.nbytes for _, matrix in matrices),
             nbytes=tensor.nbytes,
-            note="" if choices[0].note == f"as small as {kind} already" else choices[0].note,
+            note=choices[0].note_on(kind),
         )
     )
 
@@ -108,12 +105,9 @@ def _type_of(matrix: Matrix, choice: Choice) -> str:
 def _rows(
     converter: Converter, name: str, matrix: Matrix, choice: Choice, first: int, end: int
 ) -> Packed:
-    if choice.target is None:
-        part = converter.kept(name, matrix, first, end)
-        rows = np.array(kept_rows(part, name, converter.path))
-    else:
-        target, method = choice.target, choice.method
-        rows = converter.rounded(name, matrix, first, end, target, method).data
+    part = converter.rows(name, matrix, first, end, choice)
+    is_kept = choice.target is None
+    rows = np.array(kept_rows(part, name, converter.path)) if is_kept else part.data
     give_back(matrix_rows(matrix, first, end))
     return rows
 

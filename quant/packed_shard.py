@@ -94,6 +94,12 @@ def build_shard(source: ShardSource, converter: Converter, choose: Choose) -> Sh
     return shard
 
 
+def expert_prefixes(name: str, experts: Sequence[Expert]) -> list[str]:
+    """Return how official names of each expert's matrices begin; a shared one has no number."""
+    is_shared = name.endswith("shared_experts")
+    return [name] if is_shared else [f"{name}.{number}" for number in range(len(experts))]
+
+
 def stays_stored(name: str) -> bool:
     """Tell which matrices are never packed one by one.
 
@@ -147,14 +153,9 @@ def _add_matrix(
             is_exact=choice.target is None,
             source_bytes=matrix.nbytes,
             nbytes=tensor.nbytes,
-            note=_note(choice, kind),
+            note=choice.note_on(kind),
         )
     )
-
-
-def _note(choice: Choice, kind: str) -> str:
-    """Return why it is not the first wish; a wish that came true by itself needs no words."""
-    return "" if choice.note == f"as small as {kind} already" else choice.note
 
 
 def _form_of(name: str, matrix: Matrix, choice: Choice) -> PackedFormat | None:
@@ -179,10 +180,7 @@ def _packed_tensor(
     name: str, matrix: Matrix, form: PackedFormat, choice: Choice, converter: Converter
 ) -> ShardTensor:
     def pack(first: int, end: int) -> Packed:
-        if choice.target is None:
-            part = converter.kept(name, matrix, first, end)
-        else:
-            part = converter.rounded(name, matrix, first, end, choice.target, choice.method)
+        part = converter.rows(name, matrix, first, end, choice)
         packed = _pack_floats(part) if form is F32R else pack_matrix(part)
         give_back(matrix_rows(matrix, first, end))
         if isinstance(packed, Matrix):
@@ -223,10 +221,7 @@ def _stored_tensor(
     fmt = _example(matrix, choice).format
 
     def convert(first: int, end: int) -> Packed:
-        if choice.target is None:
-            part = converter.kept(name, matrix, first, end)
-        else:
-            part = converter.rounded(name, matrix, first, end, choice.target, choice.method)
+        part = converter.rows(name, matrix, first, end, choice)
         raw = np.array(part.data)
         give_back(matrix_rows(matrix, first, end))
         return raw
@@ -282,7 +277,7 @@ def _add_experts(
     choose: Choose,
 ) -> None:
     """Add the experts of a layer: records by their form, or else matrix by matrix."""
-    prefixes = _prefixes(name, experts)
+    prefixes = expert_prefixes(name, experts)
     by_form: dict[ExpertForm, list[_PlannedExpert]] = {}
     for number, (prefix, expert) in enumerate(zip(prefixes, experts, strict=True)):
         gate_up = choose(f"{prefix}.w1.weight", expert.w1)
@@ -399,15 +394,10 @@ def _decisions_of_records(
             is_exact=choice.target is None,
             source_bytes=copies * count * matrix.nbytes,
             nbytes=count * share,
-            note=_note(choice, fmt.name),
+            note=choice.note_on(fmt.name),
         )
 
 
 def _label(form: ExpertForm) -> str:
     names = dict.fromkeys((form.gate_up.name, form.down.name))
     return "_".join(names)
-
-
-def _prefixes(name: str, experts: Sequence[Expert]) -> list[str]:
-    shared = name.endswith("shared_experts")
-    return [name] if shared else [f"{name}.{number}" for number in range(len(experts))]

@@ -20,7 +20,7 @@ from localv4.model.weights import Expert, WeightReader
 from localv4.storage import Checkpoint, PackedFolder, open_checkpoint
 from quant.ggml_rows import kept_type
 from quant.output_file import in_order
-from quant.packed_shard import PARTS, Leaf
+from quant.packed_shard import PARTS, Leaf, expert_prefixes
 from quant.source import Source, open_source
 from quant.strips import give_back, strip, strips_of
 from quant.unpacking import unpacked
@@ -98,9 +98,7 @@ def _leaves(source: Source, number: int) -> Iterator[tuple[str, Leaf]]:
     with source.shard(number) as found:
         yield from found.leaves.items()
         for name, experts in found.experts.items():
-            is_shared = name.endswith("shared_experts")
-            for expert_number, expert in enumerate(experts):
-                prefix = name if is_shared else f"{name}.{expert_number}"
+            for prefix, expert in zip(expert_prefixes(name, experts), experts, strict=True):
                 yield from _matrices(prefix, expert)
 
 

@@ -20,8 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from golden_files import load_golden, write_stored
-from networks import open_network
+from networks import wide_network
 from test_fast import make_fast
 
 from localv4.engine.session import Session
@@ -46,7 +45,7 @@ QUESTION, ANSWER = 300, 60
 
 def measure_rewinding(tokens: int, folder: Path) -> None:
     """Print how many tokens are computed again after a word was changed."""
-    network = make_fast(open_network(write_stored(load_golden("wide"), folder / "model")))
+    network = make_fast(wide_network(folder / "model"))
     ids = np.random.default_rng(0).integers(2, 500, tokens).tolist()
     session, start = Session(network, tokens + 1000), time.monotonic()
     for part in turns(ids):

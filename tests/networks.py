@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from golden_files import load_golden, write_stored
 from numpy.typing import NDArray
 
 from localv4.engine.session import Network, Session
@@ -25,6 +26,11 @@ def open_network(path: Path, threads: int = 2) -> Transformer:
     config = read_model_config(checkpoint, table)
     weights = load_weights(checkpoint, table, config)
     return Transformer(config, weights, Numerics(Team(threads), weights.widest))
+
+
+def wide_network(folder: Path) -> Transformer:
+    """Return a small network with all kinds of layers, in official storage, exact."""
+    return open_network(write_stored(load_golden("wide"), folder))
 
 
 def logits(

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from gguf_writer import GgufOptions, write_gguf
 from golden.presets import Preset
-from golden_files import load_golden, random_model, write_stored
-from networks import open_network
+from golden_files import random_model
+from networks import open_network, wide_network
 from numpy.typing import NDArray
 from terminal import needs_jit
 from test_sources import SUPERBLOCKS
@@ -49,7 +49,7 @@ WHOLE_GROUPS = Preset("groups", {**SUPERBLOCKS.dims, "vocab_size": 304}, length=
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     """All layer kinds, official storage types."""
-    return open_network(write_stored(load_golden("wide"), tmp_path_factory.mktemp("wide")))
+    return wide_network(tmp_path_factory.mktemp("wide"))
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from golden_files import load_golden, write_stored
-from networks import open_network
+from networks import wide_network
 from numpy.typing import NDArray
 from terminal import needs_jit
 from test_fast import make_fast
@@ -27,7 +26,7 @@ IDS = np.random.default_rng(0).integers(0, 90, 420)
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> FastTransformer:
     folder = tmp_path_factory.mktemp("model")
-    return make_fast(open_network(write_stored(load_golden("wide"), folder)), 2)
+    return make_fast(wide_network(folder), 2)
 
 
 def test_the_listener_is_told_once_it_is_set() -> None:

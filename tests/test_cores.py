@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from system_files import write_tree
 
 from localv4.kernels import cores, threads
 from localv4.kernels.cores import (
@@ -19,15 +20,6 @@ from localv4.kernels.cores import (
 )
 
 INFINITE = float("inf")
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    """Make a tree of small files, as /sys and /proc are."""
-    for name, text in files.items():
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    return root
 
 
 def cpu_files(
@@ -45,7 +37,7 @@ def fast(cpus: list[Cpu]) -> list[int]:
 
 
 def test_linux_siblings_share_a_core(tmp_path: Path) -> None:
-    write(tmp_path, cpu_files(["0,2", "1,3", "0,2", "1,3"]))
+    write_tree(tmp_path, cpu_files(["0,2", "1,3", "0,2", "1,3"]))
     cpus = linux_cpus({0, 1, 2, 3}, tmp_path)
     assert [cpu.core for cpu in cpus] == [0, 1, 0, 1] and fast(cpus) == [0, 1, 2, 3]
     assert [cpu.number for cpu in linux_cpus({3, 1}, tmp_path)] == [1, 3]
@@ -53,14 +45,14 @@ def test_linux_siblings_share_a_core(tmp_path: Path) -> None:
 
 def test_linux_siblings_by_the_older_name(tmp_path: Path) -> None:
     base = "devices/system/cpu/cpu"
-    write(tmp_path, {f"{base}{i}/topology/thread_siblings_list": "0-1" for i in range(2)})
+    write_tree(tmp_path, {f"{base}{i}/topology/thread_siblings_list": "0-1" for i in range(2)})
     assert [cpu.core for cpu in linux_cpus({0, 1}, tmp_path)] == [0, 0]
 
 
 def test_linux_hybrid_of_intel(tmp_path: Path) -> None:
     pairs = ["0-1", "0-1", "2-3", "2-3", "4", "5", "6", "7"]
-    write(tmp_path, cpu_files(pairs) | {"devices/cpu_core/cpus": "0-3"})
-    write(tmp_path, {"devices/cpu_atom/cpus": "4-7"})
+    write_tree(tmp_path, cpu_files(pairs) | {"devices/cpu_core/cpus": "0-3"})
+    write_tree(tmp_path, {"devices/cpu_atom/cpus": "4-7"})
     cpus = linux_cpus(range(8), tmp_path)
     assert fast(cpus) == [0, 1, 2, 3] and len({cpu.core for cpu in cpus}) == 6
     # bound to the small cores alone, those are the fastest there are
@@ -79,13 +71,13 @@ def test_linux_hybrid_of_intel(tmp_path: Path) -> None:
 def test_linux_by_capacity_or_clock(
     name: str, values: list[int], expected: list[int], tmp_path: Path
 ) -> None:
-    write(tmp_path, cpu_files(["0", "1", "2", "3"], name, values))
+    write_tree(tmp_path, cpu_files(["0", "1", "2", "3"], name, values))
     assert fast(linux_cpus(range(4), tmp_path)) == expected
 
 
 def test_linux_capacity_counts_before_the_clock(tmp_path: Path) -> None:
-    write(tmp_path, cpu_files(["0", "1"], "cpu_capacity", [1024, 300]))
-    write(tmp_path, cpu_files(["0", "1"], "cpufreq/cpuinfo_max_freq", [3_000_000, 3_000_000]))
+    write_tree(tmp_path, cpu_files(["0", "1"], "cpu_capacity", [1024, 300]))
+    write_tree(tmp_path, cpu_files(["0", "1"], "cpufreq/cpuinfo_max_freq", [3_000_000, 3_000_000]))
     assert fast(linux_cpus(range(2), tmp_path)) == [0]
 
 
@@ -118,8 +110,8 @@ def test_linux_that_tells_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_quota(groups: str, files: dict[str, str], expected: float, tmp_path: Path) -> None:
-    proc = write(tmp_path / "proc", {"self/cgroup": groups})
-    root = write(tmp_path / "sys", {f"fs/cgroup/{name}": text for name, text in files.items()})
+    proc = write_tree(tmp_path / "proc", {"self/cgroup": groups})
+    root = write_tree(tmp_path / "sys", {f"fs/cgroup/{name}": text for name, text in files.items()})
     assert quota(root, proc) == expected
 
 

@@ -6,8 +6,7 @@ from dataclasses import fields, is_dataclass
 
 import numpy as np
 import pytest
-from golden_files import load_golden, write_stored
-from networks import logits, open_network
+from networks import logits, wide_network
 from numpy.typing import NDArray
 
 if os.environ.get("NUMBA_DISABLE_JIT") == "1":
@@ -38,7 +37,7 @@ IDS = np.random.default_rng(1).integers(0, 300, 120).tolist()
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     """A network in official storage, exact."""
-    return open_network(write_stored(load_golden("wide"), tmp_path_factory.mktemp("wide")))
+    return wide_network(tmp_path_factory.mktemp("wide"))
 
 
 def rounding_twin(network: Transformer) -> tuple[Transformer, RoundingNumerics]:

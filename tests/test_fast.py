@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf_writer import MAINLINE, ROLES, GgufOptions, write_gguf
 from golden.presets import Preset
 from golden_files import load_golden, random_model, write_model, write_stored
-from networks import logits, open_network
+from networks import logits, open_network, wide_network
 from numpy.typing import NDArray
 from test_sources import SUPERBLOCKS
 
@@ -59,7 +59,7 @@ def relative_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     """A network in official storage, exact."""
-    return open_network(write_stored(load_golden("wide"), tmp_path_factory.mktemp("wide")))
+    return wide_network(tmp_path_factory.mktemp("wide"))
 
 
 def test_official_storage_is_packed(official: Transformer) -> None:

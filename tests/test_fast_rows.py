@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_files import load_golden, write_stored
-from networks import open_network
+from networks import open_network, wide_network
 from numpy.typing import NDArray
 
 if os.environ.get("NUMBA_DISABLE_JIT") == "1":
@@ -33,7 +32,7 @@ ANSWERS = [RNG.integers(0, 300, STEPS) for _ in LENGTHS]
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    return open_network(write_stored(load_golden("wide"), tmp_path_factory.mktemp("wide")))
+    return wide_network(tmp_path_factory.mktemp("wide"))
 
 
 def make_fast(exact: Transformer, members: int = 2, share: float = 2.0) -> FastTransformer:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_files import load_golden, write_model, write_stored
-from networks import logits, open_network
+from golden_files import load_golden, write_model
+from networks import logits, wide_network
 from numpy.typing import NDArray
 
 if os.environ.get("NUMBA_DISABLE_JIT") == "1":
@@ -40,7 +40,7 @@ narrow = pytest.mark.parametrize("rows", [BF16, COMPACT], ids=lambda rows: rows.
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    return open_network(write_stored(load_golden("wide"), tmp_path_factory.mktemp("wide")))
+    return wide_network(tmp_path_factory.mktemp("wide"))
 
 
 def make_fast(exact: Transformer, rows: RowFormat, threads: int = 2) -> FastTransformer:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_files import load_golden, write_model, write_stored
+from golden_files import load_golden, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import CONTEXT, logits, open_network
+from networks import CONTEXT, logits, open_network, wide_network
 from numpy.typing import NDArray
 
 from localv4.engine.engine import Engine
@@ -41,7 +41,7 @@ def exact(name: str) -> Callable[[Path], Network]:
 def fast(folder: Path) -> Network:
     from test_fast import make_fast  # which skips itself where there is no compiler
 
-    return make_fast(open_network(write_stored(load_golden("wide"), folder)))
+    return make_fast(wide_network(folder))
 
 
 KINDS: dict[str, Callable[[Path], Network]] = {

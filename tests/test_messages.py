@@ -1,47 +1,15 @@
 """Messages of a request: accepted forms, and errors that name the field."""
 
-import json
 from typing import Any
 
 import pytest
+from chat_messages import assistant, call, rendered, result, system, tools, user
 
 from localv4.errors import UsageError
 from localv4.text.effort import choose_effort, effort_text
 from localv4.text.prompt import Message, parse_messages, render
 
 SEARCH = '{"name": "search", "description": "Search the web"}'
-
-
-def user(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text, **more}
-
-
-def assistant(text: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "system", "content": text, **more}
-
-
-def result(text: Any, call_id: str | None = None) -> dict[str, Any]:
-    return {"role": "tool", "content": text, "tool_call_id": call_id}
-
-
-def call(name: str, arguments: Any, call_id: str = "") -> dict[str, Any]:
-    return {
-        "id": call_id,
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
-
-
-def tools(*schemas: str) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": json.loads(schema)} for schema in schemas]
-
-
-def rendered(*objects: dict[str, Any], thinking: bool = False, **options: Any) -> str:
-    return render(parse_messages(objects), thinking=thinking, **options).text
 
 
 def test_parts_are_joined() -> None:

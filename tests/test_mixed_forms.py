@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
-from golden_files import load_golden, write_stored
-from networks import logits, open_network
+from networks import logits, wide_network
 from numpy.typing import NDArray
 
 if os.environ.get("NUMBA_DISABLE_JIT") == "1":
@@ -59,7 +58,7 @@ def mixed(weights: Weights) -> Weights:
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    network = open_network(write_stored(load_golden("wide"), tmp_path_factory.mktemp("wide")))
+    network = wide_network(tmp_path_factory.mktemp("wide"))
     weights = mixed(network.weights)
     return Transformer(network.config, weights, Numerics(Team(2), weights.widest))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from system_files import write_tree
 
 from localv4.paging import pressure
 from localv4.paging.governor import (
@@ -190,14 +191,6 @@ def test_an_error_ends_the_thread_and_is_kept() -> None:
 # --- Linux ---
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    return root
-
-
 def stalls(seconds: float) -> str:
     total = int(seconds * 1e6)
     return (
@@ -221,10 +214,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 def test_linux_tells_what_happened_since_the_last_time(tmp_path: Path, clock: list[float]) -> None:
     files = {"pressure/memory": stalls(5.0), "vmstat": "pswpin 100\npswpout 5"}
-    proc = write(tmp_path, files | {"self/cgroup": ""})
+    proc = write_tree(tmp_path, files | {"self/cgroup": ""})
     gauge = LinuxGauge(proc, tmp_path / "none")
     clock[0] += 2
-    write(tmp_path, {"pressure/memory": stalls(5.5), "vmstat": "pswpin 1124\npswpout 5"})
+    write_tree(tmp_path, {"pressure/memory": stalls(5.5), "vmstat": "pswpin 1124\npswpout 5"})
     reading = gauge.read()
     assert reading.stalled == pytest.approx(0.25)
     assert reading.swapped_in_s == 512 * 4096
@@ -234,32 +227,32 @@ def test_linux_tells_what_happened_since_the_last_time(tmp_path: Path, clock: li
 
 
 def test_the_pressure_of_the_own_group_counts_too(tmp_path: Path, clock: list[float]) -> None:
-    proc = write(tmp_path / "proc", {"pressure/memory": stalls(0), "self/cgroup": "0::/a/b"})
-    groups = write(tmp_path / "groups", {"a/b/memory.pressure": stalls(1)})
+    proc = write_tree(tmp_path / "proc", {"pressure/memory": stalls(0), "self/cgroup": "0::/a/b"})
+    groups = write_tree(tmp_path / "groups", {"a/b/memory.pressure": stalls(1)})
     gauge = LinuxGauge(proc, groups)
     clock[0] += 2
-    write(groups, {"a/b/memory.pressure": stalls(2)})
+    write_tree(groups, {"a/b/memory.pressure": stalls(2)})
     assert gauge.read().stalled == pytest.approx(0.5)
 
 
 def test_limits_of_groups_bound_what_is_available(tmp_path: Path) -> None:
-    proc = write(tmp_path / "proc", {"self/cgroup": "0::/a/b"})
+    proc = write_tree(tmp_path / "proc", {"self/cgroup": "0::/a/b"})
     groups = tmp_path / "groups"
     assert available_bytes(proc, groups) > 1000
-    write(groups, {"a/memory.max": "5000", "a/memory.current": "1000"})
-    write(groups, {"a/b/memory.max": "max", "a/b/memory.current": "1000"})
+    write_tree(groups, {"a/memory.max": "5000", "a/memory.current": "1000"})
+    write_tree(groups, {"a/b/memory.max": "max", "a/b/memory.current": "1000"})
     assert available_bytes(proc, groups) == 4000
-    write(groups, {"a/memory.stat": "anon 1\ninactive_file 500"})
+    write_tree(groups, {"a/memory.stat": "anon 1\ninactive_file 500"})
     assert available_bytes(proc, groups) == 4500
-    write(groups, {"a/b/memory.high": "1200"})
+    write_tree(groups, {"a/b/memory.high": "1200"})
     assert available_bytes(proc, groups) == 200
-    write(groups, {"a/b/memory.current": "2000"})
+    write_tree(groups, {"a/b/memory.current": "2000"})
     assert available_bytes(proc, groups) == 0
 
 
 def test_groups_of_version_1(tmp_path: Path) -> None:
-    proc = write(tmp_path / "proc", {"self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/y\n0::/"})
-    groups = write(
+    proc = write_tree(tmp_path / "proc", {"self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/y\n0::/"})
+    groups = write_tree(
         tmp_path / "groups",
         {
             "memory/x/memory.limit_in_bytes": "9000",
@@ -272,8 +265,8 @@ def test_groups_of_version_1(tmp_path: Path) -> None:
 
 
 def test_in_a_container_the_own_folder_is_the_root(tmp_path: Path) -> None:
-    proc = write(tmp_path / "proc", {"self/cgroup": "0::/docker/0123"})
-    groups = write(tmp_path / "groups", {"memory.max": "3000", "memory.current": "1000"})
+    proc = write_tree(tmp_path / "proc", {"self/cgroup": "0::/docker/0123"})
+    groups = write_tree(tmp_path / "groups", {"memory.max": "3000", "memory.current": "1000"})
     assert available_bytes(proc, groups) == 2000
 
 

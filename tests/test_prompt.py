@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from chat_messages import assistant, call, rendered, result, system, tools, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,38 +59,6 @@ You MUST strictly follow the above defined tool name and parameter schemas to in
 """  # noqa: E501
 WEATHER = '{"name": "get_weather", "description": "Get the weather for a specific location", "parameters": {"type": "object", "properties": {"location": {"type": "string", "description": "The city name"}, "unit": {"type": "string", "enum": ["celsius", "fahrenheit"], "description": "Temperature unit"}}, "required": ["location"]}}'  # noqa: E501
 SEARCH = '{"name": "search", "description": "Search the web for information", "parameters": {"type": "object", "properties": {"query": {"type": "string", "description": "Search query"}, "num_results": {"type": "integer", "description": "Number of results to return"}}, "required": ["query"]}}'  # noqa: E501
-
-
-def user(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text, **more}
-
-
-def assistant(text: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "system", "content": text, **more}
-
-
-def result(text: Any, call_id: str | None = None) -> dict[str, Any]:
-    return {"role": "tool", "content": text, "tool_call_id": call_id}
-
-
-def call(name: str, arguments: Any, call_id: str = "") -> dict[str, Any]:
-    return {
-        "id": call_id,
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
-
-
-def tools(*schemas: str) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": json.loads(schema)} for schema in schemas]
-
-
-def rendered(*objects: dict[str, Any], thinking: bool = False, **options: Any) -> str:
-    return render(parse_messages(objects), thinking=thinking, **options).text
 
 
 # ------------------------------------------------------------------ worked examples

@@ -42,7 +42,7 @@ from localv4.planning.machine import Machine
 from localv4.planning.measuring import Wanted, measured_machine
 from localv4.planning.model_facts import ModelFacts
 from localv4.planning.plan import Io, Plan, fixed_memory
-from localv4.planning.subject import recipe_of
+from localv4.planning.recipes import load_recipes
 from localv4.storage import open_checkpoint
 
 CTX_SIZE = 4096
@@ -109,10 +109,11 @@ def _measure_all(options: argparse.Namespace) -> bool:
     with open_checkpoint(options.model) as checkpoint:
         facts = facts_of_checkpoint(options.model.name, "", checkpoint)
     _say("measuring the machine")
+    recipes = load_recipes().by_name
     wanted = Wanted(
         options.model,
         facts.largest_expert_bytes,
-        (facts.config, recipe_of(facts)),
+        (facts.config, recipes.get(facts.quant, recipes["lossless"])),
         anew=not options.keep_profile,
     )
     machine = measured_machine(wanted, _say)

@@ -214,7 +214,7 @@ class Batcher:
         except DoesNotFitError as error:
             self._give_way(row, error)
         else:
-            session.go_on_only()  # rows never go back: snapshots would only take memory
+            session.keep_no_snapshots()  # rows never go back: snapshots would only take memory
             row.session = session
             self._joining.append(row)
 

@@ -47,7 +47,7 @@ class Session:
         self.tokens: list[int] = []
         self.ladder = Ladder()
         self.store: Store | None = None
-        self._climbs = True
+        self._keeps_snapshots = True
         try:
             self._state = network.new_state()
         except MemoryError:
@@ -72,9 +72,9 @@ class Session:
         """Forget everything."""
         self.rollback(0)
 
-    def go_on_only(self) -> None:
-        """Keep no snapshots, now and later: further back than the rings reach is the beginning."""
-        self._climbs = False
+    def keep_no_snapshots(self) -> None:
+        """Give up the ways back, now and later: beyond the rings there is only the beginning."""
+        self._keeps_snapshots = False
         self.ladder = Ladder()
 
     def fork(self) -> "Session":
@@ -198,7 +198,7 @@ class Session:
     def _pass(self, part: NDArray[np.int64]) -> Floats:
         """Process some tokens; put up the rungs that they pass where the rings move on."""
         first, end = self.position, self.position + len(part)
-        wanted = wanted_rungs(first, end - self.network.slack) if self._climbs else ()
+        wanted = wanted_rungs(first, end - self.network.slack) if self._keeps_snapshots else ()
         passing = Passing(wanted)
         self._state.passer = passing
         try:
@@ -211,7 +211,7 @@ class Session:
 
     def _climb(self, tokens: int) -> None:
         """Put up the rungs that the last `tokens` tokens have passed, where the rings allow it."""
-        if not self._climbs:
+        if not self._keeps_snapshots:
             return
         tip = self.position
         passed = range(last_step(tip), tip - tokens, -STEP_TOKENS)

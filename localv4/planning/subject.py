@@ -16,7 +16,7 @@ from localv4.model.config_json import read_config
 from localv4.planning.header_facts import facts_of_checkpoint
 from localv4.planning.model_facts import ModelFacts, facts_of_recipe
 from localv4.planning.network import parameters
-from localv4.planning.recipes import Recipe, load_recipes
+from localv4.planning.recipes import load_recipes
 from localv4.storage import open_checkpoint
 
 HUB_PREFIX = "hf://"
@@ -180,12 +180,6 @@ _BITS = {"IQ2": 2.06, "Q2": 2.63, "Q3": 3.44, "MX4": 4.25, "Q4K": 4.5, "Q6": 6.5
 
 def _nearest_format(bits: float) -> str:
     return min(_BITS, key=lambda name: abs(_BITS[name] - bits))
-
-
-def recipe_of(facts: ModelFacts) -> Recipe:
-    """Return the recipe whose kernels are nearest to those that a model needs."""
-    recipes = load_recipes()
-    return recipes.by_name.get(facts.quant, recipes.by_name["lossless"])
 
 
 def is_hub_reference(reference: str | None) -> bool:
