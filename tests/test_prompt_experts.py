@@ -9,6 +9,7 @@ from test_cuda_transformer import exact as exact
 from test_cuda_transformer import on_gpu
 
 from localv4.cuda.prompt_experts import READ_SLOTS, Pace, PromptExperts, runs_of, units
+from localv4.cuda.vram_store import copiers_of
 from localv4.model.transformer import Transformer
 
 
@@ -31,6 +32,11 @@ def test_an_upload_has_to_be_there_before_the_host_is_ready() -> None:
     for _ in range(20):
         both.upload.note(0.1e-3)
     assert both.may_upload(40, few), "what was slow at first is forgotten"
+
+
+@pytest.mark.parametrize(("threads", "copiers"), [(1, 0), (3, 0), (4, 1), (16, 4), (64, 6)])
+def test_few_threads_copy_where_others_compute(threads: int, copiers: int) -> None:
+    assert copiers_of(threads) == copiers
 
 
 @needs_compiler

@@ -121,6 +121,11 @@ class Mirrors:
             if nbytes:
                 self.gpu.upload(self.address(start), start, nbytes)
 
+    def send(self, source: Array, target: Array) -> None:
+        """Copy an array of the host to where the GPU has another one, of the same size."""
+        (start, nbytes), (place, _) = span(source), span(target)
+        self.gpu.upload(self.address(place), start, nbytes)
+
     def pull(self, *arrays: Array) -> None:
         """Copy arrays, or parts of them, back; all of their span is overwritten."""
         for array in arrays:

@@ -162,6 +162,10 @@ class GpuNetwork(FastNetwork):
         if not self._on_host:
             self.mirrors.push(*arrays)
 
+    def send(self, source: NDArray[np.generic], target: NDArray[np.generic]) -> None:
+        """Copy an array of the host to where the GPU has another one."""
+        self.mirrors.send(source, target)
+
     def publish_addresses(self, *tables: NDArray[np.int64]) -> None:
         """The same for arrays of addresses."""
         for table in tables:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from localv4.cuda.gpu import Gpu, GpuError, OnCompile
 from localv4.cuda.options import GpuOptions, has_library
 from localv4.cuda.transformer import GpuTransformer
-from localv4.cuda.vram_store import VramStore
+from localv4.cuda.vram_store import COPY_THREADS, VramStore
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
@@ -66,20 +66,21 @@ def offload(
     layers: int,
     capacity: int,
     policy: PolicyName = "decay",
+    copiers: int = COPY_THREADS,
     falls_back: bool = False,
     on_compile: OnCompile | None = None,
 ) -> GpuTransformer:
     """Bring the first `layers` of a network to a GPU, with `capacity` bytes of their experts.
 
-    `falls_back`: the host goes on alone when the GPU's memory is full one day. Raises GpuError or
-    GpuMemoryError when that cannot be.
+    `copiers` threads bring experts there, beside the team. `falls_back`: the host goes on alone
+    when the GPU's memory is full one day. Raises GpuError or GpuMemoryError when that cannot be.
     """
 
     def make_store(experts: Experts, own: range) -> VramStore:
         nbytes = experts.nbytes.copy()
         nbytes[len(own) :] = 0
         room = arena_bytes(nbytes, footprints(nbytes), capacity)
-        return VramStore(host_store(experts), nbytes, room, gpu, policy)
+        return VramStore(host_store(experts), nbytes, room, gpu, policy, copiers)
 
     network = GpuTransformer(
         config, weights, team, make_store, gpu, rows, layers=layers, falls_back=falls_back

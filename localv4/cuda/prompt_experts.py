@@ -32,7 +32,7 @@ from localv4.model.workspace import ChunkBuffers
 if TYPE_CHECKING:
     from localv4.cuda.network import GpuNetwork
 
-PIECE_EXPERTS, PIECE_SLOTS = 12, 128
+PIECE_EXPERTS, PIECE_SLOTS = 24, 128
 """What the host computes between two looks at what has come to the GPU."""
 
 READ_SLOTS = 16
@@ -66,7 +66,6 @@ class PromptExperts:
         self.upload, self.unit = Pace(), Pace()  # of a record; of the host for `units` of 1
         self.outputs = np.zeros((0, network.config.hidden_size), F32)
         self.slots, self.ones = np.zeros(0, np.int64), np.zeros(0, F32)
-        self.host_records = np.zeros(network.config.n_experts, np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +110,15 @@ class PromptExperts:
 def units(slots: int) -> float:
     """Return what an expert with so many tokens takes of the host, that of few tokens being 1."""
     return 1 + slots / READ_SLOTS
+
+
+@dataclass(frozen=True, slots=True)
+class HostPiece:
+    """Experts that the host computes together: i has tokens[starts[i] : starts[i + 1]]."""
+
+    records: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    tokens: NDArray[np.int64]
 
 
 class SharedWave:
@@ -259,48 +267,42 @@ class SharedWave:
                 network.check_cancelled()
                 host.wait(layer, numbers)
             start = time.perf_counter()
-            both.host_records[list(places)] = host.addresses[layer, numbers]
-            runs = runs_of(places)
-            network.team.run(self._host_program(runs).finish())
+            piece = self._piece(places, host.addresses[layer, numbers])
+            network.team.run(self._host_program(piece).finish())
         finally:
             host.release(layer, numbers)
-        for run in runs:
-            network.publish(both.outputs[self._slots_of(run)])
+        done = 0
+        for own in self._slots_of(places):
+            count = own.stop - own.start
+            network.send(both.outputs[done : done + count], both.outputs[own])
+            done += count
         both.unit.note((time.perf_counter() - start) / sum(units(self._sizes[p]) for p in places))
 
-    def _slots_of(self, run: range) -> slice:
-        return slice(int(self._wave.starts[run.start]), int(self._wave.starts[run.stop]))
+    def _slots_of(self, places: Sequence[int]) -> list[slice]:
+        """Return the slots of experts; neighbours have theirs together."""
+        starts = self._wave.starts
+        return [slice(int(starts[r.start]), int(starts[r.stop])) for r in runs_of(places)]
 
-    def _host_program(self, runs: Sequence[range]) -> Program:
-        both, wave, buffers, x = self._both, self._wave, self._buffers, self._chunk.x
-        program, form = Program(self._network.scratch), wave.form
-        experts = [
-            (
-                both.host_records[run.start :].ctypes.data,
-                len(run),
-                wave.starts[run.start :].ctypes.data,
-            )
-            for run in runs
-        ]
-        with program.alongside():
-            for run in runs:
-                own = self._slots_of(run)
-                both.outputs[own] = 0
-                program.add(
-                    quantize,
-                    *(x.at(), x.stride, wave.tokens[own].ctypes.data, own.stop - own.start, x.cols),
-                    *buffers.x.part(own.start).addresses,
-                )
-        with program.alongside():
-            for one in experts:
-                self._moe.add_hidden(program, form, one, buffers.x, buffers.hidden)
+    def _piece(self, places: Sequence[int], records: NDArray[np.int64]) -> HostPiece:
+        sizes = [self._sizes[p] for p in places]
+        tokens = np.concatenate([self._wave.tokens[own] for own in self._slots_of(places)])
+        return HostPiece(records, np.concatenate([[0], np.cumsum(sizes)]), tokens)
+
+    def _host_program(self, piece: HostPiece) -> Program:
+        """Return the program of some experts, whose slots come one after the other on the host."""
+        both, buffers, x, form = self._both, self._buffers, self._chunk.x, self._wave.form
+        program, outputs, tokens = Program(self._network.scratch), both.outputs, piece.tokens
+        outputs[: len(tokens)] = 0
+        program.add(
+            quantize,
+            *(x.at(), x.stride, tokens.ctypes.data, len(tokens), x.cols),
+            *buffers.x.addresses,
+        )
+        experts = piece.records.ctypes.data, len(piece.records), piece.starts.ctypes.data
+        self._moe.add_hidden(program, form, experts, buffers.x, buffers.hidden)
         slots = both.slots.ctypes.data, both.ones.ctypes.data
-        with program.alongside():
-            for one in experts:
-                self._moe.add_outputs(
-                    *(program, form, one, buffers.hidden),
-                    *((both.outputs.ctypes.data, both.outputs.strides[0]), slots),
-                )
+        out = outputs.ctypes.data, outputs.strides[0]
+        self._moe.add_outputs(program, form, experts, buffers.hidden, out, slots)
         return program
 
     def _add_up(self) -> None:

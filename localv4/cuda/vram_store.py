@@ -23,7 +23,11 @@ from localv4.paging.readers import Finished, Key, Readers
 from localv4.paging.store import ABSENT, ON_ITS_WAY, ExpertStore
 
 COPY_THREADS = 6
-"""Threads that copy: filling pinned memory takes longer than sending it."""
+"""Threads that copy, at most: filling pinned memory takes longer than sending it."""
+
+COPY_SHARE = 4
+"""One of so many threads copies where both devices compute: a team whose members have to wait for a
+core is slower than a smaller one."""
 
 PINNED_BYTES = 4 << 20
 """Bytes of each of the two pinned buffers of a thread."""
@@ -31,11 +35,16 @@ PINNED_BYTES = 4 << 20
 PROMOTIONS = 2
 """Records that are brought to the GPU after a token, at most."""
 
-UNDER_WAY = 2 * COPY_THREADS
-"""Records of a prompt that are claimed and have not come yet, at most."""
+UNDER_WAY = 2
+"""Records of a prompt that are claimed and have not come yet, at most, for each thread."""
 
 WORTH = 1.25
 """So much hotter must a record be than the coldest one on the GPU to take its place."""
+
+
+def copiers_of(threads: int) -> int:
+    """Return how many of some threads of the host copy where both devices compute; may be 0."""
+    return min(COPY_THREADS, threads // COPY_SHARE)
 
 
 class GpuSpace:
@@ -60,7 +69,7 @@ class VramStore(PagedStore):
     """Records on a GPU, at most as many as there is room for; `addresses` are the GPU's.
 
     `host` is where the records come from, and stays so: it is asked for those that are absent here.
-    Layers whose records have 0 bytes are not for the GPU.
+    Layers whose records have 0 bytes are not for the GPU. `copiers` threads copy.
     """
 
     def __init__(
@@ -70,13 +79,14 @@ class VramStore(PagedStore):
         capacity: int,
         gpu: Gpu,
         policy: PolicyName,
+        copiers: int = COPY_THREADS,
     ) -> None:
-        self.host = host
+        self.host, self._copiers = host, copiers
         self._waiting: list[tuple[Key, int]] = []  # until the host has them
         sizes = -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
         arena = Arena(capacity, GpuSpace(gpu, capacity))
         self._gpu, self._copies = gpu, RecordCopies(host, nbytes, gpu)
-        readers = Readers(self._copies.load, COPY_THREADS)
+        readers = Readers(self._copies.load, copiers)
         shared = host.policy if isinstance(host, PagedStore) else make_policy(policy, host.uses)
         super().__init__(sizes, arena, readers, shared, host.uses)
         self.counts: TierCounts = TierCounts(len(nbytes))
@@ -157,7 +167,7 @@ class VramStore(PagedStore):
     def most_under_way(self, layer: int) -> int:
         """Return how many records of a layer to have copied at a time: all threads are busy."""
         fitting = self.arena.capacity // (4 * max(1, int(self.nbytes[layer].max())))
-        return max(1, min(UNDER_WAY, int(fitting), self.host.largest_claim(layer)))
+        return max(1, min(UNDER_WAY * self._copiers, int(fitting), self.host.largest_claim(layer)))
 
     def poll(self) -> None:
         """Learn what has come, without waiting."""

@@ -50,12 +50,16 @@ class Computing:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a network is made of: `weights` packed, records of experts paged, and its device."""
+    """What a network is made of: `weights` packed, records of experts paged, and its device.
+
+    So many `threads` of the host compute; `pin` keeps each on a processor.
+    """
 
     checkpoint: Checkpoint
     config: ModelConfig
     weights: Weights
-    team: Team
+    threads: int
+    pin: bool
     paging: PagingOptions
     rows: RowFormat
     device: Device
@@ -100,7 +104,7 @@ def make_network(wanted: Wanted, on_compile: OnCompile | None = None) -> Computi
     network = FastTransformer(
         wanted.config,
         wanted.weights,
-        wanted.team,
+        Team(wanted.threads, wanted.pin),
         partial(open_store, options=wanted.paging, checkpoint=wanted.checkpoint),
         looks_ahead=wanted.paging.prefetch,
         rows=wanted.rows,
@@ -130,17 +134,20 @@ def _refusals(are_errors: bool) -> Iterator[_Refusal]:
 def _on_gpu(wanted: Wanted, gpu: "Gpu", plan: "GpuPlan", on_compile: OnCompile | None) -> Computing:
     """Return the network on a GPU."""
     from localv4.cuda.offload import offload
+    from localv4.cuda.vram_store import COPY_THREADS, copiers_of
 
+    copiers = 0 if plan.fits else copiers_of(wanted.threads)
     network = offload(
         gpu,
         wanted.config,
         wanted.weights,
-        wanted.team,
+        Team(wanted.threads - copiers, wanted.pin),
         partial(open_store, options=wanted.paging, checkpoint=wanted.checkpoint),
         wanted.rows,
         layers=plan.layers,
         capacity=plan.experts,
         policy=wanted.paging.policy,
+        copiers=COPY_THREADS if plan.fits else max(1, copiers),
         falls_back=not wanted.device.is_required,
         on_compile=on_compile,
     )
