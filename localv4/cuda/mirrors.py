@@ -44,13 +44,21 @@ class Mirrors:
     def add(self, array: Array) -> None:
         """Give an array a twin with the same content, unless it has one."""
         start, nbytes = span(array)
-        if nbytes == 0 or self.knows(start):
+        if nbytes == 0:
+            return
+        if (found := self._find(start)) is not None:
+            assert self._find(start + nbytes - 1) == found + nbytes - 1, "a part was added first"
             return
         device = self.gpu.allocate(nbytes + MARGIN_BYTES)
         self.nbytes += nbytes
         self.name(start, nbytes, device)
         self._held[start] = array
         self.gpu.upload(device, start, nbytes)
+
+    def add_all(self, arrays: Iterable[Array]) -> None:
+        """Add arrays of which some are parts of others: their twins are parts of the others'."""
+        for array in sorted(arrays, key=lambda each: -span(each)[1]):
+            self.add(array)
 
     def hold(self, array: Array) -> None:
         """Add an array, or count one more holder of its twin."""

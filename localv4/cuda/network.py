@@ -145,9 +145,8 @@ class GpuNetwork(FastNetwork):
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""
+        self.mirrors.add_all(arrays_of(owners, (Experts, ModelConfig, *STORES)))
         for owner in owners:
-            for array in arrays_of(owner, (Experts, ModelConfig, *STORES)):
-                self.mirrors.add(array)
             if isinstance(owner, FastLayer) and owner.moe.shared.is_packed:
                 self.mirrors.push_table(owner.moe.shared.records)
 
