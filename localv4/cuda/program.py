@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from localv4.cuda.fused import Group, Operation, fused
 from localv4.cuda.gpu import Gpu, GpuError, Launch, Step
 from localv4.cuda.merged import merge
 from localv4.cuda.mirrors import Mirrors
@@ -13,9 +14,6 @@ from localv4.cuda.twins import TWINS
 from localv4.kernels.compiler import Entry
 from localv4.kernels.operation import WORDS
 from localv4.model.program import Program, Scratch
-
-Operation = tuple[Twin, Sequence[int]]
-"""A twin and all words of its operation, those for the CPU."""
 
 LINE = 256
 """Scratch memory of kernels starts on such a line."""
@@ -55,7 +53,7 @@ class GpuProgram(Program):
         """Raise: the CPU has no use for it."""
         raise TypeError("a program for the GPU has no form for the CPU")
 
-    def groups(self) -> list[list[Operation]]:
+    def groups(self) -> list[Group]:
         """Return the operations (twin, words) in groups that may run at the same time."""
         groups: list[list[Operation]] = [[]]
         pairs = zip(self._twins, self._operations, strict=True)
@@ -63,7 +61,7 @@ class GpuProgram(Program):
             groups[-1].append((twin, words))
             if number not in self._alongside:
                 groups.append([])
-        return _with_rests([group for group in groups if group])
+        return [group for group in groups if group]
 
 
 def _launches(
@@ -79,17 +77,29 @@ def _launches(
     ]
 
 
-def _with_rests(groups: Sequence[list[Operation]]) -> list[list[Operation]]:
-    """Put the rests of operations beside later groups of several, or at the end."""
-    result: list[list[Operation]] = []
-    waiting: list[Operation] = []
-    for group in groups:
-        rests = [(twin.rest, words) for twin, words in group if twin.rest is not None]
-        if len(group) > 1:
-            group, waiting = [*group, *waiting], []
-        result.append(group)
-        waiting += rests
-    return [*result, waiting] if waiting else result
+def place_rests(groups: Sequence[Group]) -> list[Group]:
+    """Put the rests of operations beside the largest of the products that follow, else behind them.
+
+    They are needed by what comes after the last group of several before another rest.
+    """
+    result: list[Group] = []
+    ends = [i for i, group in enumerate(groups) if any(twin.rest for twin, _ in group)]
+    result += groups[: ends[0]] if ends else groups
+    for start, end in zip(ends, [*ends[1:], len(groups)], strict=False):
+        part = list(groups[start:end])
+        rests = [(twin.rest, words) for twin, words in part[0] if twin.rest is not None]
+        sizes = [_weights(group) if i and len(group) > 1 else -1 for i, group in enumerate(part)]
+        largest = sizes.index(max(sizes))
+        if sizes[largest] >= 0:
+            part[largest] = [*part[largest], *rests]
+        else:
+            part.insert(1, rests)
+        result += part
+    return result
+
+
+def _weights(group: Group) -> int:
+    return sum(twin.weights(words) for twin, words in group)
 
 
 class Translator:
@@ -108,7 +118,8 @@ class Translator:
 
     def steps(self, program: GpuProgram, *, merges: bool = False) -> list[Step]:
         """Return the launches of a program; `merges`: those that can be one launch are one."""
-        groups = program.groups()
+        groups: Sequence[Group] = program.groups()
+        groups = place_rests(fused(groups) if merges else groups)
         return [step for group in groups if (step := self._step(group, merges=merges))]
 
     def _step(self, group: Sequence[Operation], *, merges: bool) -> Step:
@@ -116,7 +127,7 @@ class Translator:
             (twin.scratch(words), words[twin.owner] if twin.owner else 0) for twin, words in group
         ]
         branches, joining = [], []
-        products = sum(twin.is_product for twin, _ in group)
+        products = sum(twin.weights(words) > 0 for twin, words in group)
         for (twin, words), place in zip(group, self._places(needed), strict=True):
             device = self._translated(twin, words, place)
             together = _launches(twin, words, device, products) if merges else []

@@ -55,8 +55,9 @@ class Twin:
     scratch memory belongs to; operations that name the same array, and take as much, find there
     what the one before has left. 0: it is anybody's, and holds nothing at first.
 
-    `is_product`: it reads a matrix. `rest`: a part of the work, with the same words, of which
-    nothing is needed before some later operation has several beside it, or the program ends.
+    `weights`: bytes of the matrices that it reads. `rest`: a part of the work, with the same words,
+    of which nothing is needed before the next operation with a rest, the last single operations
+    before that left out (`program.place_rests`), or before the program ends.
 
     Kinds: `a` the address of an array or 0, `t` that of a table of addresses (i64), `c` a cell (the
     address of one address), `i` an integer, `f` the bits of a float32.
@@ -65,7 +66,7 @@ class Twin:
     kinds: str
     kernels: tuple[Kernel, ...]
     owner: int = 0
-    is_product: bool = False
+    weights: Callable[[Words], int] = nothing
     rest: "Twin | None" = None
 
     def scratch(self, words: Words) -> int:

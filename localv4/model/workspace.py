@@ -84,6 +84,14 @@ class Seen:
         return cls(config.window + max(plain + chosen, default=0), max(scored, default=0))
 
 
+def _rounded_parts(tokens: int, count: int, cols: int) -> list[Rounded]:
+    """Return buffers for neighbouring columns; those of one token are the rows of one buffer."""
+    if tokens > 1:
+        return [Rounded(tokens, cols) for _ in range(count)]
+    together = Rounded(count, cols)
+    return [together.part(number) for number in range(count)]
+
+
 class AttentionBuffers:
     """Everything between the input and the output of attention, for some tokens at a time.
 
@@ -103,7 +111,7 @@ class AttentionBuffers:
         self.projected_key = Rows(tokens, width)
         self.query = Rows(tokens, heads * width)
         block = heads * width // config.o_groups
-        self.out_rounded = [Rounded(tokens, block) for _ in range(config.o_groups)]
+        self.out_rounded = _rounded_parts(tokens, config.o_groups, block)
         self.grouped = Rows(tokens, config.o_groups * config.o_lora_rank)
         self.grouped_rounded = Rounded(tokens, config.o_groups * config.o_lora_rank)
         self.compressor = CompressorBuffers(tokens, 2 * width)

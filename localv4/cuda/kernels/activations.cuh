@@ -86,6 +86,19 @@ __device__ inline void round_part(const Rounded &row, i64 block, const float4 &x
     if (lane == 0) write_scale_and_sums(row, block, size, half, other);
 }
 
+// The same with two values in each of sixteen lanes.
+__device__ inline void round_pairs(const Rounded &row, i64 block, float even, float odd) {
+    int lane = threadIdx.x % 16;
+    int largest = max(__float_as_int(even) & 0x7fffffff, __float_as_int(odd) & 0x7fffffff);
+    for (int distance = 8; distance > 0; distance /= 2)
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    float size = at_least_smallest(__int_as_float(largest)), factor = __fdiv_rn(127.0f, size);
+    u32 first = (u32)round_to_int(__fmul_rn(even, factor)), second = (u32)round_to_int(__fmul_rn(odd, factor));
+    ((u16 *)(row.q + 32 * block))[lane] = (u16)((first & 255) | (second & 255) << 8);
+    u32 half = warp_add(first + second, 4), other = __shfl_xor_sync(0xffffffffu, half, 8);
+    if (lane == 0) write_scale_and_sums(row, block, size, half, other);
+}
+
 // e^x within 2 ulp for -87 ... 88, beyond which x is taken as the bound; NaN stays NaN.
 __device__ inline float exp_as_cpu(float x) {
     x = 88.0f < x ? 88.0f : x;

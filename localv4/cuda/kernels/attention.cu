@@ -61,10 +61,15 @@ __device__ inline void fetch_part(const Words &op, const Sequence &sequence, int
 
 // Words: x, heads, n, cos, sin, pairs, eps, scratch. A block for each head of whole tiles, of which
 // only the first warp works: few heads at a time are slow on one multiprocessor.
-KERNEL(attend_query) {
+EARLY_KERNEL(, attend_query) {
     int heads = (int)op.number(2), n = (int)op.number(3);
     Parts parts(op, heads, n);
     if (threadIdx.x >= 32) return;
+    if (threadIdx.x < op.number(6) / 32) {  // lines of angles
+        prefetch_far(op.address<float>(4) + 32 * threadIdx.x);
+        prefetch_far(op.address<float>(5) + 32 * threadIdx.x);
+    }
+    wait_for_results();
     int head = op.block();
     const float *cos = op.address<float>(4), *sin = op.address<float>(5);
     float *x = op.address<float>(1);
@@ -112,9 +117,10 @@ SCORES_KERNEL(f32_attend_scores) { attend_scores<F32Rows>(op); }
 SCORES_KERNEL(bf16_attend_scores) { attend_scores<Bf16Rows>(op); }
 SCORES_KERNEL(compact_attend_scores) { attend_scores<E4m3Rows>(op); }
 
-// Words: context, span, ratio, counts, heads, n, sinks, scratch. 128 threads for 256 channels of a
-// head.
-KERNEL(attend_softmax) {
+// Words: context, span, ratio, counts, heads, n, sinks, scratch, (unused, output), and where it is to be
+// rounded in parts q, d, b of them, of so many columns. 128 threads for 256 channels of a head.
+template <bool ROUNDS>
+__device__ inline void attend_softmax_and_round(const Words &op) {
     __shared__ float weights[SPLITS];
     int n = (int)op.number(6), pieces = (n + 255) / 256, head = blockIdx.x / pieces;
     int channel = blockIdx.x % pieces * 256 + 2 * threadIdx.x;
@@ -139,5 +145,14 @@ KERNEL(attend_softmax) {
         even = __fmaf_rn(weights[split], part.x, even), odd = __fmaf_rn(weights[split], part.y, odd);
     }
     Place place = *parts.place;
-    *(float2 *)(place.x + (i64)head * n + channel) = turned_back(even, odd, channel, n, (int)place.pairs, place.cos, place.sin);
+    float2 turned = turned_back(even, odd, channel, n, (int)place.pairs, place.cos, place.sin);
+    i64 column = (i64)head * n + channel;
+    *(float2 *)(place.x + column) = turned;
+    if (!ROUNDS) return;
+    Rounded parts_of = {op.address<i8>(11), op.address<float>(12), op.address<int>(13)};
+    i64 cols = op.number(14);
+    round_pairs(parts_of.row(column / cols, cols), column % cols / 32, turned.x, turned.y);
 }
+
+KERNEL(attend_softmax) { attend_softmax_and_round<false>(op); }
+KERNEL(attend_softmax_rounded) { attend_softmax_and_round<true>(op); }

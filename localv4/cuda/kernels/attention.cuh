@@ -87,7 +87,14 @@ __device__ inline int query_place(int block, int step, int part, int group) {
 __device__ inline void write_query(uint4 *out, int head, const float *x, int n, const float *cos, const float *sin,
                                    int pairs, float eps) {
     int lane = threadIdx.x % 32, first = 16 * lane;
-    float values[16] = {}, squares = 0.0f;
+    float values[16] = {}, squares = 0.0f, c[8], s[8];
+    bool turns = first < n && first + 16 > n - 2 * pairs;
+#pragma unroll
+    for (int p = 0; p < 8; ++p) {
+        int turn = (first + 2 * p - (n - 2 * pairs)) / 2;
+        bool is_turned = turns && first + 2 * p >= n - 2 * pairs;
+        c[p] = is_turned ? cos[turn] : 1.0f, s[p] = is_turned ? sin[turn] : 0.0f;
+    }
     if (x != nullptr && first < n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) *(float4 *)(values + 4 * i) = *(const float4 *)(x + first + 4 * i);
@@ -101,10 +108,9 @@ __device__ inline void write_query(uint4 *out, int head, const float *x, int n, 
 #pragma unroll
     for (int p = 0; p < 8; ++p) {
         float even = values[2 * p] * factor, odd = values[2 * p + 1] * factor;
-        int turn = (first + 2 * p - (n - 2 * pairs)) / 2;
         if (first + 2 * p >= n - 2 * pairs) {
-            float c = cos[turn], s = sin[turn], turned = even * c - odd * s;
-            odd = even * s + odd * c, even = turned;
+            float turned = even * c[p] - odd * s[p];
+            odd = even * s[p] + odd * c[p], even = turned;
         }
         Split split = split_pair(even, odd);
         int part = head / 8 + 2 * (p % 2);

@@ -16,14 +16,14 @@ __device__ __noinline__ void write_angle(float *cos_out, float *sin_out, i64 pos
 }
 
 // Return the sum over all threads of a block, in all of them.
-__device__ inline float block_sum(float value, float *parts) {
+__device__ inline float row_sum(float value, float *parts) {
     value = warp_sum(value);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
 }
 
-__device__ inline float inverse_size(float squares, i64 count, float eps) {
+__device__ inline float inverse_norm(float squares, i64 count, float eps) {
     return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)count) + eps));
 }
 
@@ -51,7 +51,7 @@ KERNEL(key) {
     float *out = op.cell<float>(8) + cols * ((op.at(11) + token) % op.number(9));
     float squares = 0.0f;
     for (i64 c = threadIdx.x; c < cols; c += blockDim.x) squares += x[c] * x[c];
-    float factor = inverse_size(block_sum(squares, parts), cols, op.real(4));
+    float factor = inverse_norm(row_sum(squares, parts), cols, op.real(4));
     for (i64 i = threadIdx.x; i < cols / 2; i += blockDim.x) {
         i64 turn = i - (cols / 2 - pairs), at = token * pairs + max(turn, (i64)0);
         float c = turn < 0 ? 1.0f : op.address<float>(5)[at], s = turn < 0 ? 0.0f : op.address<float>(6)[at];
@@ -146,7 +146,7 @@ __device__ inline void pool(const Words &op) {
     pool_window(Window(op, number), row, parts, weights);
     float squares = 0.0f;
     for (int c = threadIdx.x; c < n; c += blockDim.x) squares += row[c] * row[c];
-    float factor = inverse_size(block_sum(squares, parts), n, op.real(7));
+    float factor = inverse_norm(row_sum(squares, parts), n, op.real(7));
     for (int i = threadIdx.x; i < n / 2; i += blockDim.x) {
         int turn = i - (n / 2 - (int)pairs);
         float c = 1.0f, s = 0.0f;

@@ -55,13 +55,21 @@ KERNEL(quantize) {
 //
 // The squares are added up in the order of the CPU, lane i of 32 having columns i, 32 + i ...: so
 // rounding gives the same bits. One warp does that, with the row in shared memory.
-KERNEL(rows_norm) {
+EARLY_KERNEL(, rows_norm) {
+    constexpr int AHEAD = 4;  // blocks of a warp whose weights are on their way while x is waited for
     DYNAMIC_SHARED(memory);
     __shared__ float factor;
     float *row = (float *)memory;
     const float *weight = op.address<float>(3);
     i64 cols = op.number(11), warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Rounded rounded = {op.address<i8>(7), op.address<float>(8), op.address<int>(9)};
+    float ahead[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        i64 c = 32 * (warp + i * warps) + lane;
+        ahead[i] = c < cols ? weight[c] : 0.0f;
+    }
+    wait_for_results();
     for (i64 t = op.block(); t < op.number(10); t += op.blocks()) {
         const float *x = op.address<float>(1) + t * op.number(2);
         float *out = op.address<float>(5);
@@ -77,12 +85,16 @@ KERNEL(rows_norm) {
             if (lane == 0) factor = __fdiv_rn(1.0f, __fsqrt_rn(mean));
         }
         __syncthreads();
-        for (i64 block = warp; block < cols / 32; block += warps) {
+        auto write = [&](i64 block, float w) {
             i64 c = 32 * block + lane;
-            float value = __fmul_rn(weight[c], __fmul_rn(row[c], factor));
+            float value = __fmul_rn(w, __fmul_rn(row[c], factor));
             if (out != nullptr) out[t * op.number(6) + c] = value;
             if (rounded.q != nullptr) round_block(rounded.row(t, cols), block, value);
-        }
+        };
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (warp + i * warps < cols / 32) write(warp + i * warps, ahead[i]);
+        for (i64 block = warp + AHEAD * warps; block < cols / 32; block += warps) write(block, weight[32 * block + lane]);
         __syncthreads();
     }
 }

@@ -64,7 +64,8 @@ struct TaskPlace {
 
 // The product of row threadIdx.x % ROWS of slot threadIdx.x / ROWS, in the threads that have one.
 //
-// What other kernels have computed, activations, is waited for when weights have been asked for.
+// What other kernels have computed, activations, is waited for when weights have been asked for. From
+// then on each task makes room for the weights of another one, so that some are always on their way.
 // `source.weights(slot)` is the group of rows of a slot, if it `exists(slot)`, and `source.x(slot)`
 // its activations; `first_quad` * 4 is the first row in a group.
 template <class Products, int ROWS, class Source>
@@ -78,19 +79,21 @@ __device__ inline float row_products(const Source &source, int slots, int blocks
     float sum = 0.0f;
     for (int first = 0; first < blocks; first += at_once) {
         int count = min(at_once, blocks - first);
-        TaskPlace<QUADS> place(count);
+        TaskPlace<QUADS> place(count), next = place;
+        typename Products::Task parts[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i, next.advance(count))
+            if (next.slot < slots && source.exists(next.slot))
+                parts[i].load(source.weights(next.slot), first + next.block, first_quad + next.quad);
+        wait_for_results();
         while (place.slot < slots) {
-            typename Products::Task parts[TOGETHER];
-            TaskPlace<QUADS> next = place;
 #pragma unroll
-            for (int i = 0; i < TOGETHER; ++i, next.advance(count))
-                if (next.slot < slots && source.exists(next.slot))
-                    parts[i].load(source.weights(next.slot), first + next.block, first_quad + next.quad);
-            wait_for_results();
-#pragma unroll
-            for (int i = 0; i < TOGETHER; ++i, place.advance(count))
+            for (int i = 0; i < TOGETHER; ++i, place.advance(count), next.advance(count)) {
                 if (place.slot < slots && source.exists(place.slot))
                     parts[i].store(table, place.slot, place.block, place.quad, source.x(place.slot), first, lookup);
+                if (next.slot < slots && source.exists(next.slot))
+                    parts[i].load(source.weights(next.slot), first + next.block, first_quad + next.quad);
+            }
         }
         __syncthreads();
         if (slot < slots && source.exists(slot))

@@ -54,13 +54,13 @@ def _scores(name: str) -> Twin:
     return Twin("aiiaaicic" + "iiii", (kernel,), owner=12)
 
 
-def _softmax() -> Twin:
+def _softmax(name: str, *more: str) -> Twin:
     kernel = Kernel(
-        *("attention.cu", "attend_softmax", 128),
+        *("attention.cu", name, 128),
         lambda words: words[5] * -(-words[6] // 256),
         scratch=lambda words: _scratch_bytes(words[5], words[6]),
     )
-    return Twin("aiiaiiaii", (kernel,), owner=8)
+    return Twin("aiiaiiaii" + "".join(more), (kernel,), owner=8)
 
 
 def _many(name: str) -> Twin:
@@ -73,8 +73,12 @@ def _many(name: str) -> Twin:
 
 ATTENTION = {
     "attend_keys.attend_query": _query(),
-    "attend_keys.attend_softmax": _softmax(),
+    "attend_keys.attend_softmax": _softmax("attend_softmax"),
     **{f"row_operations.{name}_attend_scores": _scores(name) for name in FORMATS},
     **{f"row_operations.{name}_attend_values": Twin("aiiaiiaaiia", ()) for name in FORMATS},
     **{f"row_operations.{name}_attend": _many(name) for name in FORMATS},
 }
+
+SOFTMAX_ROUNDED = _softmax("attend_softmax_rounded", "a", "aaai")
+"""A softmax whose output is rounded in parts: more words are the output, q, d and b of the parts,
+which are the rows of one buffer, and their columns. A head has a multiple of 256 channels."""

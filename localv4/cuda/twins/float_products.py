@@ -1,6 +1,9 @@
 """Twins of the products of one token with packed floats (`kernels.float_operations`)."""
 
+from collections.abc import Callable
+
 from localv4.cuda.twin import BESIDE, Kernel, Twin, Words
+from localv4.kernels.packed import GROUP_ROWS
 
 SOURCE = "float_matvec.cu"
 KINDS = "aiiaaaa"
@@ -36,9 +39,14 @@ def _kernel(name: str, size: str) -> Kernel:
     return Kernel(SOURCE, f"{name}_matvec{size}", SIZES[size], blocks, joins=0 if size else 3)
 
 
+def _weights(nbytes: int) -> Callable[[Words], int]:
+    """Return what tells the bytes of a matrix whose numbers have so many."""
+    return lambda words: nbytes * GROUP_ROWS * words[2] * words[3]
+
+
 FLOAT_PRODUCTS = {
     f"float_operations.{name}_matvec": Twin(
-        KINDS, tuple(_kernel(name, size) for size in SIZES), is_product=True
+        KINDS, tuple(_kernel(name, size) for size in SIZES), weights=_weights(nbytes)
     )
-    for name in ("f8", "b16", "f32r")
+    for name, nbytes in (("f8", 1), ("b16", 2), ("f32r", 4))
 }

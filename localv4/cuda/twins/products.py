@@ -44,6 +44,10 @@ class TokenFormat:
         """Return the file of kernels for matrices or experts."""
         return f"kquant_{what}.cu" if self.module == KQUANT_MODULE else f"{what}.cu"
 
+    def group_bytes(self, cols: int) -> int:
+        """Return the bytes of a group of rows."""
+        return cols // self.fmt.columns * self.fmt.superblock_bytes
+
     def table_bytes(self, slots: int, cols: int, rows: int) -> int:
         """Return the shared memory for `rows` rows of each slot."""
         most = TABLE_ROWS // rows // slots // self.blocks * self.blocks
@@ -117,7 +121,7 @@ def _matvec(form: TokenFormat) -> Twin:
 
     name, source = f"{form.fmt.name.lower()}_matvec", form.source("matvec")
     kernels = _many_or_few(name, source, groups, together, table_bytes)
-    return Twin("aiiaaaa", kernels, is_product=True)
+    return Twin("aiiaaaa", kernels, weights=lambda words: words[2] * form.group_bytes(words[3]))
 
 
 def _gate_up(form: TokenFormat) -> Twin:
@@ -132,7 +136,9 @@ def _gate_up(form: TokenFormat) -> Twin:
 
     name, source = f"{form.fmt.name.lower()}_gate_up", form.source("experts")
     kernels = _many_or_few(name, source, groups, one, table_bytes, joins=3)
-    return Twin("tiiiaaaaf", kernels, is_product=True)
+    return Twin(
+        "tiiiaaaaf", kernels, weights=lambda words: 2 * groups(words) * form.group_bytes(words[4])
+    )
 
 
 DOWN_KINDS = "tiiiaaaaaii"
@@ -148,7 +154,11 @@ def _down(form: TokenFormat) -> Twin:
 
     name = f"{form.fmt.name.lower()}_down"
     kernel = Kernel(form.source("experts"), name, THREADS, blocks, shared, joins=4)
-    return Twin(DOWN_KINDS, (kernel,), is_product=True)
+    return Twin(
+        DOWN_KINDS,
+        (kernel,),
+        weights=lambda words: words[2] * words[3] * form.group_bytes(words[4]),
+    )
 
 
 def _down_parts(form: TokenFormat) -> Twin:

@@ -1,0 +1,91 @@
+"""Operations that follow each other as one: the bits that they leave apart."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from cuda_twins import launch, needs_compiler
+from operation_runs import F32
+from reference_packed import address
+
+from localv4.cuda.fused import QUANTIZE, SOFTMAX, VALUES, Operation, fused
+from localv4.cuda.program import place_rests
+from localv4.cuda.twin import SCRATCH, Twin
+from localv4.cuda.twins import TWINS
+from localv4.cuda.twins.attention import SOFTMAX_ROUNDED, SPLITS
+from localv4.kernels.activations import row_bytes
+from localv4.kernels.operation import WORDS
+from localv4.model.program import Rounded
+
+HEADS, CHANNELS, PARTS = 4, 512, 2
+COLS = HEADS * CHANNELS // PARTS
+OUTPUT = 1 << 20
+
+
+def padded(words: list[int]) -> list[int]:
+    """All words of an operation."""
+    return [0, *words, *[0] * (WORDS - 1 - len(words))]
+
+
+def steps(rounded: Rounded, output: int = OUTPUT, cols: int = COLS) -> list[list[Operation]]:
+    """A softmax, what says where its output goes, and the rounding of that."""
+    softmax = padded([1, 2, 3, 4, HEADS, CHANNELS, 7, 8, 9])
+    values = padded([*[0] * 10, OUTPUT])
+    rounds = [
+        padded([output + 4 * cols * i, 0, 0, 1, cols, *rounded.part(i).addresses])
+        for i in range(PARTS)
+    ]
+    return [[(SOFTMAX, softmax)], [(VALUES[0], values)], [(QUANTIZE, each) for each in rounds]]
+
+
+def test_a_softmax_rounds_its_output() -> None:
+    rounded = Rounded(PARTS, COLS)
+    (((twin, words),),) = fused(steps(rounded))
+    assert twin is SOFTMAX_ROUNDED
+    assert words[:10] == padded([1, 2, 3, 4, HEADS, CHANNELS, 7, 8, 9])[:10]
+    assert words[10:15] == [OUTPUT, *rounded.addresses, COLS] and len(words) == WORDS
+
+
+@pytest.mark.parametrize("change", [{"output": OUTPUT + 4}, {"cols": COLS // 2}])
+def test_what_is_not_its_output_is_rounded_later(change: dict[str, int]) -> None:
+    apart = steps(Rounded(PARTS, COLS), **change)
+    assert fused(apart) == apart
+
+
+def test_a_rest_is_beside_the_largest_product() -> None:
+    rest = Twin("a", ())
+    enter, small, large = (
+        Twin("a", (), rest=rest),
+        Twin("a", (), weights=lambda _: 1),
+        Twin("a", (), weights=lambda _: 9),
+    )
+    groups = [[(enter, [1])], [(small, [2])] * 2, [(large, [3])] * 2, [(large, [4])]]
+    placed = place_rests([*groups, *groups[:2], [(enter, [5])]])
+    assert [len(group) for group in placed] == [1, 2, 3, 1, 1, 3, 1, 1]
+    assert placed[2][-1] == (rest, [1]) and placed[7] == [(rest, [5])]
+
+
+@needs_compiler
+def test_rounding_gives_the_same_bits() -> None:
+    outputs, rounded = [], Rounded(PARTS, COLS)
+    for twin, more in ((SOFTMAX, []), (SOFTMAX_ROUNDED, [0, *rounded.addresses, COLS])):
+        random = np.random.default_rng(1)
+        out, turns = np.zeros(HEADS * CHANNELS, F32), random.random((2, 32), F32)
+        context, sinks = np.array([SPLITS * 16]), random.random(HEADS, F32)
+        scratch = random.random(1 << 20, F32)
+        scratch[:8].view(np.int64)[:] = [address(out), address(turns), address(turns[1]), 32]
+        words = padded([address(context), 128, 0, 0, HEADS, CHANNELS, address(sinks), 0, 0])
+        words[10 : 10 + len(more)] = more
+        words[SCRATCH] = address(scratch)
+        launch(twin.kernels[0], words)
+        outputs.append(out)
+    np.testing.assert_array_equal(*outputs)
+    for number in range(PARTS):
+        own, part = Rounded(1, COLS), rounded.part(number)
+        x = np.ascontiguousarray(outputs[0][COLS * number : COLS * (number + 1)])
+        launch(QUANTIZE.kernels[0], padded([address(x), COLS, 0, 1, COLS, *own.addresses]))
+        gap = row_bytes(COLS)[0] - COLS
+        for mine, theirs, size in zip(part.addresses, own.addresses, row_bytes(COLS), strict=True):
+            size -= gap if size == COLS + gap else 0
+            assert ctypes.string_at(mine, size) == ctypes.string_at(theirs, size)
+    assert TWINS["single_token.quantize"] is QUANTIZE and outputs[0].any()
