@@ -21,7 +21,8 @@ from localv4.engine.engine import Engine
 from localv4.engine.session import Network, Session
 from localv4.kernels.activations import LEVELS, PER_LEVEL, SMALLEST
 from localv4.kernels.formats import OPERATIONS
-from localv4.kernels.packed import BLOCK
+from localv4.kernels.isa import ISA
+from localv4.kernels.packed import BLOCK, MX4
 from localv4.kernels.panels import BATCH_TOKENS
 from localv4.kernels.team import Team
 from localv4.model.config import ModelConfig
@@ -40,29 +41,36 @@ Choices = NDArray[np.int64]
 """Experts of each layer and token, ascending (layers, tokens, k)."""
 
 
-def round_activations(x: Floats) -> Floats:
-    """Return x (tokens, n) as int8 holds it, times its scales."""
+def round_activations(x: Floats, *, binary: bool = False) -> Floats:
+    """Return x (tokens, n) as int8 holds it, times its scales, powers of two if `binary`."""
     blocks = x.reshape(-1, BLOCK)
     size = np.maximum(np.abs(blocks).max(1, keepdims=True), SMALLEST)
-    rounded: Floats = np.rint(blocks * (LEVELS / size)) * (size * PER_LEVEL)
+    scales, factors = size * PER_LEVEL, LEVELS / size
+    if binary:
+        scales = np.exp2(np.ceil(np.log2(scales.astype(np.float64)))).astype(np.float32)
+        factors = 1 / scales
+    rounded: Floats = np.rint(blocks * factors) * scales
     return rounded.reshape(x.shape)
 
 
 class RoundingNumerics(Numerics):
     """Exact arithmetic, but for the inputs of some matrices; keeps the choices of experts.
 
-    `rounded` has the identities of those matrices, `choices` those of each layer and chunk.
+    `rounded` has the identities of those matrices, `binary` of those whose inputs have scales that
+    are powers of two; `choices` are those of each layer and chunk.
     """
 
     def __init__(self, team: Team, widest: int) -> None:
         super().__init__(team, widest)
         self.rounded: set[int] = set()
+        self.binary: set[int] = set()
         self.choices: list[NDArray[np.int64]] = []
 
     def linear(self, x: Floats, weight: Matrix, groups: int = 1) -> Floats:
         """Multiply, after rounding where it is asked for."""
-        inputs = round_activations(x) if id(weight) in self.rounded else x
-        return super().linear(inputs, weight, groups)
+        if id(weight) in self.rounded:
+            x = round_activations(x, binary=id(weight) in self.binary)
+        return super().linear(x, weight, groups)
 
     def mix_experts(
         self,
@@ -151,6 +159,20 @@ def is_rounded(matrix: Matrix) -> bool:
     return form is not None and form.name in OPERATIONS
 
 
+def binary_inputs(parts: Mapping[str, Sequence[Matrix]]) -> set[int]:
+    """Return the identities of matrices whose inputs have scales that are powers of two.
+
+    With AMX those of experts in MX4 are, and of the shared expert, which takes the same inputs.
+    """
+    gate_up, down = parts["routed experts: gate, up"], parts["routed experts: down"]
+    found: set[int] = set()
+    if ISA.amx and all(packed_form(matrix) == MX4 for matrix in gate_up):
+        found.update(map(id, (*gate_up, *parts["shared expert: gate, up"])))
+    if ISA.amx and all(packed_form(matrix) == MX4 for matrix in down):
+        found.update(map(id, down))
+    return found
+
+
 @dataclass(slots=True)
 class Errors:
     """How far outcomes are from the exact ones, one value for each position.
@@ -224,6 +246,7 @@ def exact_runs(engine: Engine) -> tuple[Run, dict[str, Run]]:
     numerics = RoundingNumerics(Team(2), weights.widest)
     network = Transformer(config, weights, numerics)
     parts = components(weights)
+    numerics.binary = binary_inputs(parts)
 
     def run_with(matrices: Sequence[Matrix]) -> Run:
         def run(ids: Sequence[int]) -> Outcome:

@@ -96,13 +96,17 @@ class Rounded:
         """Where q, d, b of a token begin."""
         return address(self.q[token:]), address(self.d[token:]), address(self.b[token:])
 
-    def assert_holds(self, x: Floats) -> None:
+    def assert_holds(self, x: Floats, *, binary: bool = False) -> None:
         """Compare with the rounded form of x (tokens, columns)."""
         blocks = x.reshape(len(x), -1, 32)
         size = np.abs(blocks).max(2)
-        np.testing.assert_array_equal(self.d.view(F32), size * F32(1 / 127))
+        scales, factors = size * F32(1 / 127), F32(127) / size
+        if binary:
+            scales = np.exp2(np.ceil(np.log2(scales.astype(np.float64)))).astype(F32)
+            factors = 1 / scales
+        np.testing.assert_array_equal(self.d.view(F32), scales)
         codes = self.q[:, : self.cols].reshape(blocks.shape).astype(int)
-        exact = blocks * (F32(127) / size)[:, :, None]
+        exact = blocks * factors[:, :, None]
         assert np.abs(codes - exact).max() <= 0.5001
         sums = self.b.view(np.int32).reshape(len(x), -1, 4)
         np.testing.assert_array_equal(sums[:, :, 2], codes[:, :, :16].sum(2))

@@ -16,6 +16,7 @@ from measure_logit_error import (
     Errors,
     Outcome,
     RoundingNumerics,
+    binary_inputs,
     components,
     is_rounded,
     outcome,
@@ -58,15 +59,16 @@ def leaves(node: object) -> Iterator[Matrix]:
             yield from leaves(getattr(node, field.name))
 
 
-def test_rounding_is_that_of_the_kernels() -> None:
+@pytest.mark.parametrize("binary", [False, True])
+def test_rounding_is_that_of_the_kernels(binary: bool) -> None:
     tokens, cols = 5, 96
     x = np.random.default_rng(2).standard_normal((tokens, cols)).astype(np.float32)
     x[1, :32], x[2, 32:64] = 0, 1e-36
     rows, rounded = padded(x), Rounded(tokens, cols)
-    run(1, quantize, (address(rows), stride(rows), 0, tokens, cols, *rounded.addresses(0)))
+    run(1, quantize, (address(rows), stride(rows), 0, tokens, cols, *rounded.addresses(0), binary))
     codes = rounded.q[:, :cols].reshape(tokens, -1, 32).astype(np.float32)
     expected = (codes * rounded.d.view(np.float32)[:, :, None]).reshape(tokens, cols)
-    assert np.array_equal(round_activations(x), expected)
+    assert np.array_equal(round_activations(x, binary=binary), expected)
     assert 0 < np.abs(expected - x).max() < 0.02
 
 
@@ -89,6 +91,7 @@ def test_rounding_the_same_inputs_explains_the_error_of_fast(network: Transforme
     twin, numerics = rounding_twin(network)
     everything = [matrix for part in components(network.weights).values() for matrix in part]
     numerics.rounded = {id(matrix) for matrix in everything if is_rounded(matrix)}
+    numerics.binary = binary_inputs(components(network.weights))
     assert 0 < len(numerics.rounded) < len(everything)
     simulated, fast = logits(twin, IDS), logits(make_fast(network), IDS)
     # not all of it: another order of sums turns a few codes, and each layer multiplies their number

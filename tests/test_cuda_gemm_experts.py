@@ -44,15 +44,16 @@ def activations(experts: Experts, seed: int, cols: int, size: float) -> Rounded:
 
 @all_formats
 @all_counts
-def test_hidden_layers_of_experts(fmt: PackedFormat, counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("binary", [0, 1])
+def test_hidden_layers_of_experts(fmt: PackedFormat, counts: tuple[int, ...], binary: int) -> None:
     experts = Experts(fmt, 256, 256, counts, FIRST)
     x = activations(experts, 1, 256, 10)
     mine, theirs = (Rounded(experts.slots + SPARE_TOKENS, 256) for _ in range(2))
     words = (*experts.words, 2 * 256 // 16, 256, *x.addresses(0))
     entry, memory = experts.operations.experts_gate_up, scratch()
-    rest = (address(memory), float_bits(LIMIT))
+    rest = (address(memory), float_bits(LIMIT), binary)
     run(1, entry, (*words, *theirs.addresses(0), *rest))
-    run_twin(entry, (*words, *mine.addresses(0), 0, float_bits(LIMIT)))
+    run_twin(entry, (*words, *mine.addresses(0), 0, float_bits(LIMIT), binary))
     for buffer, twin in zip(mine.buffers, theirs.buffers, strict=True):
         assert_same_bits(buffer, twin)
     used = slice(experts.first, experts.slots)

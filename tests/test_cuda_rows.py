@@ -42,27 +42,29 @@ def test_clear() -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "subnormal", "large", "ties", "zeros"])
 @pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("binary", [0, 1])
 @pytest.mark.parametrize("cols", [32, 352, 1024, 2080])
-def test_quantize(kind: str, chosen: bool, cols: int) -> None:
+def test_quantize(kind: str, chosen: bool, cols: int, binary: int) -> None:
     x = activations(kind, 5, cols)
     order = np.array([4, 0, 2])
     count = len(order) if chosen else len(x)
     mine, theirs = Rounded(count, cols), Rounded(count, cols)
     given = (address(x), stride(x), address(order) if chosen else 0, count, cols)
-    run(1, quantize, (*given, *theirs.addresses(0)))
-    run_twin(quantize, (*given, *mine.addresses(0)))
+    run(1, quantize, (*given, *theirs.addresses(0), binary))
+    run_twin(quantize, (*given, *mine.addresses(0), binary))
     for actual, expected in zip(mine.buffers, theirs.buffers, strict=True):
         assert_same_bits(actual, expected)
     assert mine.d.any() and mine.q.any() == (kind != "subnormal")
 
 
+@pytest.mark.parametrize("binary", [0, 1])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_quantize_loses_no_error(bad: float) -> None:
+def test_quantize_loses_no_error(bad: float, binary: int) -> None:
     x = activations("normal", 1, 96)
     x[0, 50] = bad
     mine, theirs = Rounded(1, 96), Rounded(1, 96)
-    run(1, quantize, (address(x), stride(x), 0, 1, 96, *theirs.addresses(0)))
-    run_twin(quantize, (address(x), stride(x), 0, 1, 96, *mine.addresses(0)))
+    run(1, quantize, (address(x), stride(x), 0, 1, 96, *theirs.addresses(0), binary))
+    run_twin(quantize, (address(x), stride(x), 0, 1, 96, *mine.addresses(0), binary))
     np.testing.assert_array_equal(mine.q, theirs.q)
     np.testing.assert_array_equal(mine.b, theirs.b)
     np.testing.assert_array_equal(mine.d.view(F32), theirs.d.view(F32))

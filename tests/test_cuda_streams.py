@@ -62,8 +62,8 @@ def test_only_mixing_and_only_leaving() -> None:
 @pytest.mark.parametrize(
     ("tokens", "n", "hidden"), [(1, 4, 4096), (3, 4, 256), (2, 8, 128), (1, 1, 128)]
 )
-@pytest.mark.parametrize("is_head", [False, True])
-def test_entering_a_site(tokens: int, n: int, hidden: int, is_head: bool) -> None:
+@pytest.mark.parametrize(("is_head", "binary"), [(False, 0), (False, 1), (True, 0)])
+def test_entering_a_site(tokens: int, n: int, hidden: int, is_head: bool, binary: int) -> None:
     site = Site(tokens, n, hidden)
     partials, _ = mixed(site, n if is_head else rows_of(n))
     results = []
@@ -82,9 +82,9 @@ def test_entering_a_site(tokens: int, n: int, hidden: int, is_head: bool) -> Non
         if is_head:
             runner(mixes.enter_head, [*first, float_bits(HC_EPS), *last, *size])
         else:
-            words = [*first, ITERATIONS, float_bits(HC_EPS), *last, address(mix), *size]
+            words = [*first, ITERATIONS, float_bits(HC_EPS), *last, address(mix), *size, binary]
             runner(mixes.enter, words)
-        rounded.assert_holds(x)
+        rounded.assert_holds(x, binary=bool(binary))
         results.append((x, mix))
     (expected, expected_mix), (x, mix) = results
     np.testing.assert_allclose(mix, expected_mix, rtol=1e-5)

@@ -17,9 +17,9 @@ from localv4.kernels.amx import SOME_TOKENS, TOKENS
 from localv4.kernels.buffers import aligned_bytes
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.gemm import BATCH_TOKENS, SCRATCH_BYTES, SPARE_TOKENS
-from localv4.kernels.many_tokens import FEW_TOKENS
 from localv4.kernels.operation import WORDS, float_bits
 from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
+from localv4.kernels.panel_sums import FEW_TOKENS
 from localv4.kernels.single_token import ROW_GAP, quantize
 from localv4.kernels.team import Team
 from localv4.kernels.tiles import TILE_TOKENS

@@ -61,7 +61,7 @@ def quantised(x: Floats) -> Quantised:
     q = aligned_bytes(q_bytes).view(np.int8)[:n]
     d = aligned_bytes(d_bytes).view(F32)
     b = aligned_bytes(b_bytes).view(np.int32)
-    activations.quantize(address(q), address(d), address(b), address(x), 0, n // 32)
+    activations.quantize(address(q), address(d), address(b), address(x), 0, n // 32, 0)
     return Quantised(q.reshape(1, -1), d.reshape(1, -1), b.reshape(1, -1, 4))
 
 
@@ -107,7 +107,7 @@ def test_quantising_in_parts_is_the_same() -> None:
     x = inputs("normal", 512)
     whole, parts = quantised(x), quantised(np.zeros(512, F32))
     for first, end in ((5, 16), (0, 5)):
-        activations.quantize(*operands(parts), address(x), first, end)
+        activations.quantize(*operands(parts), address(x), first, end, 0)
     for name in ("q", "d", "b"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name))
 

@@ -114,8 +114,9 @@ def mixed(site: Site, rows: int) -> tuple[Floats, Floats]:
     return partials, ((flat / size) @ site.fn[:rows].T).astype(F32)
 
 
+@pytest.mark.parametrize("binary", [0, 1])
 @pytest.mark.parametrize(("tokens", "n", "hidden"), SHAPES)
-def test_entering_a_site(tokens: int, n: int, hidden: int) -> None:
+def test_entering_a_site(tokens: int, n: int, hidden: int, binary: int) -> None:
     site = Site(tokens, n, hidden)
     partials, raw = mixed(site, rows_of(n))
     pre, post = np.empty((tokens, n), F32), np.empty((tokens, n), F32)
@@ -131,14 +132,14 @@ def test_entering_a_site(tokens: int, n: int, hidden: int) -> None:
             *(address(partials[first:]), address(site.scale), address(site.base), ITERATIONS),
             *(float_bits(HC_EPS), address(site.streams[first:]), address(site.weight)),
             *(float_bits(RMS_EPS), address(x[first:]), stride(x), address(mix[first:])),
-            *(*rounded.addresses(first), count, n, hidden),
+            *(*rounded.addresses(first), count, n, hidden, binary),
         ]
 
     run_all_ways(mixes.enter, tokens, [x, mix, *rounded.buffers], words)
     np.testing.assert_allclose(mix[:, :n], post, rtol=2e-5)
     np.testing.assert_allclose(mix[:, n:].reshape(comb.shape), comb, rtol=2e-5)
     np.testing.assert_allclose(x, expected, rtol=2e-4, atol=2e-5)
-    rounded.assert_holds(x)
+    rounded.assert_holds(x, binary=bool(binary))
 
 
 @pytest.mark.parametrize("n", [4, 1, 8])

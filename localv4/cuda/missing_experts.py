@@ -65,7 +65,8 @@ class MissingExperts:
         """Compute with experts at some places, first those that are in the host's memory."""
         network, host, numbers = self._network, self._store.host, self._chunk.chosen[0]
         program = Program(network.scratch)
-        program.round(self._chunk.x_rounded, self._chunk.x, 1)
+        binary = network.layers[layer].moe.has_binary_inputs
+        program.round(self._chunk.x_rounded, self._chunk.x, 1, binary=binary)
         network.team.run(program.finish())
         wanted = numbers[missing].tolist()
         host.count_misses(layer, wanted)

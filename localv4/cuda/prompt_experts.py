@@ -215,7 +215,7 @@ class SharedWave:
         program.add(
             quantize,
             *(x.at(), x.stride, wave.tokens.ctypes.data, len(wave.tokens), x.cols),
-            *buffers.x.addresses,
+            *(*buffers.x.addresses, int(self._moe.has_binary_inputs)),
         )
         self._network.run(program)
 
@@ -296,7 +296,7 @@ class SharedWave:
         program.add(
             quantize,
             *(x.at(), x.stride, tokens.ctypes.data, len(tokens), x.cols),
-            *buffers.x.addresses,
+            *(*buffers.x.addresses, int(self._moe.has_binary_inputs), *buffers.x.pairs),
         )
         experts = piece.records.ctypes.data, len(piece.records), piece.starts.ctypes.data
         self._moe.add_hidden(program, form, experts, buffers.x, buffers.hidden)

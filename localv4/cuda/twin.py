@@ -51,6 +51,8 @@ class Kernel:
 class Twin:
     """What stands for an operation: `kinds` of its words from the first on, and its launches.
 
+    Words behind those are for the CPU alone.
+
     There are none where the operation before has done the work. `owner`: the word of an array that
     scratch memory belongs to; operations that name the same array, and take as much, find there
     what the one before has left. 0: it is anybody's, and holds nothing at first.

@@ -15,6 +15,9 @@ The first two sums are where a product starts: on x86 weights are unsigned, valu
 (`kernels.isa`); where they are not, the bias is 0. The others are for weights with a minimum. Sizes
 below 1e-30 count as 1e-30, so that nothing overflows. A block with NaN or infinity gets such a
 scale, and so do all products with it: no error is lost.
+
+`binary` scales are the least powers of two that are not less than size / 127, so that tiles of AMX
+can multiply q * d as bfloat16 (`kernels.pair_gemm`); that costs half a bit of a code on average.
 """
 
 import numpy as np
@@ -22,6 +25,7 @@ import numpy as np
 from localv4.kernels.device import device
 from localv4.kernels.isa import ISA
 from localv4.kernels.packed import BLOCK
+from localv4.kernels.pairs import store_pairs
 from localv4.kernels.simd import (
     Vector,
     add,
@@ -36,6 +40,7 @@ from localv4.kernels.simd import (
     multiply_add,
     negative,
     power_of_two,
+    power_of_two_above,
     round_i32,
     splat_f32,
     store_i8,
@@ -95,22 +100,33 @@ def row_bytes(cols: int) -> tuple[int, int, int]:
 
 
 @device
-def quantize(q: int, d: int, b: int, x: int, first: int, end: int) -> None:
+def quantize(q: int, d: int, b: int, x: int, first: int, end: int, binary: int) -> None:
     """Fill blocks first ... end - 1 of a row of the buffers q, d, b from the float32 at x."""
     for i in range(first, end):
         low, high = load_f32(x + 128 * i), load_f32(x + 128 * i + 64)
-        quantize_block(q + 32 * i, d + 4 * i, b + SUMS_BYTES * i, low, high)
+        quantize_block(q + 32 * i, d + 4 * i, b + SUMS_BYTES * i, low, high, binary)
 
 
 @device
-def quantize_block(q: int, d: int, b: int, low: Vector, high: Vector) -> None:
-    """Write one block of the buffers from its two vectors."""
+def widen(pairs: int, distance: int, q: int, d: int, first: int, end: int) -> None:
+    """Fill blocks first ... end - 1 of a row of pairs from those of the buffers q and d."""
+    for i in range(first, end):
+        store_pairs(pairs + distance * i, q + 32 * i, d + 4 * i)
+
+
+@device
+def quantize_block(q: int, d: int, b: int, low: Vector, high: Vector, binary: int) -> None:
+    """Write one block of the buffers from its two vectors; `binary` is 0 or 1."""
     size = at_least_smallest(largest_magnitude(largest_i32(magnitudes(low), magnitudes(high))))
-    factor = splat_f32(LEVELS / size)
+    scale, inverse = size * PER_LEVEL, LEVELS / size
+    if binary:
+        scale = power_of_two_above(scale)
+        inverse = _ONE / scale
+    factor = splat_f32(inverse)
     low_q, high_q = round_i32(multiply(low, factor)), round_i32(multiply(high, factor))
     store_i8(q, low_q)
     store_i8(q + 16, high_q)
-    write_f32(d, size * PER_LEVEL)
+    write_f32(d, scale)
     low_sum, high_sum = sum_i32(low_q), sum_i32(high_q)
     write_i32(b, np.int32((low_sum + high_sum) * _CODE_BIAS))
     write_i32(b + 4, np.int32((low_sum + high_sum) * _BYTE_BIAS))

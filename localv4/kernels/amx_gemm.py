@@ -49,19 +49,27 @@ _DECODERS = {MX4_READER: amx.mx4_codes, Q4_READER: amx.q4_codes}
 
 @dataclass(frozen=True, slots=True)
 class _Lines:
-    """Bytes from a line of a group of weights to the next, and from a step to the next."""
+    """Where weights are while they are multiplied, `chunk` columns at a time.
+
+    `line` and `step` are the bytes from a line of a group to the next, and from a step to the next;
+    `scales` is where the scales are in the scratch memory.
+    """
 
     line: int
     step: int
+    scales: int
+    chunk: int
 
 
-_EXPANDED = _Lines(LINE, STEP * BLOCK_LINES * LINE)
-_IN_PLACE = _Lines(64, Q8.superblock_bytes)  # lines of Q8 are bytes already, a step a superblock
+_EXPANDED = _Lines(LINE, STEP * BLOCK_LINES * LINE, SCALES_OFFSET, CHUNK)
+# Lines of Q8 are bytes already, a step is a superblock: there is room for more scales.
+_IN_PLACE = _Lines(64, Q8.superblock_bytes, LINES_OFFSET, 2 * CHUNK)
 
 
 def _tile_adder(tokens: int, layout: _Lines) -> Any:
     """Make the function that adds a chunk of columns to the sums of a tile of tokens."""
     tile, line_step = tile_operations(tokens, layout.line), layout.step
+    scales_offset = layout.scales
     load, store, multiply, add, both = tile.load, tile.store, tile.multiply, tile.add, tile.both
 
     @device
@@ -82,7 +90,7 @@ def _tile_adder(tokens: int, layout: _Lines) -> Any:
         multiply(ready, lines, q, qr)
         for group in range(groups):
             own_lines, own_q = lines + group_bytes * group, q
-            scales, own_d = scratch + SCALES_OFFSET + 64 * group, d
+            scales, own_d = scratch + scales_offset + 64 * group, d
             sums = load(out + 64 * group, SUMS_ROW)
             for block in range(0, blocks, STEP):
                 own_lines, own_q = own_lines + line_step, own_q + STEP * BLOCK
@@ -126,7 +134,8 @@ def summer(reader: Reader) -> Any:
         _tile_adder(tokens, layout) for tokens in (TOKENS, SOME_TOKENS, FEW_TOKENS)
     )
     fmt, blocks = reader.fmt, reader.blocks
-    columns, superblock_bytes, chunk = fmt.columns, fmt.superblock_bytes, CHUNK // fmt.columns
+    columns, superblock_bytes = fmt.columns, fmt.superblock_bytes
+    scales_offset, chunk = layout.scales, layout.chunk // fmt.columns
 
     @device
     def sums(
@@ -151,7 +160,7 @@ def summer(reader: Reader) -> Any:
             length, at = min(chunk, superblocks - start), start * blocks
             source = w + panel * PANEL_GROUPS * size + start * superblock_bytes
             lines, group_bytes = scratch + LINES_OFFSET, 64
-            prepare(lines, scratch + SCALES_OFFSET, source, size, width, length)
+            prepare(lines, scratch + scales_offset, source, size, width, length)
             if in_place:
                 lines, group_bytes = source + HEAD_BYTES, size
             for token in range(0, count, TOKENS):

@@ -24,12 +24,11 @@ from localv4.kernels.amx import (
     CONFIGURATION_BYTES,
     WHOLE,
     begin_whole_tiles,
-    emit,
     end_tiles,
-    pointer,
 )
 from localv4.kernels.attend import LINE, KeyProducts, find_keys, float_count, keys_of, softmax
 from localv4.kernels.device import device, inlined
+from localv4.kernels.float_tiles import add_products, clear_sums, load_sums, store_sums
 from localv4.kernels.head_lanes import lane_row, turn_square
 from localv4.kernels.operation import float_at
 from localv4.kernels.row_codes import pair_words, paired_words
@@ -57,7 +56,6 @@ AT_ONCE = 16 * KEYS
 
 _HEADS = 4 * KEYS  # bytes of as many lanes
 _BLOCK = 4 * KEYS * LANES  # bytes of the words of KEYS keys and CHANNELS channels
-_SUMS, _LEFT, _RIGHT = ((0, 1), (2, 3)), (4, 5), (6, 7)  # numbers of tiles
 _address = types.int64
 _configuration = stack_floats(CONFIGURATION_BYTES // 4)
 _rows = stack_floats(KEYS * MOST_CHANNELS // 2)
@@ -75,57 +73,6 @@ def tile_products(form: RowForm) -> KeyProducts:
         sum_values=_summer(form),
         finish=_finish,
     )
-
-
-# --- four tiles of sums ---
-
-
-@operation(types.void)
-def _clear(b: Builder) -> None:
-    """Begin sums of nothing."""
-    for pair in _SUMS:
-        for tile in pair:
-            emit(b, ("tilezero", tile))
-
-
-@operation(types.void, _address, _address, _address)
-def _load(b: Builder, address: Value, distance: Value, row: Value) -> None:
-    """Read sums: two tiles beside one another, two more `distance` bytes further on."""
-    _move(b, "tileloadd64", address, distance, row)
-
-
-@operation(types.void, _address, _address, _address)
-def _store(b: Builder, address: Value, distance: Value, row: Value) -> None:
-    """Write sums, to the places that `_load` reads."""
-    _move(b, "tilestored64", address, distance, row)
-
-
-def _move(b: Builder, name: str, address: Value, distance: Value, row: Value) -> None:
-    for number, pair in enumerate(_SUMS):
-        own = b.add(address, b.mul(distance, ir.Constant(I64, number)))
-        for half, tile in enumerate(pair):
-            emit(b, (name, tile, pointer(b, simd_ir.offset(b, own, 64 * half)), row))
-
-
-@operation(types.void, *[_address] * 6)
-def _add_products(
-    b: Builder,
-    left: Value,
-    left_distance: Value,
-    left_row: Value,
-    right: Value,
-    right_distance: Value,
-    right_row: Value,
-) -> None:
-    """Add the products of two tiles with two others: sums[i][j] += left[i] * right[j]."""
-    operands = ((_LEFT, left, left_distance, left_row), (_RIGHT, right, right_distance, right_row))
-    for tiles, address, distance, row in operands:
-        for number, tile in enumerate(tiles):
-            own = b.add(address, b.mul(distance, ir.Constant(I64, number)))
-            emit(b, ("tileloadd64", tile, pointer(b, own), row))
-    for sums, own_left in zip(_SUMS, _LEFT, strict=True):
-        for tile, own_right in zip(sums, _RIGHT, strict=True):
-            emit(b, ("tdpbf16ps", tile, own_left, own_right))
 
 
 # --- queries times keys ---
@@ -179,11 +126,11 @@ def _scorer(form: RowForm) -> Callable[[int, int, int, int, int, int, int, int],
             ahead = KEYS * key_row if j + KEYS < end else 0
             write_rows(rows, at + row, key_row, raw - j, ahead, n, rope)
             for v in range(0, row, _HEADS):
-                _clear()
+                clear_sums()
                 for channel in range(0, n, CHANNELS):
                     queries = scratch + channel * row + v
-                    _add_products(rows + 2 * channel, 2 * n * WHOLE, 2 * n, queries, 64, 2 * row)
-                _store(at + v, WHOLE * key_row, key_row)
+                    add_products(rows + 2 * channel, 2 * n * WHOLE, 2 * n, queries, 64, 2 * row)
+                store_sums(at + v, WHOLE * key_row, key_row)
         end_tiles()
 
     return score
@@ -268,13 +215,13 @@ def _summer(form: RowForm) -> Callable[[int, int, int, int, int, int, int, int],
                 for v in range(0, row, _HEADS):
                     out = scratch + v // 4 * size + 4 * channel
                     if j == 0:
-                        _clear()
+                        clear_sums()
                     else:
-                        _load(out, size * WHOLE, size)
+                        load_sums(out, size * WHOLE, size)
                     for i in range(blocks):
                         weights, own = at + KEYS * i * key_row + v, pairs + _BLOCK * i
-                        _add_products(weights, 64, key_row, own, _BLOCK // 2, LINE)
-                    _store(out, size * WHOLE, size)
+                        add_products(weights, 64, key_row, own, _BLOCK // 2, LINE)
+                    store_sums(out, size * WHOLE, size)
         end_tiles()
 
     return sum_values

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
-from localv4.kernels import gemm, kquant_operations, matvec, small_batches
+from localv4.kernels import kquant_operations, matvec, panel_sums
 from localv4.kernels.compiler import Entry, entry
 from localv4.kernels.kquant_gemm import MANY_OPERATIONS
-from localv4.kernels.many_tokens import share_experts_down, share_experts_gate_up, share_gemm
+from localv4.kernels.many_tokens import (
+    share_experts_down,
+    share_experts_gate_up,
+    share_gemm,
+)
 from localv4.kernels.single_token import share_down, share_gate_up, share_matvec
 
 
@@ -45,19 +49,19 @@ def mx4_down(operation: int, member: int, members: int) -> None:
 @entry("MX4")
 def mx4_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, small_batches.few_sums_mx4, gemm.sums_mx4)
+    share_gemm(operation, member, panel_sums.sums_mx4)
 
 
 @entry("MX4")
 def mx4_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, small_batches.few_sums_mx4, gemm.sums_mx4)
+    share_experts_gate_up(operation, member, panel_sums.sums_mx4)
 
 
 @entry("MX4")
 def mx4_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, small_batches.few_sums_mx4, gemm.sums_mx4)
+    share_experts_down(operation, member, members, panel_sums.sums_mx4)
 
 
 _MX4 = Operations(
@@ -88,19 +92,19 @@ def q4_down(operation: int, member: int, members: int) -> None:
 @entry("Q4")
 def q4_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, small_batches.few_sums_q4, gemm.sums_q4)
+    share_gemm(operation, member, panel_sums.sums_q4)
 
 
 @entry("Q4")
 def q4_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, small_batches.few_sums_q4, gemm.sums_q4)
+    share_experts_gate_up(operation, member, panel_sums.sums_q4)
 
 
 @entry("Q4")
 def q4_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, small_batches.few_sums_q4, gemm.sums_q4)
+    share_experts_down(operation, member, members, panel_sums.sums_q4)
 
 
 _Q4 = Operations(q4_matvec, q4_gate_up, q4_down, q4_gemm, q4_experts_gate_up, q4_experts_down)
@@ -129,19 +133,19 @@ def q8_down(operation: int, member: int, members: int) -> None:
 @entry("Q8")
 def q8_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, small_batches.few_sums_q8, gemm.sums_q8)
+    share_gemm(operation, member, panel_sums.sums_q8)
 
 
 @entry("Q8")
 def q8_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, small_batches.few_sums_q8, gemm.sums_q8)
+    share_experts_gate_up(operation, member, panel_sums.sums_q8)
 
 
 @entry("Q8")
 def q8_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, small_batches.few_sums_q8, gemm.sums_q8)
+    share_experts_down(operation, member, members, panel_sums.sums_q8)
 
 
 _Q8 = Operations(q8_matvec, q8_gate_up, q8_down, q8_gemm, q8_experts_gate_up, q8_experts_down)

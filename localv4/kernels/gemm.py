@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from localv4.kernels import amx_gemm
+from localv4.kernels import amx_gemm, pair_gemm
 from localv4.kernels.activations import (
     SUMS_BYTES,
     b_row,
@@ -32,6 +32,7 @@ from localv4.kernels.activations import (
 from localv4.kernels.device import device
 from localv4.kernels.isa import ISA
 from localv4.kernels.packed import BLOCK
+from localv4.kernels.pairs import PAIRS_ROW, store_pairs
 from localv4.kernels.panels import (
     BATCH_TOKENS,
     CHUNK,
@@ -86,7 +87,7 @@ __all__ = [
 SCRATCH_BYTES = 100 << 10
 """Memory that each thread needs for itself, whatever it multiplies with."""
 
-assert amx_gemm.SCRATCH_BYTES <= SCRATCH_BYTES
+assert max(amx_gemm.SCRATCH_BYTES, pair_gemm.SCRATCH_BYTES) <= SCRATCH_BYTES
 
 
 Sums = Callable[[int, int, int, int, int, int, int, int, int, int], None]
@@ -179,10 +180,14 @@ def round_gated_sums(
     first: int,
     count: int,
     limit: np.float32,
+    binary: int,
+    pairs: int,
+    distance: int,
 ) -> None:
     """Round swiglu(gate, up) of alternating groups of gate and up: a block of 32 for each token.
 
-    q, d, b: activations of groups * 8 columns, of which the panel makes block number `panel`.
+    q, d, b, pairs: activations of groups * 8 columns, of which the panel makes block number
+    `panel`; pairs may be 0.
     """
     inner = groups * 8
     for t in range(count):
@@ -190,7 +195,9 @@ def round_gated_sums(
         low = swiglu(load_f32(at), load_f32(at + 64), limit)
         high = swiglu(load_f32(at + 128), load_f32(at + 192), limit)
         own_q, own_d = q + row * q_row(inner) + BLOCK * panel, d + row * d_row(inner) + 4 * panel
-        quantize_block(own_q, own_d, b + row * b_row(inner) + SUMS_BYTES * panel, low, high)
+        quantize_block(own_q, own_d, b + row * b_row(inner) + SUMS_BYTES * panel, low, high, binary)
+        if pairs != 0:
+            store_pairs(pairs + distance * panel + PAIRS_ROW * row, own_q, own_d)
 
 
 @device

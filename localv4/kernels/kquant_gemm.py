@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
-from localv4.kernels import kquant_panels
-from localv4.kernels import kquant_products as products
+from localv4.kernels import panel_sums
 from localv4.kernels.compiler import Entry, entry
-from localv4.kernels.many_tokens import share_experts_down, share_experts_gate_up, share_gemm
+from localv4.kernels.many_tokens import (
+    share_experts_down,
+    share_experts_gate_up,
+    share_gemm,
+)
 from localv4.kernels.packed import PackedFormat
 from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 
@@ -25,19 +28,19 @@ class ManyOperations:
 @entry("Q4K")
 def q4k_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, products.sums_q4k, kquant_panels.sums_q4k)
+    share_gemm(operation, member, panel_sums.sums_q4k)
 
 
 @entry("Q4K")
 def q4k_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, products.sums_q4k, kquant_panels.sums_q4k)
+    share_experts_gate_up(operation, member, panel_sums.sums_q4k)
 
 
 @entry("Q4K")
 def q4k_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, products.sums_q4k, kquant_panels.sums_q4k)
+    share_experts_down(operation, member, members, panel_sums.sums_q4k)
 
 
 # --- Q6 ---
@@ -46,19 +49,19 @@ def q4k_experts_down(operation: int, member: int, members: int) -> None:
 @entry("Q6")
 def q6_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, products.sums_q6, kquant_panels.sums_q6)
+    share_gemm(operation, member, panel_sums.sums_q6)
 
 
 @entry("Q6")
 def q6_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, products.sums_q6, kquant_panels.sums_q6)
+    share_experts_gate_up(operation, member, panel_sums.sums_q6)
 
 
 @entry("Q6")
 def q6_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, products.sums_q6, kquant_panels.sums_q6)
+    share_experts_down(operation, member, members, panel_sums.sums_q6)
 
 
 # --- Q3 ---
@@ -67,19 +70,19 @@ def q6_experts_down(operation: int, member: int, members: int) -> None:
 @entry("Q3")
 def q3_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, products.sums_q3, kquant_panels.sums_q3)
+    share_gemm(operation, member, panel_sums.sums_q3)
 
 
 @entry("Q3")
 def q3_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, products.sums_q3, kquant_panels.sums_q3)
+    share_experts_gate_up(operation, member, panel_sums.sums_q3)
 
 
 @entry("Q3")
 def q3_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, products.sums_q3, kquant_panels.sums_q3)
+    share_experts_down(operation, member, members, panel_sums.sums_q3)
 
 
 # --- Q2 ---
@@ -88,19 +91,19 @@ def q3_experts_down(operation: int, member: int, members: int) -> None:
 @entry("Q2")
 def q2_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, products.sums_q2, kquant_panels.sums_q2)
+    share_gemm(operation, member, panel_sums.sums_q2)
 
 
 @entry("Q2")
 def q2_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, products.sums_q2, kquant_panels.sums_q2)
+    share_experts_gate_up(operation, member, panel_sums.sums_q2)
 
 
 @entry("Q2")
 def q2_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, products.sums_q2, kquant_panels.sums_q2)
+    share_experts_down(operation, member, members, panel_sums.sums_q2)
 
 
 # --- IQ2 ---
@@ -109,19 +112,19 @@ def q2_experts_down(operation: int, member: int, members: int) -> None:
 @entry("IQ2")
 def iq2_gemm(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_gemm`"""
-    share_gemm(operation, member, products.sums_iq2, kquant_panels.sums_iq2)
+    share_gemm(operation, member, panel_sums.sums_iq2)
 
 
 @entry("IQ2")
 def iq2_experts_gate_up(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_gate_up`"""
-    share_experts_gate_up(operation, member, products.sums_iq2, kquant_panels.sums_iq2)
+    share_experts_gate_up(operation, member, panel_sums.sums_iq2)
 
 
 @entry("IQ2")
 def iq2_experts_down(operation: int, member: int, members: int) -> None:
     """`many_tokens.share_experts_down`"""
-    share_experts_down(operation, member, products.sums_iq2, kquant_panels.sums_iq2)
+    share_experts_down(operation, member, members, panel_sums.sums_iq2)
 
 
 MANY_OPERATIONS: dict[PackedFormat, ManyOperations] = {

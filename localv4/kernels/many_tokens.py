@@ -6,8 +6,6 @@ starts[e] ... starts[e + 1] - 1 of the activations. The scratch memory has `gemm
 each member.
 """
 
-from typing import Any
-
 from localv4.kernels.device import device
 from localv4.kernels.gemm import (
     BATCH_TOKENS,
@@ -18,35 +16,14 @@ from localv4.kernels.gemm import (
     store_sums,
 )
 from localv4.kernels.operation import float_word, take_chunk, word
+from localv4.kernels.panel_sums import BestSums
 
-FEW_TOKENS = 8
-"""Tokens up to which the weights are better decoded for each four than expanded once."""
-
-
-@device
-def _sums(
-    few_sums: Any,
-    many_sums: Any,
-    scratch: int,
-    w: int,
-    panel: int,
-    groups: int,
-    cols: int,
-    q: int,
-    d: int,
-    b: int,
-    first: int,
-    count: int,
-) -> None:
-    """Multiply a panel with `count` tokens in the better way for so many."""
-    if count <= FEW_TOKENS:
-        few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
-    else:
-        many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+MOST_PANELS = 8
+"""Panels that a member takes at once."""
 
 
 @device
-def share_gemm(operation: int, member: int, few_sums: Any, many_sums: Any) -> None:
+def share_gemm(operation: int, member: int, sums: BestSums) -> None:
     """out[t] = matrix . x[t] for each token.
 
     Words: matrix, row groups, columns, q, d, b, tokens, out, its row stride in bytes, scratch.
@@ -61,7 +38,7 @@ def share_gemm(operation: int, member: int, few_sums: Any, many_sums: Any) -> No
         # all panels for some tokens, which stay in the second cache: they are more than a panel
         first, panel = taken // panels * BATCH_TOKENS, taken % panels
         count = min(BATCH_TOKENS, tokens - first)
-        _sums(few_sums, many_sums, scratch, w, panel, groups, cols, q, d, b, first, count)
+        sums(scratch, w, panel, groups, cols, q, d, b, 0, 0, first, count)
         store_sums(out, stride, scratch, panel, groups, first, count)
         taken = take_chunk(operation)
 
@@ -73,17 +50,21 @@ def panels_of(groups: int) -> int:
 
 
 @device
-def share_experts_gate_up(operation: int, member: int, few_sums: Any, many_sums: Any) -> None:
+def share_experts_gate_up(operation: int, member: int, sums: BestSums) -> None:
     """Round the hidden layer of each expert for its tokens.
 
     Words: records (i64 for each expert), experts, starts (i64, experts + 1), row groups, columns,
-    q, d, b, q, d, b of the hidden layer, scratch, limit as f32 bits.
+    q, d, b, q, d, b of the hidden layer, scratch, limit as f32 bits, 1 for scales of the
+    hidden layer that are powers of two, pairs and their distance (`kernels.pairs`) or 0, the same
+    of the hidden layer.
     """
     records, experts, starts = word(operation, 1), word(operation, 2), word(operation, 3)
     groups, cols = word(operation, 4), word(operation, 5)
     q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
     inner_q, inner_d, inner_b = word(operation, 9), word(operation, 10), word(operation, 11)
     scratch, limit = word(operation, 12) + member * SCRATCH_BYTES, float_word(operation, 13)
+    binary, pairs, distance = word(operation, 14), word(operation, 15), word(operation, 16)
+    inner_pairs, inner_distance = word(operation, 17), word(operation, 18)
     panels = panels_of(groups)
     taken = take_chunk(operation)
     while taken < experts * panels:
@@ -91,19 +72,22 @@ def share_experts_gate_up(operation: int, member: int, few_sums: Any, many_sums:
         w, first, end = word(records, expert), word(starts, expert), word(starts, expert + 1)
         while first < end:
             count = min(BATCH_TOKENS, end - first)
-            _sums(few_sums, many_sums, scratch, w, panel, groups, cols, q, d, b, first, count)
-            round_gated_sums(inner_q, inner_d, inner_b, scratch, panel, groups, first, count, limit)
+            sums(scratch, w, panel, groups, cols, q, d, b, pairs, distance, first, count)
+            round_gated_sums(
+                *(inner_q, inner_d, inner_b, scratch, panel, groups, first, count),
+                *(limit, binary, inner_pairs, inner_distance),
+            )
             first += count
         taken = take_chunk(operation)
 
 
 @device
-def share_experts_down(operation: int, member: int, few_sums: Any, many_sums: Any) -> None:
+def share_experts_down(operation: int, member: int, members: int, sums: BestSums) -> None:
     """out[rows[i]] += weights[i] * (down of i's expert) . hidden layer[i], in the order of experts.
 
     Words: records, experts, starts, row groups, columns, q, d, b, out, its row stride in bytes,
-    scratch, rows (i64), weights (f32), offset of down in a record. A member does a panel for all
-    experts, so that the order of additions is always the same.
+    scratch, rows (i64), weights (f32), offset of down in a record, pairs and their distance or 0.
+    A member does some panels for all experts, so that the order of additions is always the same.
     """
     records, experts, starts = word(operation, 1), word(operation, 2), word(operation, 3)
     groups, cols = word(operation, 4), word(operation, 5)
@@ -111,14 +95,21 @@ def share_experts_down(operation: int, member: int, few_sums: Any, many_sums: An
     out, stride = word(operation, 9), word(operation, 10)
     scratch = word(operation, 11) + member * SCRATCH_BYTES
     rows, weights, offset = word(operation, 12), word(operation, 13), word(operation, 14)
-    panel = take_chunk(operation)
-    while panel < panels_of(groups):
+    pairs, distance = word(operation, 15), word(operation, 16)
+    panels = panels_of(groups)
+    # the activations of an expert come from memory once for so many panels
+    together = max(1, min(MOST_PANELS, panels // (4 * members)))
+    start = take_chunk(operation) * together
+    while start < panels:
         for expert in range(experts):
             w = word(records, expert) + offset
             first, end = word(starts, expert), word(starts, expert + 1)
             while first < end:
                 count = min(BATCH_TOKENS, end - first)
-                _sums(few_sums, many_sums, scratch, w, panel, groups, cols, q, d, b, first, count)
-                add_weighted_sums(out, stride, scratch, panel, groups, first, count, rows, weights)
+                for panel in range(start, min(start + together, panels)):
+                    sums(scratch, w, panel, groups, cols, q, d, b, pairs, distance, first, count)
+                    add_weighted_sums(
+                        *(out, stride, scratch, panel, groups, first, count, rows, weights)
+                    )
                 first += count
-        panel = take_chunk(operation)
+        start = take_chunk(operation) * together

@@ -42,7 +42,7 @@ def enter(operation: int, member: int, members: int) -> None:
     Words: partials of 2 * n + n * n rows, scale (3) f32, base (rows) f32, Sinkhorn iterations,
     hc_eps as f32 bits, streams (tokens, n, hidden) f32, weight of the norm, rms_eps as f32 bits, x,
     its row stride in floats, mix (tokens, n + n * n) f32: post, comb for `leave_and_mix`, q, d, b
-    (q = 0: x is not rounded), tokens, n, hidden.
+    (q = 0: x is not rounded), tokens, n, hidden, 1 for scales that are powers of two.
     """
     partials, scale, base = word(operation, 1), word(operation, 2), word(operation, 3)
     iterations, hc_eps = word(operation, 4), float_word(operation, 5)
@@ -50,7 +50,7 @@ def enter(operation: int, member: int, members: int) -> None:
     x, stride, mix = word(operation, 9), word(operation, 10), word(operation, 11)
     q, d, b = word(operation, 12), word(operation, 13), word(operation, 14)
     tokens, n, hidden = word(operation, 15), word(operation, 16), word(operation, 17)
-    rows, blocks = 2 * n + n * n, hidden // COLUMNS
+    binary, rows, blocks = word(operation, 18), 2 * n + n * n, hidden // COLUMNS
     values = _values()
     t = take_chunk(operation)
     while t < tokens:
@@ -60,7 +60,7 @@ def enter(operation: int, member: int, members: int) -> None:
         row = x + 4 * stride * t
         squares = collapse(row, streams + 4 * t * n * hidden, values, n, hidden)
         factor = inverse_size(squares, hidden, rms_eps)
-        write_normed(row, q, d, b, t, row, weight, factor, hidden)
+        write_normed(row, q, d, b, t, row, weight, factor, hidden, binary)
         t = take_chunk(operation)
 
 
@@ -94,7 +94,7 @@ def enter_head(operation: int, member: int, members: int) -> None:
         row = x + 4 * stride * t
         squares = collapse(row, streams + 4 * t * n * hidden, values, n, hidden)
         factor = inverse_size(squares, hidden, rms_eps)
-        write_normed(row, q, d, b, t, row, weight, factor, hidden)
+        write_normed(row, q, d, b, t, row, weight, factor, hidden, 0)
         t = take_chunk(operation)
 
 

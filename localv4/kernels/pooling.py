@@ -113,7 +113,7 @@ def pooling(form: RowForm) -> Callable[[int, int, int], None]:
         while number < end:
             pool_window(row, keys, gates, capacity, width, ratio, number, n)
             factor = inverse_size(sum_of_squares(row, n), n, eps)
-            write_normed(row, 0, 0, 0, 0, row, weight, factor, n)
+            write_normed(row, 0, 0, 0, 0, row, weight, factor, n, 0)
             first = row + 4 * (n - 2 * pairs)
             for i in range(pairs):
                 cos, sin = angle(number * ratio, float_at(frequencies + 4 * i))

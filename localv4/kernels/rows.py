@@ -46,7 +46,7 @@ def norm(operation: int, member: int, members: int) -> None:
         row = x + 4 * stride * t
         own = 0 if out == 0 else out + 4 * out_stride * t
         factor = inverse_size(sum_of_squares(row, cols), cols, eps)
-        write_normed(own, q, d, b, t, row, weight, factor, cols)
+        write_normed(own, q, d, b, t, row, weight, factor, cols, 0)
         t = take_chunk(operation)
 
 
@@ -78,6 +78,7 @@ def write_normed(
     weight: int,
     factor: np.float32,
     cols: int,
+    binary: int,
 ) -> None:
     """Write weight * (x * factor) to `out` unless that is 0, and as row `token` of q, d, b."""
     factors = splat_f32(factor)
@@ -92,7 +93,7 @@ def write_normed(
             store_f32(out + at + 64, high)
         if q != 0:
             sums = b + activations.SUMS_BYTES * i
-            activations.quantize_block(q + BLOCK * i, d + 4 * i, sums, low, high)
+            activations.quantize_block(q + BLOCK * i, d + 4 * i, sums, low, high, binary)
 
 
 @entry("fast")
@@ -145,7 +146,7 @@ def key(operation: int, member: int, members: int) -> None:
         row = x + 4 * stride * t
         out = ring + 4 * cols * ((position + t) % capacity)
         factor = inverse_size(sum_of_squares(row, cols), cols, eps)
-        write_normed(out, 0, 0, 0, 0, row, weight, factor, cols)
+        write_normed(out, 0, 0, 0, 0, row, weight, factor, cols, 0)
         first = out + 4 * (cols - 2 * pairs)
         for i in range(pairs):
             at = 4 * (t * pairs + i)

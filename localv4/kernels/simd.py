@@ -7,6 +7,7 @@ Without the compiler (NUMBA_DISABLE_JIT=1) the module can be imported, but nothi
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -303,6 +304,14 @@ def power_of_two(b: Builder, exponent: Value) -> Value:
     """2^exponent for exponents -126 ... 127"""
     biased = b.add(exponent, simd_ir.filled(INTS, 127))
     return b.bitcast(b.shl(biased, simd_ir.filled(INTS, 23)), FLOATS)
+
+
+@operation(_float, _float)
+def power_of_two_above(b: Builder, x: Value) -> Value:
+    """Return the least power of two that is not less than x > 0; infinity and NaN as they are."""
+    bits = b.add(b.bitcast(x, I32), ir.Constant(I32, 0x7FFFFF))
+    above = b.bitcast(b.and_(bits, ir.Constant(I32, 0xFF800000)), F32)
+    return b.select(b.fcmp_ordered("<", x, ir.Constant(F32, math.inf)), above, x)
 
 
 @operation(_float, f32x16)

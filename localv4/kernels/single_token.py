@@ -20,6 +20,7 @@ from localv4.kernels.operation import (
     take_piece,
     word,
 )
+from localv4.kernels.pairs import PAIRS_ROW
 from localv4.kernels.simd import store_f32, zeros_f32
 
 ROW_GAP = 16
@@ -34,11 +35,13 @@ def quantize(operation: int, member: int, members: int) -> None:
     """Round rows of activations to int8 with a scale for each block of 32.
 
     Words: x, its row stride in floats, rows (i64: the row of x for each row of the result; 0: all
-    in order), count, columns, q, d, b.
+    in order), count, columns, q, d, b, 1 for scales that are powers of two;
+    then pairs and their distance (`kernels.pairs`), or 0: these, too.
     """
     x, stride, rows = word(operation, 1), word(operation, 2), word(operation, 3)
     count, cols = word(operation, 4), word(operation, 5)
     q, d, b = word(operation, 6), word(operation, 7), word(operation, 8)
+    binary, pairs, distance = word(operation, 9), word(operation, 10), word(operation, 11)
     blocks = cols // packed.BLOCK
     total = count * blocks
     chunk = max(LEAST_BLOCKS, min(MOST_BLOCKS, total // (8 * members)))
@@ -51,7 +54,9 @@ def quantize(operation: int, member: int, members: int) -> None:
             source = x + 4 * stride * (row if rows == 0 else word(rows, row))
             own_q, own_d = q + row * activations.q_row(cols), d + row * activations.d_row(cols)
             own_b = b + row * activations.b_row(cols)
-            activations.quantize(own_q, own_d, own_b, source, first, last)
+            activations.quantize(own_q, own_d, own_b, source, first, last, binary)
+            if pairs != 0:
+                activations.widen(pairs + PAIRS_ROW * row, distance, own_q, own_d, first, last)
             at += last - first
         at = take_chunk(operation) * chunk
 

@@ -44,8 +44,13 @@ class Site:
             *(chunk.partials.ctypes.data, tokens, config.hc_mult, config.hidden_size),
         )
 
-    def add_entry(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
-        """Collapse the streams into the normed input of the block."""
+    def add_entry(
+        self, program: Program, chunk: ChunkBuffers, tokens: int, *, binary: bool = False
+    ) -> None:
+        """Collapse the streams into the normed input of the block.
+
+        `binary`: it is rounded with scales that are powers of two (`kernels.activations`).
+        """
         weights, config = self.weights, self.config
         program.add(
             mixes.enter,
@@ -53,7 +58,7 @@ class Site:
             *(config.hc_iterations, self.hc_eps, chunk.streams.ctypes.data),
             *(self.norm.ctypes.data, self.eps, chunk.x.at(), chunk.x.stride),
             *(chunk.mix.ctypes.data, *chunk.x_rounded.addresses),
-            *(tokens, config.hc_mult, config.hidden_size),
+            *(tokens, config.hc_mult, config.hidden_size, int(binary)),
         )
 
     def add_head_entry(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:
@@ -112,7 +117,7 @@ class FastLayer:
     ) -> None:
         """Leave the attention unless it was not run, enter the experts, and choose them."""
         self.ffn_site.add_mixing(program, chunk, tokens, leaves=leaves)
-        self.ffn_site.add_entry(program, chunk, tokens)
+        self.ffn_site.add_entry(program, chunk, tokens, binary=self.moe.has_binary_inputs)
         self.moe.add_router(program, chunk, tokens)
 
     def add_mixing(self, program: Program, chunk: ChunkBuffers, tokens: int) -> None:

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from localv4.kernels import route
 from localv4.kernels.formats import OPERATIONS
+from localv4.kernels.isa import ISA
 from localv4.kernels.operation import float_bits
-from localv4.kernels.packed import GROUP_ROWS
+from localv4.kernels.packed import GROUP_ROWS, MX4
 from localv4.kernels.rows import clear
 from localv4.kernels.single_token import quantize
 from localv4.model.config import ModelConfig
@@ -60,7 +61,8 @@ class WaveBuffers:
         self.starts = np.zeros(config.n_experts + 1, np.int64)
         self.tokens = np.zeros(self.slots, np.int64)
         self.shares = np.zeros(self.slots, np.float32)
-        self.x, self.hidden = Rounded(self.slots, config.hidden_size), Rounded(self.slots, inner)
+        self.x = Rounded(self.slots, config.hidden_size, has_pairs=ISA.amx)
+        self.hidden = Rounded(self.slots, inner, has_pairs=ISA.amx)
         self.shared = SharedBuffers(min(tokens, SHARED_TOKENS), inner * config.shared_experts)
 
 
@@ -145,6 +147,19 @@ class FastMoe:
         return self.experts.forms[self.index]
 
     @property
+    def has_binary_inputs(self) -> bool:
+        """Whether the scales of inputs of gate and up are powers of two (`kernels.activations`).
+
+        All are where some may be used as pairs: every form takes the same inputs.
+        """
+        return ISA.amx and any(form.gate_up == MX4 for form in self.forms)
+
+    @property
+    def has_binary_hidden(self) -> bool:
+        """The same of the inputs of down."""
+        return ISA.amx and any(form.down == MX4 for form in self.forms)
+
+    @property
     def can_guess(self) -> bool:
         """Whether the layer's experts can be guessed: those of a table are known, not guessed."""
         return self.router.table is None and bool(self.forms)
@@ -223,7 +238,8 @@ class FastMoe:
                 self._add_gate_up(program, chunk, form, record, 1, hidden, place)
         with program.alongside():
             for place in places:
-                program.round(hidden.rounded.part(place), hidden.values.part(place), 1)
+                own, values = hidden.rounded.part(place), hidden.values.part(place)
+                program.round(own, values, 1, binary=self.has_binary_hidden)
 
     def add_early_down(
         self, program: Program, chunk: ChunkBuffers, hidden: HiddenLayers, places: range
@@ -261,7 +277,8 @@ class FastMoe:
     def add_rounding(self, program: Program, hidden: HiddenLayers) -> None:
         """Round the hidden layers of one token, of its experts and of the shared one."""
         with program.alongside():
-            program.round(hidden.rounded, hidden.values, self.config.experts_per_token)
+            experts, binary = self.config.experts_per_token, self.has_binary_hidden
+            program.round(hidden.rounded, hidden.values, experts, binary=binary)
             if self.shared.is_packed:
                 self.shared.add_rounding(program, hidden.shared, 1)
         if not self.shared.is_packed:
@@ -313,7 +330,7 @@ class FastMoe:
             program.add(
                 quantize,
                 *(chunk.x.at(), chunk.x.stride, tokens, len(groups.tokens), chunk.x.cols),
-                *groups.x.addresses,
+                *(*groups.x.addresses, int(self.has_binary_inputs)),
             )
             self.add_clearing(program, chunk, rows)
         for form, records, starts in zip(self.forms, groups.records, groups.starts, strict=False):
@@ -417,6 +434,7 @@ class FastMoe:
         program.add(
             quantize,
             *(x.at(), x.stride, tokens, len(wave.tokens), x.cols, *buffers.x.addresses),
+            *(int(self.has_binary_inputs), *buffers.x.pairs),
         )
         slots = (tokens, wave.shares.ctypes.data)
         self._add_experts(
@@ -453,7 +471,8 @@ class FastMoe:
         program.add(
             OPERATIONS[form.gate_up.name].experts_gate_up,
             *(*experts, 2 * form.inner // GROUP_ROWS, form.hidden, *x.addresses),
-            *(*hidden.addresses, program.panels, self.limit),
+            *(*hidden.addresses, program.panels, self.limit, int(self.has_binary_hidden)),
+            *(*x.pairs, *hidden.pairs),
         )
 
     def add_outputs(
@@ -472,5 +491,5 @@ class FastMoe:
         program.add(
             OPERATIONS[form.down.name].experts_down,
             *(*experts, form.hidden // GROUP_ROWS, form.inner, *hidden.addresses),
-            *(*out, program.panels, *slots, form.offset),
+            *(*out, program.panels, *slots, form.offset, *hidden.pairs),
         )

@@ -259,7 +259,7 @@ class TokenPlan:
         program = network.new_program()
         before.moe.add_late_down(program, leaving, self._hidden)
         layer.ffn_site.add_mixing(program, leaving, 1, updates=2, leaves=True)
-        layer.ffn_site.add_entry(program, outlook, 1)
+        layer.ffn_site.add_entry(program, outlook, 1, binary=layer.moe.has_binary_inputs)
         layer.moe.add_router(program, outlook, 1)
         return program.finish()
 

@@ -14,7 +14,8 @@ from localv4.kernels.compiler import Entry
 from localv4.kernels.float_operations import OPERATIONS as FLOAT_OPERATIONS
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.operation import ALONGSIDE, WORDS
-from localv4.kernels.packed import F8, F8_SPAN, GROUP_ROWS, PackedFormat, group_bytes
+from localv4.kernels.packed import BLOCK, F8, F8_SPAN, GROUP_ROWS, PackedFormat, group_bytes
+from localv4.kernels.pairs import PAIRS_ROW, SPARE_ROWS
 from localv4.kernels.single_token import ROW_GAP, quantize
 from localv4.kernels.stored import stored_product
 from localv4.model.matrix import F32, Matrix
@@ -54,15 +55,21 @@ class Rows:
 class Rounded:
     """Activations (tokens, cols) as int8 with scales (`kernels.activations`).
 
-    `addresses` are those of the buffers q, d and b.
+    `addresses` are those of the buffers q, d and b, `pairs` is that of the same as bfloat16 and its
+    distance (`kernels.pairs`), two zeros without `has_pairs`.
     """
 
-    def __init__(self, tokens: int, cols: int) -> None:
+    def __init__(self, tokens: int, cols: int, *, has_pairs: bool = False) -> None:
         self.cols = cols
         rows = tokens + gemm.SPARE_TOKENS
         self._buffers = [aligned_bytes(rows * nbytes) for nbytes in activations.row_bytes(cols)]
         q, d, b = (buffer.ctypes.data for buffer in self._buffers)
         self.addresses: tuple[int, int, int] = (q, d, b)
+        self.pairs: tuple[int, int] = (0, 0)
+        if has_pairs:
+            distance = (tokens + SPARE_ROWS) * PAIRS_ROW
+            self._buffers.append(aligned_bytes(cols // BLOCK * distance))
+            self.pairs = (self._buffers[-1].ctypes.data, distance)
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +82,8 @@ class Rounded:
         pairs = zip(self.addresses, activations.row_bytes(self.cols), strict=True)
         q, d, b = (address + first * nbytes for address, nbytes in pairs)
         rows.addresses = (q, d, b)
+        start, distance = self.pairs
+        rows.pairs = (start + PAIRS_ROW * first if start else 0, distance)
         return rows
 
 
@@ -138,9 +147,12 @@ class Program:
         steps[list(self._alongside), ALONGSIDE] = 1
         return steps
 
-    def round(self, out: Rounded, x: Rows, tokens: int, column: int = 0) -> None:
+    def round(
+        self, out: Rounded, x: Rows, tokens: int, column: int = 0, *, binary: bool = False
+    ) -> None:
         """Round out.cols columns of x from `column` on, for each token."""
-        self.add(quantize, x.at(column), x.stride, 0, tokens, out.cols, *out.addresses)
+        cut = x.at(column), x.stride, 0, tokens, out.cols
+        self.add(quantize, *cut, *out.addresses, int(binary))
 
     def multiply(self, out: Rows, weight: Matrix, x: "Input", tokens: int) -> None:
         """out[t] = weight . x[t] for each token; rounded x[t] where weights are integers."""

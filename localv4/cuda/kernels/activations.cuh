@@ -16,15 +16,16 @@ __device__ inline i64 q_row(i64 cols) { return cols + 64; }
 __device__ inline i64 d_row(i64 cols) { return cols / 32; }
 __device__ inline i64 b_row(i64 cols) { return cols / 8; }
 
-// Buffers of rounded rows: q, float scales, sums.
+// Buffers of rounded rows: q, float scales, sums. `binary`: scales are powers of two.
 struct Rounded {
     i8 *q;
     float *d;
     int *b;
+    bool binary = false;
 
     // Those of a row of so many columns.
     __device__ inline Rounded row(i64 number, i64 cols) const {
-        return {q + number * q_row(cols), d + number * d_row(cols), b + number * b_row(cols)};
+        return {q + number * q_row(cols), d + number * d_row(cols), b + number * b_row(cols), binary};
     }
 };
 
@@ -45,9 +46,23 @@ __device__ inline u32 warp_add(u32 value, int distance) {
 // The size of a block, or what counts as it; NaN stays NaN.
 __device__ inline float at_least_smallest(float size) { return size < 1e-30f ? 1e-30f : size; }
 
-__device__ inline void write_scale_and_sums(const Rounded &row, i64 block, float size, u32 low, u32 high) {
+// The scale of a block, and what its values are multiplied by.
+struct BlockScale {
+    float scale, inverse;
+
+    __device__ inline BlockScale(float size, bool binary) {
+        scale = __fmul_rn(size, 1.0f / 127.0f);
+        inverse = __fdiv_rn(127.0f, size);
+        if (!binary) return;
+        // the least power of two that is not less; infinity and NaN stay
+        if (scale < __int_as_float(0x7f800000)) scale = __int_as_float((__float_as_int(scale) + 0x7fffff) & (int)0xff800000);
+        inverse = __fdiv_rn(1.0f, scale);
+    }
+};
+
+__device__ inline void write_scale_and_sums(const Rounded &row, i64 block, float scale, u32 low, u32 high) {
     u32 total = low + high;
-    row.d[block] = __fmul_rn(size, 1.0f / 127.0f);
+    row.d[block] = scale;
     *(int4 *)(row.b + 4 * block) =
         make_int4((int)(total * (u32)-CODE_BIAS), (int)(total * (u32)-BYTE_BIAS), (int)low, (int)high);
 }
@@ -59,11 +74,11 @@ __device__ inline void round_block(const Rounded &row, i64 block, float value) {
     int largest = __float_as_int(value) & 0x7fffffff;
     for (int distance = 16; distance > 0; distance /= 2)
         largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-    float size = at_least_smallest(__int_as_float(largest));
-    int code = round_to_int(__fmul_rn(value, __fdiv_rn(127.0f, size)));
+    BlockScale own(at_least_smallest(__int_as_float(largest)), row.binary);
+    int code = round_to_int(__fmul_rn(value, own.inverse));
     row.q[32 * block + lane] = (i8)code;
     u32 half = warp_add((u32)code, 8), other = __shfl_xor_sync(0xffffffffu, half, 16);
-    if (lane == 0) write_scale_and_sums(row, block, size, half, other);
+    if (lane == 0) write_scale_and_sums(row, block, own.scale, half, other);
 }
 
 // The same with four values in each of eight lanes.
@@ -74,16 +89,16 @@ __device__ inline void round_part(const Rounded &row, i64 block, const float4 &x
     for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_int(values[i]) & 0x7fffffff);
     for (int distance = 4; distance > 0; distance /= 2)
         largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-    float size = at_least_smallest(__int_as_float(largest)), factor = __fdiv_rn(127.0f, size);
+    BlockScale own(at_least_smallest(__int_as_float(largest)), row.binary);
     u32 bytes = 0, sum = 0;
     for (int i = 0; i < 4; ++i) {
-        u32 code = (u32)round_to_int(__fmul_rn(values[i], factor));
+        u32 code = (u32)round_to_int(__fmul_rn(values[i], own.inverse));
         bytes |= (code & 255) << (8 * i);
         sum += code;
     }
     ((u32 *)(row.q + 32 * block))[lane] = bytes;
     u32 half = warp_add(sum, 2), other = __shfl_xor_sync(0xffffffffu, half, 4);
-    if (lane == 0) write_scale_and_sums(row, block, size, half, other);
+    if (lane == 0) write_scale_and_sums(row, block, own.scale, half, other);
 }
 
 // The same with two values in each of sixteen lanes.
@@ -92,11 +107,11 @@ __device__ inline void round_pairs(const Rounded &row, i64 block, float even, fl
     int largest = max(__float_as_int(even) & 0x7fffffff, __float_as_int(odd) & 0x7fffffff);
     for (int distance = 8; distance > 0; distance /= 2)
         largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-    float size = at_least_smallest(__int_as_float(largest)), factor = __fdiv_rn(127.0f, size);
-    u32 first = (u32)round_to_int(__fmul_rn(even, factor)), second = (u32)round_to_int(__fmul_rn(odd, factor));
+    BlockScale own(at_least_smallest(__int_as_float(largest)), row.binary);
+    u32 first = (u32)round_to_int(__fmul_rn(even, own.inverse)), second = (u32)round_to_int(__fmul_rn(odd, own.inverse));
     ((u16 *)(row.q + 32 * block))[lane] = (u16)((first & 255) | (second & 255) << 8);
     u32 half = warp_add(first + second, 4), other = __shfl_xor_sync(0xffffffffu, half, 8);
-    if (lane == 0) write_scale_and_sums(row, block, size, half, other);
+    if (lane == 0) write_scale_and_sums(row, block, own.scale, half, other);
 }
 
 // e^x within 2 ulp for -87 ... 88, beyond which x is taken as the bound; NaN stays NaN.

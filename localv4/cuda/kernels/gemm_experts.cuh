@@ -136,7 +136,7 @@ struct GateUp {
         constexpr int ROW = GROUP_ROWS * Shape::GROUPS + 4, BLOCKS = GROUP_ROWS * Shape::GROUPS / 2 / BLOCK;
         static_assert(4 * ROW * Shape::TOKENS <= Shape::SHARED, "the products take the place of stages");
         float *values = (float *)shared, limit = op.real(13);
-        Rounded hidden = {op.address<i8>(9), op.address<float>(10), op.address<int>(11)};
+        Rounded hidden = {op.address<i8>(9), op.address<float>(10), op.address<int>(11), op.number(14) != 0};
         i64 inner = op.number(4) / 2 * GROUP_ROWS;
         put_tile<Shape>(sums, values, ROW);
         __syncthreads();

@@ -406,12 +406,12 @@ __device__ inline void write_mix(float *mix, const Site &site, Entry &entry, i64
 }
 
 // Words: partials, scale (3), base, iterations, hc_eps, streams, weight, rms_eps, x, its stride,
-// mix, q, d, b, tokens, n, hidden.
+// mix, q, d, b, tokens, n, hidden, 1 for scales that are powers of two.
 __device__ inline Site site_of(const Words &op) {
     i64 n = op.number(16);
     return {op.address<float>(1), op.address<float>(2), op.address<float>(3), op.address<float>(6),
             op.address<float>(7), op.real(5), op.real(8), op.address<float>(9), op.number(10), 2 * n + n * n,
-            op.number(15), n, op.number(17), {op.address<i8>(12), op.address<float>(13), op.address<int>(14)}};
+            op.number(15), n, op.number(17), {op.address<i8>(12), op.address<float>(13), op.address<int>(14), op.number(18) != 0}};
 }
 
 // 1024 threads; one or several blocks a token: all of them read all of the streams, each writes a

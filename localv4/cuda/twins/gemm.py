@@ -183,7 +183,7 @@ def expert_products(name: str) -> Twin:
 
 
 def _gate_up(tile: Tile) -> Twin:
-    return Twin("tiaiiaaaaaaif", (_expert_kernel(tile, "gate_up"),))
+    return Twin("tiaiiaaaaaaifi", (_expert_kernel(tile, "gate_up"),))
 
 
 def _down(tile: Tile) -> Twin:

@@ -43,6 +43,6 @@ ROWS = {
     ),
     "rows.swiglu": Twin("aaiaifii", (Kernel("rows.cu", "swiglu", THREADS, _gated),)),
     "single_token.quantize": Twin(
-        "aiaiiaaa", (Kernel("rows.cu", "quantize", THREADS, _rounded, joins=6),)
+        "aiaiiaaai", (Kernel("rows.cu", "quantize", THREADS, _rounded, joins=6),)
     ),
 }

@@ -10,7 +10,7 @@ TOGETHER = 8
 
 ONE_THREADS, MANY_THREADS, ENTER_THREADS, MIX_THREADS = 512, 256, 1024, 256
 
-ENTER_KINDS = "aaaifaafaiaaaaiii"
+ENTER_KINDS = "aaaifaafaiaaaaiiii"
 
 
 def _one_blocks(words: Words) -> int:
