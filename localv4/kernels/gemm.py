@@ -56,14 +56,13 @@ from localv4.kernels.simd import (
     zeros_f32,
 )
 from localv4.kernels.tiles import (
+    FEW_TOKENS,
     LINE,
     STEP,
     TILE_GROUPS,
     TILE_TOKENS,
-    add_byte_products,
-    add_code_products,
-    flush_sums,
-    start_sums,
+    TileOperations,
+    tile_operations,
 )
 
 __all__ = [
@@ -93,11 +92,9 @@ assert max(amx_gemm.SCRATCH_BYTES, pair_gemm.SCRATCH_BYTES) <= SCRATCH_BYTES
 Sums = Callable[[int, int, int, int, int, int, int, int, int, int], None]
 
 
-def _summer(reader: Reader, add_products: Any) -> Any:
-    """Make the function that multiplies panels of a format."""
-    fmt, expand, sum_offset = reader.fmt, expander(reader, reader.decode), reader.sum_offset
-    columns, superblock_bytes, blocks = fmt.columns, fmt.superblock_bytes, fmt.columns // BLOCK
-    chunk = CHUNK // columns
+def _tile_adder(tile: TileOperations, add_products: Any) -> Any:
+    """Make the function that adds an expanded chunk of columns to the sums of a tile of tokens."""
+    start_sums, flush_sums = tile.start_sums, tile.flush_sums
 
     @device
     def add_tile(out: int, scratch: int, count: int, cols: int, q: int, d: int, b: int) -> None:
@@ -110,6 +107,19 @@ def _summer(reader: Reader, add_products: Any) -> Any:
                 lines, q = lines + STEP * LINE, q + 4 * STEP
             flush_sums(out, SUMS_ROW, sums, scales, d, d_row(cols))
             scales, d, b = scales + LINE, d + 4, b + SUMS_BYTES
+
+    return add_tile
+
+
+def _summer(reader: Reader) -> Sums:
+    """Make the function that multiplies panels of a format."""
+    fmt, expand, sum_offset = reader.fmt, expander(reader, reader.decode), reader.sum_offset
+    columns, superblock_bytes, blocks = fmt.columns, fmt.superblock_bytes, fmt.columns // BLOCK
+    chunk = CHUNK // columns
+    add_tile, add_few = (
+        _tile_adder(tile, tile.add_bytes if reader is Q8_READER else tile.add_codes)
+        for tile in (tile_operations(TILE_TOKENS), tile_operations(FEW_TOKENS))
+    )
 
     @device
     def sums(
@@ -125,9 +135,9 @@ def _summer(reader: Reader, add_products: Any) -> Any:
         count: int,
     ) -> None:
         superblocks = cols // columns
-        size, tiles = superblocks * superblock_bytes, (count + TILE_TOKENS - 1) // TILE_TOKENS
+        size = superblocks * superblock_bytes
         lines, scales = scratch + LINES_OFFSET, scratch + SCALES_OFFSET
-        for i in range(tiles * TILE_TOKENS * PANEL_GROUPS):
+        for i in range((count + TILE_TOKENS - 1) * PANEL_GROUPS):
             store_f32(scratch + 64 * i, zeros_f32())
         for start in range(0, superblocks, chunk):
             length = min(chunk, superblocks - start)
@@ -136,26 +146,28 @@ def _summer(reader: Reader, add_products: Any) -> Any:
                 source = w + (panel * PANEL_GROUPS + group) * size + start * superblock_bytes
                 width = min(TILE_GROUPS, panel_groups(panel, groups) - group)
                 expand(lines, scales, source, size, width, length)
-                for tile in range(tiles):
-                    out = scratch + tile * TILE_TOKENS * SUMS_ROW + 64 * group
-                    token = first + tile * TILE_TOKENS
-                    own_q = q + token * q_row(cols) + BLOCK * at
-                    own_d = d + token * d_row(cols) + 4 * at
-                    own_b = b + token * b_row(cols) + SUMS_BYTES * at + sum_offset
-                    add_tile(out, scratch, length * blocks, cols, own_q, own_d, own_b)
+                for token in range(0, count, TILE_TOKENS):
+                    out, row = scratch + token * SUMS_ROW + 64 * group, first + token
+                    own_q = q + row * q_row(cols) + BLOCK * at
+                    own_d = d + row * d_row(cols) + 4 * at
+                    own_b = b + row * b_row(cols) + SUMS_BYTES * at + sum_offset
+                    if count - token > FEW_TOKENS:
+                        add_tile(out, scratch, length * blocks, cols, own_q, own_d, own_b)
+                    else:
+                        add_few(out, scratch, length * blocks, cols, own_q, own_d, own_b)
 
     return sums
 
 
-def _best_summer(reader: Reader, add_products: Any) -> Sums:
+def _best_summer(reader: Reader) -> Sums:
     """The same with the best unit that this machine has."""
-    here: Sums = amx_gemm.summer(reader) if ISA.amx else _summer(reader, add_products)
+    here: Sums = amx_gemm.summer(reader) if ISA.amx else _summer(reader)
     return here
 
 
-sums_mx4 = _best_summer(MX4_READER, add_code_products)
-sums_q4 = _best_summer(Q4_READER, add_code_products)
-sums_q8 = _best_summer(Q8_READER, add_byte_products)
+sums_mx4 = _best_summer(MX4_READER)
+sums_q4 = _best_summer(Q4_READER)
+sums_q8 = _best_summer(Q8_READER)
 
 
 @device

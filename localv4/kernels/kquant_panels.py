@@ -75,21 +75,10 @@ def _block_products(reader: SuperblockReader, tile: TileOperations) -> Any:
     return add_whole if reader.kind.parts == 1 else add_halves
 
 
-def _summer(reader: SuperblockReader) -> Sums:
-    """Make the function that multiplies panels of a format."""
-    tile, tokens = tile_operations(reader), tile_tokens(reader)
-    expand, expand_head, arrange = tile.expand, tile.expand_head, tile.arrange
-    clear, finish, add_blocks = tile.clear, tile.finish, _block_products(reader, tile)
-    superblock_bytes, parts_at = reader.fmt.superblock_bytes, LINES_OFFSET + panel_bytes(reader)
-    assert parts_at + parts_bytes(reader) <= SCRATCH_BYTES  # the scratch memory of `kernels.gemm`
-
-    @device
-    def expand_groups(panel: int, w: int, size: int, width: int) -> None:
-        """Expand a superblock of some groups that are `size` bytes apart."""
-        for group in range(width):
-            expand_head(panel + 64 * group, w + group * size)
-            for step in range(STEPS):
-                expand(panel + 64 * group, w + group * size, step)
+def _tile_adder(reader: SuperblockReader, tile: TileOperations) -> Any:
+    """Make the function that adds an expanded superblock to the sums of a tile of tokens."""
+    arrange, clear, finish = tile.arrange, tile.clear, tile.finish
+    add_blocks = _block_products(reader, tile)
 
     @device
     def add_tile(out: int, panel: int, parts: int, cols: int, q: int, d: int, b: int) -> None:
@@ -98,6 +87,28 @@ def _summer(reader: SuperblockReader) -> Sums:
         clear(parts)
         add_blocks(parts, panel, own_q, own_row, d, d_row(cols), b, b_row(cols))
         finish(out, SUMS_ROW, parts, panel)
+
+    return add_tile
+
+
+def _summer(reader: SuperblockReader) -> Sums:
+    """Make the function that multiplies panels of a format."""
+    tokens, few = tile_tokens(reader), (tile_tokens(reader) + 1) // 2
+    whole = tile_operations(reader, tokens)
+    expand, expand_head = whole.expand, whole.expand_head
+    add_tile = _tile_adder(reader, whole)
+    add_few = _tile_adder(reader, tile_operations(reader, few))
+    superblock_bytes, parts_at = reader.fmt.superblock_bytes, LINES_OFFSET + panel_bytes(reader)
+    # the scratch memory of `kernels.gemm`
+    assert parts_at + parts_bytes(reader, tokens) <= SCRATCH_BYTES
+
+    @device
+    def expand_groups(panel: int, w: int, size: int, width: int) -> None:
+        """Expand a superblock of some groups that are `size` bytes apart."""
+        for group in range(width):
+            expand_head(panel + 64 * group, w + group * size)
+            for step in range(STEPS):
+                expand(panel + 64 * group, w + group * size, step)
 
     @device
     def sums(
@@ -112,22 +123,24 @@ def _summer(reader: SuperblockReader) -> Sums:
         first: int,
         count: int,
     ) -> None:
-        superblocks, tiles = cols // SUPERBLOCK, (count + tokens - 1) // tokens
+        superblocks = cols // SUPERBLOCK
         size, lines = superblocks * superblock_bytes, scratch + LINES_OFFSET
-        for i in range(tiles * tokens * PANEL_GROUPS):
+        for i in range((count + tokens - 1) * PANEL_GROUPS):
             store_f32(scratch + 64 * i, zeros_f32())
         for i in range(superblocks):
             for group in range(0, panel_groups(panel, groups), TILE_GROUPS):
                 source = w + (panel * PANEL_GROUPS + group) * size + i * superblock_bytes
                 width = min(TILE_GROUPS, panel_groups(panel, groups) - group)
                 expand_groups(lines, source, size, width)
-                for tile in range(tiles):
-                    out = scratch + tile * tokens * SUMS_ROW + 64 * group
-                    token = first + tile * tokens
-                    own_q = q + token * q_row(cols) + SUPERBLOCK * i
-                    own_d = d + token * d_row(cols) + _D_BYTES * i
-                    own_b = b + token * b_row(cols) + _B_BYTES * i
-                    add_tile(out, lines, scratch + parts_at, cols, own_q, own_d, own_b)
+                for token in range(0, count, tokens):
+                    out, row = scratch + token * SUMS_ROW + 64 * group, first + token
+                    own_q = q + row * q_row(cols) + SUPERBLOCK * i
+                    own_d = d + row * d_row(cols) + _D_BYTES * i
+                    own_b = b + row * b_row(cols) + _B_BYTES * i
+                    if count - token > few:
+                        add_tile(out, lines, scratch + parts_at, cols, own_q, own_d, own_b)
+                    else:
+                        add_few(out, lines, scratch + parts_at, cols, own_q, own_d, own_b)
 
     return sums
 

@@ -64,28 +64,28 @@ class TileOperations:
     finish: Any
 
 
-def tile_operations(reader: SuperblockReader) -> TileOperations:
-    """Make the operations of a format."""
+def tile_operations(reader: SuperblockReader, tokens: int) -> TileOperations:
+    """Make the operations of a format for a tile of so many tokens, `tile_tokens` at most."""
     return TileOperations(
         _expander(reader),
         _head_expander(reader),
-        _clearer(reader),
-        _turner(reader),
-        [_starter(reader, part) for part in range(reader.kind.parts)],
-        _line_adder(reader),
-        _block_adder(reader),
-        _finisher(reader),
+        _clearer(reader, tokens),
+        _turner(reader, tokens),
+        [_starter(reader, tokens, part) for part in range(reader.kind.parts)],
+        _line_adder(reader, tokens),
+        _block_adder(reader, tokens),
+        _finisher(reader, tokens),
     )
 
 
 def tile_tokens(reader: SuperblockReader) -> int:
-    """Return the number of tokens of a tile."""
+    """Return the most tokens of a tile."""
     return TILE_TOKENS // reader.kind.parts
 
 
-def _sums(reader: SuperblockReader) -> Any:
+def _sums(tokens: int) -> Any:
     """Return the type of the sums of products of a part."""
-    return types.UniTuple(i32x16, TILE_GROUPS * tile_tokens(reader))
+    return types.UniTuple(i32x16, TILE_GROUPS * tokens)
 
 
 def panel_bytes(reader: SuperblockReader) -> int:
@@ -93,9 +93,9 @@ def panel_bytes(reader: SuperblockReader) -> int:
     return _heads_at(reader) + reader.kind.numbers * LINE
 
 
-def parts_bytes(reader: SuperblockReader) -> int:
+def parts_bytes(reader: SuperblockReader, tokens: int) -> int:
     """Return the size of the parts."""
-    return tile_tokens(reader) * LINE * reader.kind.numbers
+    return tokens * LINE * reader.kind.numbers
 
 
 def _heads_at(reader: SuperblockReader) -> int:
@@ -136,17 +136,17 @@ def _head_expander(reader: SuperblockReader) -> Any:
     return expand_head
 
 
-def _clearer(reader: SuperblockReader) -> Any:
+def _clearer(reader: SuperblockReader, tokens: int) -> Any:
     @operation(types.void, _address)
     def clear(b: Builder, parts: Value) -> None:
         """Write zeros."""
-        for at in range(0, parts_bytes(reader), 64):
+        for at in range(0, parts_bytes(reader, tokens), 64):
             simd_ir.store(b, simd_ir.filled(FLOATS, 0.0), simd_ir.offset(b, parts, at))
 
     return clear
 
 
-def _turner(reader: SuperblockReader) -> Any:
+def _turner(reader: SuperblockReader, tokens: int) -> Any:
     place = types.UniTuple(_address, 2)
 
     @operation(place, _address, _address)
@@ -154,8 +154,8 @@ def _turner(reader: SuperblockReader) -> Any:
         """Return address and row of the activations, turned ones valid until the next call."""
         if not reader.is_turned:
             return [q, row]
-        target = stack_bytes(b, tile_tokens(reader) * SUPERBLOCK)
-        for token in range(tile_tokens(reader)):
+        target = stack_bytes(b, tokens * SUPERBLOCK)
+        for token in range(tokens):
             for at in range(0, SUPERBLOCK, BLOCK):
                 own = simd_ir.offset(b, target, token * SUPERBLOCK + at)
                 turned(b, own, _row(b, q, row, token, at))
@@ -164,12 +164,12 @@ def _turner(reader: SuperblockReader) -> Any:
     return arrange
 
 
-def _starter(reader: SuperblockReader, part: int) -> Any:
-    @operation(_sums(reader), _address, _address)
+def _starter(reader: SuperblockReader, tokens: int, part: int) -> Any:
+    @operation(_sums(tokens), _address, _address)
     def start(b: Builder, s: Value, row: Value) -> list[Value]:
         """Return the starts of a part, the same for all groups."""
         sums = []
-        for token in range(tile_tokens(reader)):
+        for token in range(tokens):
             totals = reader.kind.totals(b, _row(b, s, row, token))
             sums += [reader.kind.starts(b, totals)[part]] * TILE_GROUPS
         return sums
@@ -177,8 +177,8 @@ def _starter(reader: SuperblockReader, part: int) -> Any:
     return start
 
 
-def _line_adder(reader: SuperblockReader) -> Any:
-    @operation(_sums(reader), _sums(reader), _address, _address, _address)
+def _line_adder(reader: SuperblockReader, tokens: int) -> Any:
+    @operation(_sums(tokens), _sums(tokens), _address, _address, _address)
     def add_lines(b: Builder, sums: Value, lines: Value, q: Value, row: Value) -> list[Value]:
         """sums + products of some lines"""
         totals, largest = cgutils.unpack_tuple(b, sums), reader.kind.largest
@@ -189,7 +189,7 @@ def _line_adder(reader: SuperblockReader) -> Any:
             ]
             for group in range(TILE_GROUPS)
         ]
-        for token in range(tile_tokens(reader)):
+        for token in range(tokens):
             words = [simd_ir.load(b, I32, _row(b, q, row, token, 4 * j)) for j in range(AT_ONCE)]
             columns = [b.bitcast(simd_ir.splat(b, word), BYTES) for word in words]
             for group in range(TILE_GROUPS):
@@ -200,9 +200,9 @@ def _line_adder(reader: SuperblockReader) -> Any:
     return add_lines
 
 
-def _block_adder(reader: SuperblockReader) -> Any:
+def _block_adder(reader: SuperblockReader, tokens: int) -> Any:
     kind = reader.kind
-    sums_type = types.UniTuple(_sums(reader), kind.parts)
+    sums_type = types.UniTuple(_sums(tokens), kind.parts)
 
     @operation(types.void, *[_address] * 7, sums_type)
     def add_block(
@@ -219,7 +219,7 @@ def _block_adder(reader: SuperblockReader) -> Any:
         """parts += whole numbers of a block * scales of its activations"""
         dots = [cgutils.unpack_tuple(b, own) for own in cgutils.unpack_tuple(b, sums)]
         at = b.add(panel, b.mul(block, ir.Constant(I64, kind.factors * LINE)))
-        for token in range(tile_tokens(reader)):
+        for token in range(tokens):
             totals = kind.totals(b, _row(b, s, s_row, token))
             scale = simd_ir.splat(b, simd_ir.load(b, F32, _row(b, d, d_row, token)))
             for group in range(TILE_GROUPS):
@@ -237,14 +237,14 @@ def _block_adder(reader: SuperblockReader) -> Any:
     return add_block
 
 
-def _finisher(reader: SuperblockReader) -> Any:
+def _finisher(reader: SuperblockReader, tokens: int) -> Any:
     numbers = reader.kind.numbers
 
     @operation(types.void, _address, _address, _address, _address)
     def finish(b: Builder, sums: Value, row: Value, parts: Value, panel: Value) -> None:
         """sums += heads * parts"""
         heads = simd_ir.offset(b, panel, _heads_at(reader))
-        for token in range(tile_tokens(reader)):
+        for token in range(tokens):
             start = b.add(sums, b.mul(row, ir.Constant(I64, token)))
             for group in range(TILE_GROUPS):
                 place = simd_ir.offset(b, start, 64 * group)
