@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import cuda_cases_decode
-import cuda_cases_many
-import cuda_cases_rest
+import kernel_cases_decode
+import kernel_cases_many
+import kernel_cases_rest
 
 from localv4.cuda.driver import CudaGpu
 from localv4.cuda.gpu import GpuError, Launch
@@ -120,14 +120,14 @@ def main() -> None:
     sys.stdout.write(f"{gpu.name}: copies {speed.copy_bytes_s / 1e9:.0f} GB/s, ")
     _say(f"from the host {speed.upload_bytes_s / 1e9:.1f} GB/s\n")
     _say("| case | µs | GB/s | % of copy | TFLOP/s | % of bf16 |\n|---|--:|--:|--:|--:|--:|")
-    modules = {"decode": cuda_cases_decode, "many": cuda_cases_many, "rest": cuda_cases_rest}
+    modules = {"decode": kernel_cases_decode, "many": kernel_cases_many, "rest": kernel_cases_rest}
     for area in options.areas:
         cases = [
             (name, [(entry, operands)], nbytes, flops)
             for name, entry, operands, nbytes, flops in modules[area].cases()
         ]
         if area == "rest":
-            cases += cuda_cases_rest.chains()
+            cases += kernel_cases_rest.chains()
         for name, operations, nbytes, flops in cases:
             if options.only not in name:
                 continue

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 from localv4.kernels import kquant_operations, matvec, panel_sums
 from localv4.kernels.compiler import Entry, entry
 from localv4.kernels.kquant_gemm import MANY_OPERATIONS
-from localv4.kernels.many_tokens import (
-    share_experts_down,
-    share_experts_gate_up,
-    share_gemm,
-)
+from localv4.kernels.many_tokens import share_experts_down, share_experts_gate_up, share_gemm
 from localv4.kernels.single_token import share_down, share_gate_up, share_matvec
 
 

@@ -4,11 +4,7 @@ from dataclasses import dataclass
 
 from localv4.kernels import panel_sums
 from localv4.kernels.compiler import Entry, entry
-from localv4.kernels.many_tokens import (
-    share_experts_down,
-    share_experts_gate_up,
-    share_gemm,
-)
+from localv4.kernels.many_tokens import share_experts_down, share_experts_gate_up, share_gemm
 from localv4.kernels.packed import PackedFormat
 from localv4.kernels.packed_kquants import IQ2, Q2, Q3, Q4K, Q6
 

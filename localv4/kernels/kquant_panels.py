@@ -7,10 +7,7 @@ from typing import Any
 
 from localv4.kernels.activations import SUMS_BYTES, b_row, d_row, q_row
 from localv4.kernels.device import device
-from localv4.kernels.gemm import (
-    SCRATCH_BYTES,
-    Sums,
-)
+from localv4.kernels.gemm import SCRATCH_BYTES, Sums
 from localv4.kernels.kquant_readers import (
     IQ2_READER,
     Q2_READER,

@@ -46,16 +46,20 @@ class RoofProbe:
 
     def measure(self) -> Roof:
         """Return the best of a few passes of each probe."""
-        start, sums = self._buffer.ctypes.data, self._sums.ctypes.data
-        pieces = max(1, self._buffer.nbytes // PIECE_BYTES)
-        piece = min(PIECE_BYTES, self._buffer.nbytes // 512 * 512)
-        read = (probes.read_roof.address, start, piece, pieces, sums)
-        read_s = min(self._pass_s(*read) for _ in range(PASSES))
+        read = max(self.read_bytes_s() for _ in range(PASSES))
         while self._multiply_s() < SHORTEST_PASS_S:
             self._rounds *= 2
         multiply_s = min(self._multiply_s() for _ in range(PASSES))
         operations = self._team.members * probes.dot_roof_operations(self._rounds)
-        return Roof(pieces * piece / read_s, operations / multiply_s)
+        return Roof(read, operations / multiply_s)
+
+    def read_bytes_s(self) -> float:
+        """Return the bytes per second of one pass over the buffer."""
+        start, sums = self._buffer.ctypes.data, self._sums.ctypes.data
+        pieces = max(1, self._buffer.nbytes // PIECE_BYTES)
+        piece = min(PIECE_BYTES, self._buffer.nbytes // 512 * 512)
+        taken_s = self._pass_s(probes.read_roof.address, start, piece, pieces, sums)
+        return pieces * piece / taken_s
 
     def _multiply_s(self) -> float:
         start, sums = self._buffer.ctypes.data, self._sums.ctypes.data

@@ -1,4 +1,4 @@
-"""Products of many tokens at the dimensions of DeepSeek-V4-Flash, to be timed on a GPU.
+"""Products of many tokens at the dimensions of DeepSeek-V4-Flash, to be timed on their own.
 
 Experts are those of a wave: what their slots allow of 256 experts, of which each token has chosen
 six.
@@ -7,7 +7,7 @@ six.
 from dataclasses import dataclass
 
 import numpy as np
-from cuda_cases import (
+from kernel_cases import (
     CHOSEN,
     EXPERTS,
     FLOATS,

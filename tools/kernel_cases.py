@@ -1,4 +1,4 @@
-"""What the cases of `cuda_cases_*` share: operations with operands at the dimensions of Flash.
+"""What the cases of `kernel_cases_*` share: operations with operands at the dimensions of Flash.
 
 A case is its name, the operation, what gives its operands, the bytes that it has to read, and its
 floating-point operations. Each call for operands takes memory of its own, so that a GPU whose cache

@@ -1,9 +1,9 @@
-"""Everything but products at the dimensions of DeepSeek-V4-Flash, to be timed on a GPU."""
+"""Everything but products at the dimensions of DeepSeek-V4-Flash, to be timed on their own."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from cuda_cases import CHOSEN, EPS, EXPERTS, HIDDEN, Case, Chain, Memory, floats
+from kernel_cases import CHOSEN, EPS, EXPERTS, HIDDEN, Case, Chain, Memory, floats
 
 from localv4.kernels import attend_keys, index_scores, mixes, pooling, route, row_operations, rows
 from localv4.kernels import streams as hyper

@@ -1,7 +1,7 @@
-"""Products of one token at the dimensions of DeepSeek-V4-Flash, to be timed on a GPU."""
+"""Products of one token at the dimensions of DeepSeek-V4-Flash, to be timed on their own."""
 
 import numpy as np
-from cuda_cases import (
+from kernel_cases import (
     CHOSEN,
     EPS,
     FLOATS,
@@ -42,7 +42,13 @@ DENSE = {
 
 
 def cases() -> list[Case]:
-    """Return all cases: experts, dense matrices, and the small operations between them."""
+    """Return all cases: products, and the small operations between them."""
+    small = [_quantize(1, HIDDEN), _quantize(CHOSEN, INNER), _norm(HIDDEN), _swiglu(INNER)]
+    return [*products(), *small]
+
+
+def products() -> list[Case]:
+    """Return those of experts and of dense matrices."""
     found = []
     for name in INTEGERS:
         found += [_gate_up(name, 1), _gate_up(name, CHOSEN), _down(name)]
@@ -50,7 +56,6 @@ def cases() -> list[Case]:
         found += [_matvec(name, part, *shape) for part, shape in DENSE.items()]
     found += [_float_matvec("F8", part, *shape) for part, shape in DENSE.items()]
     found += [_float_matvec(name, "router", *ROUTER) for name in ("B16", "F32R")]
-    found += [_quantize(1, HIDDEN), _quantize(CHOSEN, INNER), _norm(HIDDEN), _swiglu(INNER)]
     return found
 
 
