@@ -181,13 +181,6 @@ LOADERS(load_input, "")
 __device__ inline uint4 load_stream(const void *address) { return load_stream_u128(address); }
 __device__ inline float load_input(const float *address) { return __int_as_float((int)load_input_u32(address)); }
 
-// Ask for a line to be in the second cache soon.
-__device__ inline void prefetch_far(const void *address) {
-#ifndef LOCALV4_HOST
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
-#endif
-}
-
 // --- tensor cores ---
 
 // The numbers of d and c are of a register's `kind`.
