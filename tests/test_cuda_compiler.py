@@ -1,6 +1,7 @@
 """All CUDA kernels compile for all generations of GPUs, with no GPU here."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_kernels_compile(source: str, arch: str) -> None:
     assert code.startswith(b"\x7fELF")
     for name in {k.name for twin in TWINS.values() for k in twin.kernels if k.source == source}:
         assert name.encode() in code
+
+
+def test_no_load_is_one_of_constants() -> None:
+    """Such loads may be moved before the wait for what other kernels write (`common.cuh`)."""
+    for file in KERNELS.glob("*.cu*"):
+        code = re.sub("//.*", "", file.read_text("utf-8"))
+        assert not re.search(r"\bld\.[\w.]*\.nc\b|LOADERS\([^)]*\bnc\b|__ldg", code), file.name
 
 
 def test_every_kernel_of_a_twin_is_in_its_file() -> None:

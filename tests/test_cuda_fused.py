@@ -1,4 +1,4 @@
-"""Operations that follow each other as one: the bits that they leave apart."""
+"""Operations in fewer steps: as one, or earlier; with the bits that they leave apart."""
 
 import ctypes
 
@@ -8,13 +8,15 @@ from cuda_twins import launch, needs_compiler
 from operation_runs import F32
 from reference_packed import address
 
-from localv4.cuda.fused import QUANTIZE, SOFTMAX, VALUES, Operation, fused
+from localv4.cuda.fused import QUANTIZE, RESOLVE, ROUTE, SOFTMAX, VALUES, Group, Operation, fused
 from localv4.cuda.program import place_rests
 from localv4.cuda.twin import SCRATCH, Twin
 from localv4.cuda.twins import TWINS
 from localv4.cuda.twins.attention import SOFTMAX_ROUNDED, SPLITS
+from localv4.cuda.twins.products import KNOWN_GATE_UPS, PRODUCTS
+from localv4.cuda.twins.router import ROUTE_AND_RESOLVE
 from localv4.kernels.activations import row_bytes
-from localv4.kernels.operation import WORDS
+from localv4.kernels.operation import WORDS, float_bits
 from localv4.model.program import Rounded
 
 HEADS, CHANNELS, PARTS = 4, 512, 2
@@ -89,3 +91,79 @@ def test_rounding_gives_the_same_bits() -> None:
             size -= gap if size == COLS + gap else 0
             assert ctypes.string_at(mine, size) == ctypes.string_at(theirs, size)
     assert TWINS["single_token.quantize"] is QUANTIZE and outputs[0].any()
+
+
+GATE_UP = PRODUCTS["formats.mx4_gate_up"]
+DOWN, MATVEC = PRODUCTS["formats.mx4_down"], PRODUCTS["formats.q8_matvec"]
+RECORDS, SHARED_RECORD, CHOSEN, FORMS, COUNT = 7000, 9000, 300, 2, 6
+
+
+def choice(tokens: int = 1) -> list[Group]:
+    """Choosing experts, and looking them up."""
+    words = [1, 2, 256, 3, 0, 0, COUNT, 4, CHOSEN, 5, tokens]
+    return [
+        [(ROUTE, padded(words))],
+        [(RESOLVE, padded([CHOSEN, COUNT, 400, 401, FORMS, RECORDS]))],
+    ]
+
+
+def experts() -> list[Group]:
+    """The experts of two forms and the shared one."""
+    records = (RECORDS, RECORDS + 8 * COUNT, SHARED_RECORD)
+    hidden = (10, 10, 20)
+    gate_ups = [
+        (GATE_UP, padded([record, 1, 8, 256, 1, 2, 3, h, 0]))
+        for record, h in zip(records, hidden, strict=True)
+    ]
+    rounds = [(QUANTIZE, padded([h, 0, 0, 1, 128, h + 1, h + 2, h + 3])) for h in (10, 20)]
+    downs = [(MATVEC, padded([1, 8, 128, 21])), (DOWN, padded([RECORDS, COUNT, 8, 128, 11]))]
+    return [gate_ups, rounds, downs]
+
+
+def test_a_choice_looks_up_its_experts() -> None:
+    (((twin, words),),) = fused(choice())
+    assert twin is ROUTE_AND_RESOLVE and words[:12] == choice()[0][0][1][:12]
+    assert words[12:16] == [400, 401, FORMS, RECORDS] and len(words) == WORDS
+    assert fused(choice(tokens=2)) == choice(tokens=2)
+
+
+def test_the_shared_expert_does_not_wait_for_the_choice() -> None:
+    (gate_ups, rounds, downs), groups = experts(), fused([*choice(), *experts()])
+    assert [[twin for twin, _ in group] for group in groups] == [
+        [ROUTE_AND_RESOLVE, KNOWN_GATE_UPS[GATE_UP]],
+        [GATE_UP, GATE_UP, QUANTIZE],
+        [QUANTIZE, MATVEC],
+        [DOWN],
+    ]
+    shared = list(gate_ups[2][1])
+    shared[10] = 1  # its record is known
+    assert groups[0][1][1] == shared
+    assert groups[1][2:] == rounds[1:] and groups[2] == [rounds[0], downs[0]]
+    assert fused(experts()) == [gate_ups, rounds, downs]
+
+
+@needs_compiler
+@pytest.mark.parametrize("by_table", [False, True])
+def test_choosing_and_looking_up_give_the_same_bits(by_table: bool) -> None:
+    random, n_experts, k = np.random.default_rng(3), 77, 6
+    logits, bias = random.standard_normal((2, n_experts), F32)
+    numbers, ids = np.stack([random.permutation(n_experts)[:k] for _ in range(3)]), np.array([2])
+    places, forms = random.integers(-1, 3, n_experts) * 64, random.integers(0, FORMS, n_experts)
+    results = []
+    for apart in (True, False):
+        chosen, shares = np.zeros(k, np.int64), np.zeros(k, F32)
+        records = np.full((FORMS, k), 5)
+        given = [0, address(numbers), address(ids)] if by_table else [address(bias), 0, 0]
+        words = [address(logits), n_experts, n_experts, *given, k, float_bits(2.5)]
+        route = padded([*words, address(chosen), address(shares), 1])
+        looked_up = [address(places), address(forms), FORMS, address(records)]
+        groups: list[Group] = [
+            [(ROUTE, route)],
+            [(RESOLVE, padded([address(chosen), k, *looked_up]))],
+        ]
+        for ((twin, own),) in groups if apart else fused(groups):
+            launch(twin.kernels[0], own)
+        results.append((chosen, shares, records))
+    for mine, theirs in zip(*results, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert results[1][2].any()

@@ -48,27 +48,12 @@ __device__ inline int part_keys(int count) {
     return ((count + MOST_KEYS - 1) / MOST_KEYS + SPLITS - 1) / SPLITS * MOST_KEYS;
 }
 
-// Ask for the raw keys of a part, if parts are small, while queries are being made: the newest one is
-// not there yet, and is read later anyway.
-__device__ inline void fetch_part(const Words &op, const Sequence &sequence, int split, int n) {
-    int raw = Keys::window_count(op, sequence.position), lines = (4 * n + 127) / 128;
-    i64 oldest = sequence.position - raw + 1;
-    for (int i = threadIdx.x; i < MOST_KEYS / 2 * lines; i += blockDim.x) {
-        int key = split * (MOST_KEYS / 2) + i / lines;
-        if (key < raw - 1) prefetch_far((const u8 *)(sequence.window + n * ((oldest + key) % op.number(8))) + i % lines * 128);
-    }
-}
-
 // Words: x, heads, n, cos, sin, pairs, eps, scratch. A block for each head of whole tiles, of which
 // only the first warp works: few heads at a time are slow on one multiprocessor.
 EARLY_KERNEL(, attend_query) {
     int heads = (int)op.number(2), n = (int)op.number(3);
     Parts parts(op, heads, n);
     if (threadIdx.x >= 32) return;
-    if (threadIdx.x < op.number(6) / 32) {  // lines of angles
-        prefetch_far(op.address<float>(4) + 32 * threadIdx.x);
-        prefetch_far(op.address<float>(5) + 32 * threadIdx.x);
-    }
     wait_for_results();
     int head = op.block();
     const float *cos = op.address<float>(4), *sin = op.address<float>(5);
@@ -87,12 +72,11 @@ __device__ inline void attend_scores(const Words &op) {
     Parts parts(op, op.number(10), n);
     int tiles = parts.heads / HEADS, tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
     Sequence sequence(op);
-    if (tile == 0) fetch_part(op, sequence, split, n);
     wait_for_results();
+    Query query(parts.tile(tile), n);
     Keys keys(op, sequence, 0, Form::stride(n, rope));
     int count = keys.count, size = part_keys(count), first = split * size;
     if (first >= count) return;
-    Query query(parts.tile(tile), n);
     Sums sums;
     sums.largest = -INFINITE, sums.total = 0.0f;
     attend_keys<Form>(exchange, sums, query, keys, first, min(first + size, count), n, rope);
@@ -121,15 +105,26 @@ SCORES_KERNEL(compact_attend_scores) { attend_scores<E4m3Rows>(op); }
 // rounded in parts q, d, b of them, of so many columns. 128 threads for 256 channels of a head.
 template <bool ROUNDS>
 __device__ inline void attend_softmax_and_round(const Words &op) {
+    constexpr int AHEAD = 8;  // parts whose sums are asked for, needed or not, before it is known how many there are
     __shared__ float weights[SPLITS];
     int n = (int)op.number(6), pieces = (n + 255) / 256, head = blockIdx.x / pieces;
     int channel = blockIdx.x % pieces * 256 + 2 * threadIdx.x;
     Parts parts(op, op.number(5), n);
-    int count = Keys::key_count(op, 0, op.at(1)), size = part_keys(count), splits = (count + size - 1) / size;
+    i64 position = op.at(1);
+    float sink = op.address<float>(7)[head];
+    wait_for_results();
+    const float *values = parts.part(0, head) + min(channel, n - 2);
+    i64 step = (i64)parts.heads * n;
+    float2 ahead[AHEAD];
+    Place place = *parts.place;
+#pragma unroll
+    for (int split = 0; split < AHEAD; ++split) ahead[split] = *(const float2 *)(values + split * step);
+    float2 own = parts.sizes[threadIdx.x % SPLITS * parts.heads + head];
+    int count = Keys::key_count(op, 0, position), size = part_keys(count), splits = (count + size - 1) / size;
+    Turn turn(channel, n, (int)place.pairs, place.cos, place.sin);
     if (threadIdx.x < 32) {
         int split = threadIdx.x;
-        float sink = op.address<float>(7)[head];
-        float2 own = split < splits ? parts.sizes[split * parts.heads + head] : make_float2(-INFINITE, 0.0f);
+        if (split >= splits) own = make_float2(-INFINITE, 0.0f);
         float largest = warp_max(own.x > sink ? own.x : sink);
         float weight = split < splits ? exp_as_cpu(own.x - largest) : 0.0f;
         float total = warp_sum(weight * own.y) + exp_as_cpu(sink - largest);
@@ -138,14 +133,17 @@ __device__ inline void attend_softmax_and_round(const Words &op) {
     __syncthreads();
     if (channel >= n) return;
     float even = 0.0f, odd = 0.0f;
-    const float *values = parts.part(0, head) + channel;
+#pragma unroll
+    for (int split = 0; split < AHEAD; ++split) {
+        if (split >= splits) break;
+        even = __fmaf_rn(weights[split], ahead[split].x, even), odd = __fmaf_rn(weights[split], ahead[split].y, odd);
+    }
 #pragma unroll 8
-    for (int split = 0; split < splits; ++split) {
-        float2 part = *(const float2 *)(values + (i64)split * parts.heads * n);
+    for (int split = AHEAD; split < splits; ++split) {
+        float2 part = *(const float2 *)(values + split * step);
         even = __fmaf_rn(weights[split], part.x, even), odd = __fmaf_rn(weights[split], part.y, odd);
     }
-    Place place = *parts.place;
-    float2 turned = turned_back(even, odd, channel, n, (int)place.pairs, place.cos, place.sin);
+    float2 turned = turn.back(even, odd);
     i64 column = (i64)head * n + channel;
     *(float2 *)(place.x + column) = turned;
     if (!ROUNDS) return;
@@ -154,5 +152,5 @@ __device__ inline void attend_softmax_and_round(const Words &op) {
     round_pairs(parts_of.row(column / cols, cols), column % cols / 32, turned.x, turned.y);
 }
 
-KERNEL(attend_softmax) { attend_softmax_and_round<false>(op); }
-KERNEL(attend_softmax_rounded) { attend_softmax_and_round<true>(op); }
+EARLY_KERNEL(, attend_softmax) { attend_softmax_and_round<false>(op); }
+EARLY_KERNEL(, attend_softmax_rounded) { attend_softmax_and_round<true>(op); }

@@ -307,11 +307,18 @@ __device__ inline float head_total(const Sums &sums) {
 
 // --- output ---
 
-// Turn two neighbouring channels back by the angles of the query.
-__device__ inline float2 turned_back(float even, float odd, int channel, int n, int pairs, const float *cos,
-                                     const float *sin) {
-    int turn = (channel - (n - 2 * pairs)) / 2;
-    if (channel < n - 2 * pairs) return make_float2(even, odd);
-    float c = cos[turn], s = sin[turn];
-    return make_float2(even * c + odd * s, odd * c - even * s);
-}
+// What turns two neighbouring channels back by the angles of the query.
+struct Turn {
+    float c = 1.0f, s = 0.0f;
+    bool turns;
+
+    __device__ inline Turn(int channel, int n, int pairs, const float *cos, const float *sin)
+        : turns(channel >= n - 2 * pairs && channel < n) {
+        int place = (channel - (n - 2 * pairs)) / 2;
+        if (turns) c = cos[place], s = sin[place];
+    }
+
+    __device__ inline float2 back(float even, float odd) const {
+        return turns ? make_float2(even * c + odd * s, odd * c - even * s) : make_float2(even, odd);
+    }
+};

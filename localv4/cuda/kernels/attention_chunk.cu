@@ -31,7 +31,7 @@ __device__ inline void write_values(const Tile &tile, const Sums &sums, const fl
             float even = sums.values[p][2 * half] * shares[head], odd = sums.values[p][2 * half + 1] * shares[head];
             int at = channel + 2 * p;
             *(float2 *)(tile.x + (i64)head * tile.n + at) =
-                turned_back(even, odd, at, tile.n, (int)tile.pairs, tile.cos, tile.sin);
+                Turn(at, tile.n, (int)tile.pairs, tile.cos, tile.sin).back(even, odd);
         }
     }
 }

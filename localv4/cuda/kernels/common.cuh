@@ -153,38 +153,33 @@ __device__ inline float fast_inverse(float x) {
 #define LOADERS(name, memory)                                                                                       \
     __device__ inline u32 name##_u32(const void *address) {                                                         \
         u32 v;                                                                                                      \
-        asm volatile("ld.global." memory ".u32 %0, [%1];" : "=r"(v) : "l"(address));                                \
+        asm volatile("ld.global" memory ".u32 %0, [%1];" : "=r"(v) : "l"(address));                                 \
         return v;                                                                                                   \
     }                                                                                                               \
     __device__ inline uint2 name##_u64(const void *address) {                                                       \
         uint2 v;                                                                                                    \
-        asm volatile("ld.global." memory ".v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));          \
+        asm volatile("ld.global" memory ".v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));           \
         return v;                                                                                                   \
     }                                                                                                               \
     __device__ inline uint4 name##_u128(const void *address) {                                                      \
         uint4 v;                                                                                                    \
-        asm volatile("ld.global." memory ".v4.u32 {%0, %1, %2, %3}, [%4];"                                          \
+        asm volatile("ld.global" memory ".v4.u32 {%0, %1, %2, %3}, [%4];"                                           \
                      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));                                  \
         return v;                                                                                                   \
     }
 #endif
 
-// Read once, past the first cache: weights. What is beside them will be wanted, too.
-LOADERS(load_stream, "nc.L1::no_allocate.L2::128B")
+// None of these is a load of what never changes (`ld.global.nc`): ptxas moves such loads to either side
+// of `wait_for_results`, activations to where they are still those of the layer before.
 
-// Read by many threads, and not written while the kernel runs: activations. Not before results are
-// waited for, whatever the compiler thinks of it.
-LOADERS(load_input, "nc")
+// Read once, past the first cache: weights. What is beside them will be wanted, too.
+LOADERS(load_stream, ".L1::no_allocate.L2::128B")
+
+// Read by many threads: activations.
+LOADERS(load_input, "")
 
 __device__ inline uint4 load_stream(const void *address) { return load_stream_u128(address); }
 __device__ inline float load_input(const float *address) { return __int_as_float((int)load_input_u32(address)); }
-
-// Ask for a line to be in the second cache soon.
-__device__ inline void prefetch_far(const void *address) {
-#ifndef LOCALV4_HOST
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
-#endif
-}
 
 // --- tensor cores ---
 

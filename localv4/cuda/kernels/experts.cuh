@@ -7,8 +7,9 @@
 
 #include "single_token.cuh"
 
-// Words: records, count, row groups, columns, q, d, b, h, limit as f32 bits. A block of threads
-// computes gate and up of a group of an expert, or of ROWS rows of it: their groups alternate.
+// Words: records, count, row groups, columns, q, d, b, h, limit as f32 bits, 1 if no kernel writes the
+// records. A block of threads computes gate and up of a group of an expert, or of ROWS rows of it: their
+// groups alternate.
 template <class Products, int ROWS>
 __device__ inline void gate_up(const Words &op) {
     constexpr int PARTS = GROUP_ROWS / ROWS;
@@ -16,6 +17,7 @@ __device__ inline void gate_up(const Words &op) {
     int part = op.block() % PARTS, group = op.block() / PARTS % groups;
     int expert = op.block() / PARTS / groups;
     if (expert >= op.number(2)) return;
+    if (op.number(10) == 0) wait_for_results();
     const u8 *record = op.address<const u8 *>(1)[expert];
     if (record == nullptr) return;
     i64 bytes = group_bytes<typename Products::Weights>(cols);
@@ -29,16 +31,23 @@ __device__ inline void gate_up(const Words &op) {
     h[group * GROUP_ROWS + part * ROWS + threadIdx.x] = swiglu_as_cpu(sum, up, op.real(9));
 }
 
-// The same group of some experts, each with activations of its own.
+// The same group of some experts, each with activations of its own. Distances are 32 bits wide: they
+// are multiplied for each task.
 struct DownSource {
     const u8 *const *records;
     i64 offset;  // of the group in a record
     Rounded activations;
-    i64 cols;
+    int q_step, d_step, b_step;
+
+    __device__ inline DownSource(const u8 *const *of, i64 group, const Rounded &x, int cols)
+        : records(of), offset(group), activations(x), q_step((int)q_row(cols)), d_step((int)d_row(cols)),
+          b_step((int)b_row(cols)) {}
 
     __device__ inline bool exists(int slot) const { return records[slot] != nullptr; }
     __device__ inline const u8 *weights(int slot) const { return records[slot] + offset; }
-    __device__ inline Rounded x(int slot) const { return activations.row(slot, cols); }
+    __device__ inline Rounded x(int slot) const {
+        return {activations.q + slot * q_step, activations.d + slot * d_step, activations.b + slot * b_step};
+    }
 };
 
 // Words: records, count, row groups, columns, q, d, b, out, weights, offset in a record, 1 to add to
@@ -47,6 +56,7 @@ template <class Products>
 __device__ inline void down(const Words &op) {
     constexpr int PARTS = GROUP_ROWS / DOWN_ROWS;
     __shared__ float products[TOKEN_THREADS];
+    __shared__ const u8 *records[TOKEN_THREADS / DOWN_ROWS];
     int count = (int)op.number(2), cols = (int)op.number(4), blocks = cols / BLOCK;
     int group = op.block() / PARTS, part = op.block() % PARTS;
     if (group >= op.number(3)) return;
@@ -58,7 +68,9 @@ __device__ inline void down(const Words &op) {
     int at_once = max(1, min(TABLE_ROWS / DOWN_ROWS / blocks, TOKEN_THREADS / DOWN_ROWS));
     for (int first = 0; first < count; first += at_once) {
         int slots = min(at_once, count - first);
-        DownSource source = {op.address<const u8 *>(1) + first, offset, x.row(first, cols), cols};
+        if (threadIdx.x < slots) records[threadIdx.x] = op.address<const u8 *>(1)[first + threadIdx.x];
+        __syncthreads();
+        DownSource source(records, offset, x.row(first, cols), cols);
         products[threadIdx.x] =
             Products::finish(row_products<Products, DOWN_ROWS>(source, slots, blocks, part * (DOWN_ROWS / 4)));
         __syncthreads();
@@ -79,7 +91,7 @@ __device__ inline void down_parts(const Words &op) {
     if (expert >= op.number(2)) return;
     i64 offset = op.number(10) + group * group_bytes<typename Products::Weights>(cols);
     Rounded x = {op.address<i8>(5), op.address<float>(6), op.address<int>(7)};
-    DownSource source = {op.address<const u8 *>(1) + expert, offset, x.row(expert, cols), cols};
+    DownSource source(op.address<const u8 *>(1) + expert, offset, x.row(expert, cols), cols);
     if (!source.exists(0)) return;
     float sum = row_products<Products, GROUP_ROWS>(source, 1, cols / BLOCK, 0);
     if (threadIdx.x < GROUP_ROWS)
@@ -87,7 +99,7 @@ __device__ inline void down_parts(const Words &op) {
 }
 
 #define EXPERTS(name, Products)                                \
-    TOKEN_KERNEL(name##_gate_up, 3) { gate_up<Products, 16>(op); } \
-    TOKEN_KERNEL(name##_gate_up_few, 4) { gate_up<Products, 8>(op); } \
+    EARLY_TOKEN_KERNEL(name##_gate_up, 3) { gate_up<Products, 16>(op); } \
+    EARLY_TOKEN_KERNEL(name##_gate_up_few, 4) { gate_up<Products, 8>(op); } \
     TOKEN_KERNEL(name##_down, 4) { down<Products>(op); }          \
     TOKEN_KERNEL(name##_down_parts, 3) { down_parts<Products>(op); }

@@ -30,11 +30,6 @@ struct LaneSums<1, DISTANCE, SMALLEST> {
     }
 };
 
-// Ask for weights that there are no registers for, in the time that is spent on waiting anyway.
-__device__ inline void fetch_rest(const u8 *weights, int first, int end) {
-    for (int at = first + 128 * (int)threadIdx.x; at < end; at += 128 * (int)blockDim.x) prefetch_far(weights + at);
-}
-
 // Words: matrix, row groups, columns, x, scales of F8, (unused), out. A block of threads computes a
 // group of sixteen rows; PARTS lanes share a column, TOGETHER loads of 16 bytes are on their way.
 template <class Format, int THREADS, int TOGETHER>
@@ -48,7 +43,6 @@ __device__ inline void matvec(const Words &op) {
     const float *x = op.address<float>(4) + start;
     const float *scales = op.address<float>(5) + group * 16 / F8_SPAN * (cols / F8_SPAN) + start / F8_SPAN;
     float totals[ROWS] = {};
-    fetch_rest(op.address<u8>(1) + group * cols * BYTES, TOGETHER * STEP * BYTES, cols * BYTES);
     while (start < cols) {
         uint4 stored[TOGETHER];
         float factors[TOGETHER], spans[TOGETHER];

@@ -28,12 +28,13 @@ __device__ inline float inverse_norm(float squares, i64 count, float eps) {
 }
 
 // Write two neighbouring channels, normed and turned; a pair behind all that turn has cos = 1, sin = 0.
-__device__ inline void write_pair(float *out, float first, float second, const float *weight, float factor, float c,
-                                  float s, bool turns) {
-    float even = __fmul_rn(weight[0], __fmul_rn(first, factor)), odd = __fmul_rn(weight[1], __fmul_rn(second, factor));
+__device__ inline void write_pair(float *out, float2 x, float2 weight, float factor, float c, float s, bool turns) {
+    float even = __fmul_rn(weight.x, __fmul_rn(x.x, factor)), odd = __fmul_rn(weight.y, __fmul_rn(x.y, factor));
     out[0] = turns ? even * c - odd * s : even;
     out[1] = turns ? even * s + odd * c : odd;
 }
+
+__device__ inline float2 two(const float *x) { return make_float2(x[0], x[1]); }
 
 // Words: frequencies, pairs, cos, sin (tokens, pairs), context, tokens.
 KERNEL(angles) {
@@ -43,19 +44,26 @@ KERNEL(angles) {
 }
 
 // Words: x, its row stride, weight, eps, cos, sin, pairs, cell of the ring, capacity, columns,
-// context, tokens. 256 threads a token.
-KERNEL(key) {
+// context, tokens. 256 threads a token; each asks for what its first pair wants before the norm is known.
+EARLY_KERNEL(, key) {
     __shared__ float parts[32];
-    i64 token = op.block(), pairs = op.number(7), cols = op.number(10);
-    const float *x = op.address<float>(1) + op.number(2) * token, *weight = op.address<float>(3);
+    i64 token = op.block(), pairs = op.number(7), cols = op.number(10), first = min((i64)threadIdx.x, cols / 2 - 1);
+    const float *x = op.address<float>(1) + op.number(2) * token, *weights = op.address<float>(3);
     float *out = op.cell<float>(8) + cols * ((op.at(11) + token) % op.number(9));
-    float squares = 0.0f;
-    for (i64 c = threadIdx.x; c < cols; c += blockDim.x) squares += x[c] * x[c];
+    float2 weight = two(weights + 2 * first);
+    wait_for_results();
+    auto angle = [&](int word, i64 i, float otherwise) {
+        i64 turn = i - (cols / 2 - pairs);
+        return turn < 0 ? otherwise : op.address<float>(word)[token * pairs + turn];
+    };
+    float c = angle(5, first, 1.0f), s = angle(6, first, 0.0f), squares = 0.0f;
+    float2 pair = two(x + 2 * first);
+    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) squares += x[i] * x[i];
     float factor = inverse_norm(row_sum(squares, parts), cols, op.real(4));
     for (i64 i = threadIdx.x; i < cols / 2; i += blockDim.x) {
-        i64 turn = i - (cols / 2 - pairs), at = token * pairs + max(turn, (i64)0);
-        float c = turn < 0 ? 1.0f : op.address<float>(5)[at], s = turn < 0 ? 0.0f : op.address<float>(6)[at];
-        write_pair(out + 2 * i, x[2 * i], x[2 * i + 1], weight + 2 * i, factor, c, s, turn >= 0);
+        if (i != first)
+            pair = two(x + 2 * i), weight = two(weights + 2 * i), c = angle(5, i, 1.0f), s = angle(6, i, 0.0f);
+        write_pair(out + 2 * i, pair, weight, factor, c, s, i >= cols / 2 - pairs);
     }
 }
 
@@ -151,7 +159,7 @@ __device__ inline void pool(const Words &op) {
         int turn = i - (n / 2 - (int)pairs);
         float c = 1.0f, s = 0.0f;
         if (turn >= 0) write_angle(&c, &s, number * ratio, op.address<float>(8)[turn]);
-        write_pair(row + 2 * i, row[2 * i], row[2 * i + 1], op.address<float>(6) + 2 * i, factor, c, s, turn >= 0);
+        write_pair(row + 2 * i, two(row + 2 * i), two(op.address<float>(6) + 2 * i), factor, c, s, turn >= 0);
     }
     __syncthreads();
     Form::write(op.cell<u8>(10) + Form::stride(n, rope) * number, row, n, rope);

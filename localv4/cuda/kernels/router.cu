@@ -30,84 +30,107 @@ __device__ inline int rank_of(float x) {
     return x == x ? bits ^ (bits >> 31 & 0x7fffffff) : 0x7fffffff;
 }
 
-constexpr int RANKERS = 4;  // threads that share the ranks an expert is compared with
+// The largest int of a warp.
+__device__ inline int warp_largest(int value) {
+#if !defined(LOCALV4_HOST) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, value);
+#else
+    for (int distance = 16; distance > 0; distance /= 2)
+        value = max(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    return value;
+#endif
+}
 
-// How many of `ranks`, four at a time, come before that of expert e: larger ones, and among equals
-// those of lower numbers. RANKERS threads side by side ask for the same expert.
-__device__ inline int place_among(const int *ranks, int n_experts, int e) {
-    int own = ranks[e], before = 0;
-    for (int i = threadIdx.x % RANKERS * 4; i < n_experts; i += 4 * RANKERS) {
-        int4 four = *(const int4 *)(ranks + i);
-        before += (four.x > own) + (four.y > own) + (four.z > own) + (four.w > own);
-        if (i < e) {
-            before += (four.x == own) + (i + 1 < e && four.y == own) + (i + 2 < e && four.z == own);
-            before += i + 3 < e && four.w == own;
+// List the k experts of the highest ranks, among equals those of lower numbers first; a
+// warp, whose lanes have every 32nd expert. Ranks of those that are listed are lost.
+__device__ inline void choose(int *found, int *ranks, int n_experts, i64 k) {
+    constexpr int NONE = (int)0x80000000;
+    int lane = threadIdx.x % 32;
+    for (i64 i = 0; i < k; ++i) {
+        int largest = NONE, at = lane;
+#pragma unroll 8
+        for (int e = lane; e < n_experts; e += 32) {
+            int rank = ranks[e];
+            if (rank > largest) largest = rank, at = e;
+        }
+        int wanted = warp_largest(largest);
+        // the lowest number is the largest of the numbers below none
+        int number = -warp_largest(largest == wanted ? -at : -MOST_EXPERTS);
+        if (number == at && largest == wanted) {
+            ranks[at] = NONE;
+            found[i] = at;
+        }
+        __syncwarp();
+    }
+}
+
+// Put numbers into ascending order; all threads of a block.
+__device__ inline void sort(int *sorted, const int *numbers, i64 count) {
+    for (i64 i = threadIdx.x; i < count; i += blockDim.x) {
+        int own = numbers[i], before = 0;
+        for (i64 j = 0; j < count; ++j) before += numbers[j] < own || (numbers[j] == own && j < i);
+        sorted[before] = own;
+    }
+}
+
+// Choose the experts of a token: words as `route` has them; all threads of a block. Arrays are in
+// shared memory, as long as there are experts (`twins/router.py` has its size).
+struct Choice {
+    i64 *places;
+    float *affinities, *bias;
+    int *ranks, *found, *chosen, *forms;
+
+    __device__ inline Choice(void *memory, i64 n_experts) {
+        i64 count = (n_experts + 1) / 2 * 2;
+        places = (i64 *)memory;
+        affinities = (float *)(places + count);
+        bias = affinities + count;
+        ranks = (int *)(bias + count);
+        found = ranks + count, chosen = found + count, forms = chosen + count;
+    }
+
+    // What no kernel writes.
+    __device__ inline void load(const Words &op, i64 token) const {
+        i64 k = op.number(7);
+        const float *given = op.address<float>(4);
+        const i64 *table = op.address<i64>(5);
+        if (table != nullptr)
+            for (i64 i = threadIdx.x; i < k; i += blockDim.x) found[i] = (int)table[k * op.address<i64>(6)[token] + i];
+        else
+            for (int e = threadIdx.x; e < op.number(3); e += blockDim.x) bias[e] = given[e];
+    }
+
+    __device__ inline void make(const Words &op, i64 token) const {
+        i64 k = op.number(7);
+        int n_experts = (int)op.number(3);
+        const float *logits = op.address<float>(1) + op.number(2) * token;
+        bool chooses = op.number(5) == 0;
+        for (int e = threadIdx.x; e < n_experts; e += blockDim.x) {
+            affinities[e] = affinity_of(logits[e]);
+            if (chooses) ranks[e] = rank_of(affinities[e] + bias[e]);
+        }
+        __syncthreads();
+        if (chooses && threadIdx.x < 32) choose(found, ranks, n_experts, k);
+        __syncthreads();
+        sort(chosen, found, k);
+        __syncthreads();
+        float total = 0.0f, scaling = op.real(8);
+        for (i64 i = 0; i < k; ++i) total += affinities[chosen[i]];
+        for (i64 i = threadIdx.x; i < k; i += blockDim.x) {
+            op.address<i64>(9)[k * token + i] = chosen[i];
+            op.address<float>(10)[k * token + i] = __fmul_rn(__fdiv_rn(affinities[chosen[i]], total + 1e-20f), scaling);
         }
     }
-    for (int distance = 1; distance < RANKERS; distance *= 2) before += __shfl_xor_sync(0xffffffffu, before, distance);
-    return before;
-}
-
-// List the k experts of the highest ranks in ascending order.
-__device__ inline void choose(int *chosen, const int *ranks, u32 *masks, int n_experts, i64 k) {
-    for (int i = threadIdx.x; i < MOST_EXPERTS / 32; i += blockDim.x) masks[i] = 0;
-    __syncthreads();
-    // whole warps go on together; those behind the last expert ask for it again
-    int step = blockDim.x / RANKERS, own_e = threadIdx.x / RANKERS;
-    for (int e = own_e; e - own_e < n_experts; e += step) {
-        bool is_chosen = place_among(ranks, n_experts, min(e, n_experts - 1)) < k;
-        if (threadIdx.x % RANKERS == 0 && e < n_experts && is_chosen) atomicOr(&masks[e / 32], 1u << e % 32);
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < n_experts; e += blockDim.x) {
-        u32 own = masks[e / 32];
-        if (!(own >> e % 32 & 1)) continue;
-        int place = __popc(own & ((1u << e % 32) - 1));
-        for (int i = 0; i < e / 32; ++i) place += __popc(masks[i]);
-        chosen[place] = e;
-    }
-}
-
-// Put numbers into ascending order; one thread.
-__device__ inline void sort(int *numbers, i64 count) {
-    for (i64 i = 1; i < count; ++i) {
-        int number = numbers[i];
-        i64 at = i;
-        for (; at > 0 && numbers[at - 1] > number; --at) numbers[at] = numbers[at - 1];
-        numbers[at] = number;
-    }
-}
+};
 
 // Words: logits, their row stride, n_experts, bias or 0, table or 0, ids or 0, k, scaling, experts,
-// weights, tokens. 1024 threads a token.
-KERNEL(route) {
-    __shared__ float affinities[MOST_EXPERTS];
-    __shared__ __align__(16) int ranks[MOST_EXPERTS];
-    __shared__ int chosen[MOST_EXPERTS];
-    __shared__ u32 masks[MOST_EXPERTS / 32];
-    i64 token = blockIdx.x, k = op.number(7);
-    int n_experts = (int)op.number(3);
-    const float *logits = op.address<float>(1) + op.number(2) * token, *bias = op.address<float>(4);
-    const i64 *table = op.address<i64>(5);
-    for (int e = threadIdx.x; e < n_experts; e += blockDim.x) {
-        affinities[e] = affinity_of(logits[e]);
-        if (table == nullptr) ranks[e] = rank_of(affinities[e] + bias[e]);
-    }
-    for (int e = n_experts + threadIdx.x; e < (n_experts + 3) / 4 * 4; e += blockDim.x) ranks[e] = (int)0x80000000;
-    if (table != nullptr)
-        for (i64 i = threadIdx.x; i < k; i += blockDim.x) chosen[i] = (int)table[k * op.address<i64>(6)[token] + i];
-    __syncthreads();
-    if (table == nullptr)
-        choose(chosen, ranks, masks, n_experts, k);
-    else if (threadIdx.x == 0)
-        sort(chosen, k);
-    __syncthreads();
-    float total = 0.0f, scaling = op.real(8);
-    for (i64 i = 0; i < k; ++i) total += affinities[chosen[i]];
-    for (i64 i = threadIdx.x; i < k; i += blockDim.x) {
-        op.address<i64>(9)[k * token + i] = chosen[i];
-        op.address<float>(10)[k * token + i] = __fmul_rn(__fdiv_rn(affinities[chosen[i]], total + 1e-20f), scaling);
-    }
+// weights, tokens. 256 threads a token.
+EARLY_KERNEL(, route) {
+    DYNAMIC_SHARED(memory);
+    Choice choice(memory, op.number(3));
+    choice.load(op, op.block());
+    wait_for_results();
+    choice.make(op, op.block());
 }
 
 // --- where experts lie ---
@@ -120,6 +143,25 @@ KERNEL(resolve) {
     for (i64 i = threadIdx.x; i < k * op.number(5); i += blockDim.x) {
         i64 number = experts[i % k], record = table[number];
         records[i] = record > 0 && forms[number] == i / k ? record : 0;
+    }
+}
+
+// `route` and `resolve` of one token: words 12 ... 15 are words 3 ... 6 of `resolve`.
+EARLY_KERNEL(, route_and_resolve) {
+    DYNAMIC_SHARED(memory);
+    Choice choice(memory, op.number(3));
+    for (int e = threadIdx.x; e < op.number(3); e += blockDim.x) {
+        choice.places[e] = op.address<i64>(12)[e];
+        choice.forms[e] = (int)op.address<i64>(13)[e];
+    }
+    choice.load(op, 0);
+    wait_for_results();
+    choice.make(op, 0);
+    i64 k = op.number(7), *records = op.address<i64>(15);
+    for (i64 i = threadIdx.x; i < k * op.number(14); i += blockDim.x) {
+        int number = choice.chosen[i % k];
+        i64 place = choice.places[number];
+        records[i] = place > 0 && choice.forms[number] == i / k ? place : 0;
     }
 }
 

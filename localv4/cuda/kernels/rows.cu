@@ -52,32 +52,31 @@ KERNEL(quantize) {
     }
 }
 
+// Four floats from anywhere.
+__device__ inline float4 four(const float *x) { return make_float4(x[0], x[1], x[2], x[3]); }
+
 // Words: x, its row stride in floats, weight, eps as f32 bits, out (0: only rounded; may be x), its
 // row stride, q, d, b, tokens, columns. A block of threads has a token.
 //
 // The squares are added up in the order of the CPU, lane i of 32 having columns i, 32 + i ...: so
-// rounding gives the same bits. One warp does that, with the row in shared memory.
+// rounding gives the same bits. One warp does that, with the row in shared memory. Each thread has four
+// columns in a row, whose weights are on their way while x is waited for.
 EARLY_KERNEL(, rows_norm) {
-    constexpr int AHEAD = 4;  // blocks of a warp whose weights are on their way while x is waited for
     DYNAMIC_SHARED(memory);
     __shared__ float factor;
     float *row = (float *)memory;
+    i64 cols = op.number(11), own = 4 * threadIdx.x, lane = threadIdx.x % 32;
     const float *weight = op.address<float>(3);
-    i64 cols = op.number(11), warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Rounded rounded = {op.address<i8>(7), op.address<float>(8), op.address<int>(9)};
-    float ahead[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        i64 c = 32 * (warp + i * warps) + lane;
-        ahead[i] = c < cols ? weight[c] : 0.0f;
-    }
+    float4 ahead = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (own < cols) ahead = four(weight + own);
     wait_for_results();
     for (i64 t = op.block(); t < op.number(10); t += op.blocks()) {
         const float *x = op.address<float>(1) + t * op.number(2);
         float *out = op.address<float>(5);
-        for (i64 c = threadIdx.x; c < cols; c += blockDim.x) row[c] = x[c];
+        for (i64 c = own; c < cols; c += 4 * blockDim.x) *(float4 *)(row + c) = *(const float4 *)(x + c);
         __syncthreads();
-        if (warp == 0) {
+        if (threadIdx.x < 32) {
             float sum = 0.0f;
 #pragma unroll 16
             for (i64 c = lane; c < cols; c += 32) sum = __fmaf_rn(row[c], row[c], sum);
@@ -87,16 +86,15 @@ EARLY_KERNEL(, rows_norm) {
             if (lane == 0) factor = __fdiv_rn(1.0f, __fsqrt_rn(mean));
         }
         __syncthreads();
-        auto write = [&](i64 block, float w) {
-            i64 c = 32 * block + lane;
-            float value = __fmul_rn(w, __fmul_rn(row[c], factor));
-            if (out != nullptr) out[t * op.number(6) + c] = value;
-            if (rounded.q != nullptr) round_block(rounded.row(t, cols), block, value);
-        };
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            if (warp + i * warps < cols / 32) write(warp + i * warps, ahead[i]);
-        for (i64 block = warp + AHEAD * warps; block < cols / 32; block += warps) write(block, weight[32 * block + lane]);
+        // whole warps go on together; lanes behind the last column do what the last lanes do
+        for (i64 start = 0; start < cols; start += 4 * blockDim.x) {
+            i64 c = min(start + own, cols - 32 + 4 * (i64)(threadIdx.x % 8));
+            float4 w = c == own ? ahead : four(weight + c), value = *(const float4 *)(row + c);
+            value.x = __fmul_rn(w.x, __fmul_rn(value.x, factor)), value.y = __fmul_rn(w.y, __fmul_rn(value.y, factor));
+            value.z = __fmul_rn(w.z, __fmul_rn(value.z, factor)), value.w = __fmul_rn(w.w, __fmul_rn(value.w, factor));
+            if (out != nullptr) *(float4 *)(out + t * op.number(6) + c) = value;
+            if (rounded.q != nullptr) round_part(rounded.row(t, cols), c / 32, value);
+        }
         __syncthreads();
     }
 }

@@ -21,6 +21,7 @@ constexpr int ROW_GAP = 16;         // floats between two rows of hidden layers
 // `most` blocks of threads run on a multiprocessor at a time. With four, the blocks of a whole matrix
 // of a model fit on a large GPU at once, where a few too many would take twice as long.
 #define TOKEN_KERNEL(name, most) BOUNDED_KERNEL(__launch_bounds__(TOKEN_THREADS, most), name)
+#define EARLY_TOKEN_KERNEL(name, most) EARLY_KERNEL(__launch_bounds__(TOKEN_THREADS, most), name)
 
 // A table (slots, blocks, ROWS, FLOATS) in shared memory; a gap behind each slot keeps those that are
 // read at the same time in different banks.

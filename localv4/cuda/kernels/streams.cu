@@ -96,13 +96,6 @@ __device__ inline void mix(const Words &op, const Piece &piece, const float *pie
     }
 }
 
-// Ask for the columns of the matrix while the streams are on their way.
-__device__ inline void fetch_panels(const Words &op, const Piece &piece) {
-    i64 bytes = squares_at(op.number(7)) * piece.n * COLUMNS * 4;
-    const char *panels = op.address<char>(6) + piece.block * bytes;
-    for (i64 at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_far(panels + at);
-}
-
 // The usual matrix, 24 rows for four streams, and one token: every thread of 512 has a quarter of
 // four rows' 16 columns of each group, all of it on its way before the streams are known.
 struct Panels {
@@ -156,7 +149,6 @@ __device__ inline void leave_pieces(const Words &op) {
     i64 tokens = op.number(9), blocks = op.number(11) / COLUMNS, first = blockIdx.x / blocks * TOKENS;
     Piece piece = {first, min(tokens - first, (i64)TOKENS), blockIdx.x % blocks, blocks, op.number(10), op.number(11)};
     bool is_followed = op.number(7) > 0;
-    if (is_followed) fetch_panels(op, piece);
     leave(op, piece, pieces);
     __syncthreads();
     if (op.number(5) != 0) copy_back(op, piece, pieces);
@@ -324,15 +316,14 @@ __device__ inline void write_x(const Site &site, Entry &entry, float *row) {
     Share share(site, part, parts);
     float4 w = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (share.first < share.end) w = weights_of(site, share.first);
-    if (threadIdx.x < site.n) entry.raw[threadIdx.x] = site.base[threadIdx.x];
+    float base = threadIdx.x < site.n ? site.base[threadIdx.x] : 0.0f, scale = site.scale[0];
     wait_for_results();
     Ahead ahead(site, streams);
     add_partials(site, token, entry.parts);
     __syncthreads();
     if (threadIdx.x < site.n)
         entry.pre[threadIdx.x] =
-            gate(total(entry.parts, threadIdx.x) * factor_of(site, entry.parts), site.scale[0], entry.raw[threadIdx.x]) +
-            site.hc_eps;
+            gate(total(entry.parts, threadIdx.x) * factor_of(site, entry.parts), scale, base) + site.hc_eps;
     __syncthreads();
     float squares = block_sum(collapse(site, streams, ahead, entry.pre, row), entry.sums);
     write_normed(site, token, share, w, row, inverse_size(squares, site.hidden, site.rms_eps), warps);

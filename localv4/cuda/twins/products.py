@@ -1,7 +1,7 @@
 """Twins of the products of one token with packed weights (`kernels.formats`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from localv4.cuda.twin import BESIDE, Kernel, Twin, Words
 from localv4.kernels.packed import BLOCK, GROUP_ROWS, MX4, Q4, Q8, PackedFormat
@@ -192,6 +192,13 @@ DOWN_PARTS = _twins(_down_parts, "down")
 The words are those of `down`, but instead of `out` there are parts (count, 16 * row groups) f32,
 of which the rows of experts without a record stay as they are.
 """
+
+KNOWN_GATE_UPS = {
+    twin: replace(twin, kinds=f"{twin.kinds}i")
+    for name, twin in PRODUCTS.items()
+    if name.endswith("_gate_up")
+}
+"""By the `gate_up`: one more word, 1 if no kernel writes the addresses of its experts."""
 
 COMBINE = Twin("aiiiaaia", (Kernel("experts.cu", "combine", THREADS, _combined),))
 """The rest of a `down`: parts from anywhere, in the order and with the bits of the whole.
