@@ -38,8 +38,8 @@ from localv4.paging.paged_store import PagedStore
 from localv4.paging.row_memory import RowMemory
 from localv4.paging.store import ExpertStore
 
-CHUNK_TOKENS = 16 * BATCH_TOKENS
-"""Tokens for which each expert is read once, unless asked otherwise."""
+CHUNK_TOKENS = 18 * BATCH_TOKENS
+"""Tokens for which each expert is read once, unless asked otherwise: some more than 4,096."""
 
 MOST_CHUNK_TOKENS = 2 * CHUNK_TOKENS
 """The most of them, where experts have to be read from a slow disk."""
