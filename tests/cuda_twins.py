@@ -37,6 +37,11 @@ _owned: dict[tuple[int, int], np.ndarray] = {}
 """Scratch memory that belongs to an array, by its address and the bytes that are needed."""
 
 
+def padded_words(operands: Sequence[int]) -> list[int]:
+    """All words of an operation."""
+    return [0, *operands, *[0] * (WORDS - 1 - len(operands))]
+
+
 def twin_name(entry: Entry) -> str:
     """The name of an operation in TWINS."""
     function = entry.function

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from measure_perplexity import Part, book, chat, load, stories
 from numpy.typing import NDArray
+from operation_runs import block_scales
 
 from localv4.engine.engine import Engine
 from localv4.engine.session import Network, Session
-from localv4.kernels.activations import LEVELS, PER_LEVEL, SMALLEST
+from localv4.kernels.activations import SMALLEST
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.isa import ISA
 from localv4.kernels.packed import BLOCK, MX4
@@ -45,10 +46,7 @@ def round_activations(x: Floats, *, binary: bool = False) -> Floats:
     """Return x (tokens, n) as int8 holds it, times its scales, powers of two if `binary`."""
     blocks = x.reshape(-1, BLOCK)
     size = np.maximum(np.abs(blocks).max(1, keepdims=True), SMALLEST)
-    scales, factors = size * PER_LEVEL, LEVELS / size
-    if binary:
-        scales = np.exp2(np.ceil(np.log2(scales.astype(np.float64)))).astype(np.float32)
-        factors = 1 / scales
+    scales, factors = block_scales(size, binary=binary)
     rounded: Floats = np.rint(blocks * factors) * scales
     return rounded.reshape(x.shape)
 

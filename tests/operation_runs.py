@@ -77,6 +77,15 @@ def assert_same_bits(actual: NDArray[np.generic], expected: NDArray[np.generic])
     )
 
 
+def block_scales(size: Floats, *, binary: bool) -> tuple[Floats, Floats]:
+    """The scales of blocks of such sizes, and what their values are multiplied by."""
+    scales: Floats = size * F32(1 / 127)
+    if not binary:
+        return scales, F32(127) / size
+    scales = np.exp2(np.ceil(np.log2(scales.astype(np.float64)))).astype(F32)
+    return scales, 1 / scales
+
+
 class Rounded:
     """Buffers of int8 activations for some tokens, and what they hold."""
 
@@ -100,10 +109,7 @@ class Rounded:
         """Compare with the rounded form of x (tokens, columns)."""
         blocks = x.reshape(len(x), -1, 32)
         size = np.abs(blocks).max(2)
-        scales, factors = size * F32(1 / 127), F32(127) / size
-        if binary:
-            scales = np.exp2(np.ceil(np.log2(scales.astype(np.float64)))).astype(F32)
-            factors = 1 / scales
+        scales, factors = block_scales(size, binary=binary)
         np.testing.assert_array_equal(self.d.view(F32), scales)
         codes = self.q[:, : self.cols].reshape(blocks.shape).astype(int)
         exact = blocks * factors[:, :, None]

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from cuda_products import FORMATS, random_packed, rounded
-from cuda_twins import launch, needs_compiler, run_twin, twin_name
+from cuda_twins import launch, needs_compiler, padded_words, run_twin, twin_name
 from operation_runs import F32, Floats, Indices, Rounded, assert_same_bits, run
 from reference_packed import Bytes, address, floats
 
 from localv4.cuda.twins.products import COMBINE, DOWN_PARTS
 from localv4.kernels.formats import OPERATIONS
-from localv4.kernels.operation import WORDS, float_bits
+from localv4.kernels.operation import float_bits
 from localv4.kernels.packed import Q8, PackedFormat, down_offset
 from localv4.kernels.single_token import ROW_GAP
 
@@ -160,8 +160,3 @@ def test_each_form_of_records_has_its_turn() -> None:
     assert_same_bits(out, expected)
     launch(COMBINE.kernels[0], padded_words([*given, address(forms.clip(0, 1))]))
     assert not np.array_equal(out, expected)
-
-
-def padded_words(operands: Sequence[int]) -> list[int]:
-    """All words of an operation."""
-    return [0, *operands, *[0] * (WORDS - 1 - len(operands))]

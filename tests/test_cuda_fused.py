@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from cuda_twins import launch, needs_compiler
+from cuda_twins import launch, needs_compiler, padded_words
 from operation_runs import F32
 from reference_packed import address
 
@@ -24,17 +24,12 @@ COLS = HEADS * CHANNELS // PARTS
 OUTPUT = 1 << 20
 
 
-def padded(words: list[int]) -> list[int]:
-    """All words of an operation."""
-    return [0, *words, *[0] * (WORDS - 1 - len(words))]
-
-
 def steps(rounded: Rounded, output: int = OUTPUT, cols: int = COLS) -> list[list[Operation]]:
     """A softmax, what says where its output goes, and the rounding of that."""
-    softmax = padded([1, 2, 3, 4, HEADS, CHANNELS, 7, 8, 9])
-    values = padded([*[0] * 10, OUTPUT])
+    softmax = padded_words([1, 2, 3, 4, HEADS, CHANNELS, 7, 8, 9])
+    values = padded_words([*[0] * 10, OUTPUT])
     rounds = [
-        padded([output + 4 * cols * i, 0, 0, 1, cols, *rounded.part(i).addresses])
+        padded_words([output + 4 * cols * i, 0, 0, 1, cols, *rounded.part(i).addresses])
         for i in range(PARTS)
     ]
     return [[(SOFTMAX, softmax)], [(VALUES[0], values)], [(QUANTIZE, each) for each in rounds]]
@@ -44,7 +39,7 @@ def test_a_softmax_rounds_its_output() -> None:
     rounded = Rounded(PARTS, COLS)
     (((twin, words),),) = fused(steps(rounded))
     assert twin is SOFTMAX_ROUNDED
-    assert words[:10] == padded([1, 2, 3, 4, HEADS, CHANNELS, 7, 8, 9])[:10]
+    assert words[:10] == padded_words([1, 2, 3, 4, HEADS, CHANNELS, 7, 8, 9])[:10]
     assert words[10:15] == [OUTPUT, *rounded.addresses, COLS] and len(words) == WORDS
 
 
@@ -76,7 +71,7 @@ def test_rounding_gives_the_same_bits() -> None:
         context, sinks = np.array([SPLITS * 16]), random.random(HEADS, F32)
         scratch = random.random(1 << 20, F32)
         scratch[:8].view(np.int64)[:] = [address(out), address(turns), address(turns[1]), 32]
-        words = padded([address(context), 128, 0, 0, HEADS, CHANNELS, address(sinks), 0, 0])
+        words = padded_words([address(context), 128, 0, 0, HEADS, CHANNELS, address(sinks), 0, 0])
         words[10 : 10 + len(more)] = more
         words[SCRATCH] = address(scratch)
         launch(twin.kernels[0], words)
@@ -85,7 +80,7 @@ def test_rounding_gives_the_same_bits() -> None:
     for number in range(PARTS):
         own, part = Rounded(1, COLS), rounded.part(number)
         x = np.ascontiguousarray(outputs[0][COLS * number : COLS * (number + 1)])
-        launch(QUANTIZE.kernels[0], padded([address(x), COLS, 0, 1, COLS, *own.addresses]))
+        launch(QUANTIZE.kernels[0], padded_words([address(x), COLS, 0, 1, COLS, *own.addresses]))
         gap = row_bytes(COLS)[0] - COLS
         for mine, theirs, size in zip(part.addresses, own.addresses, row_bytes(COLS), strict=True):
             size -= gap if size == COLS + gap else 0
@@ -102,8 +97,8 @@ def choice(tokens: int = 1) -> list[Group]:
     """Choosing experts, and looking them up."""
     words = [1, 2, 256, 3, 0, 0, COUNT, 4, CHOSEN, 5, tokens]
     return [
-        [(ROUTE, padded(words))],
-        [(RESOLVE, padded([CHOSEN, COUNT, 400, 401, FORMS, RECORDS]))],
+        [(ROUTE, padded_words(words))],
+        [(RESOLVE, padded_words([CHOSEN, COUNT, 400, 401, FORMS, RECORDS]))],
     ]
 
 
@@ -112,11 +107,14 @@ def experts() -> list[Group]:
     records = (RECORDS, RECORDS + 8 * COUNT, SHARED_RECORD)
     hidden = (10, 10, 20)
     gate_ups = [
-        (GATE_UP, padded([record, 1, 8, 256, 1, 2, 3, h, 0]))
+        (GATE_UP, padded_words([record, 1, 8, 256, 1, 2, 3, h, 0]))
         for record, h in zip(records, hidden, strict=True)
     ]
-    rounds = [(QUANTIZE, padded([h, 0, 0, 1, 128, h + 1, h + 2, h + 3])) for h in (10, 20)]
-    downs = [(MATVEC, padded([1, 8, 128, 21])), (DOWN, padded([RECORDS, COUNT, 8, 128, 11]))]
+    rounds = [(QUANTIZE, padded_words([h, 0, 0, 1, 128, h + 1, h + 2, h + 3])) for h in (10, 20)]
+    downs = [
+        (MATVEC, padded_words([1, 8, 128, 21])),
+        (DOWN, padded_words([RECORDS, COUNT, 8, 128, 11])),
+    ]
     return [gate_ups, rounds, downs]
 
 
@@ -155,11 +153,11 @@ def test_choosing_and_looking_up_give_the_same_bits(by_table: bool) -> None:
         records = np.full((FORMS, k), 5)
         given = [0, address(numbers), address(ids)] if by_table else [address(bias), 0, 0]
         words = [address(logits), n_experts, n_experts, *given, k, float_bits(2.5)]
-        route = padded([*words, address(chosen), address(shares), 1])
+        route = padded_words([*words, address(chosen), address(shares), 1])
         looked_up = [address(places), address(forms), FORMS, address(records)]
         groups: list[Group] = [
             [(ROUTE, route)],
-            [(RESOLVE, padded([address(chosen), k, *looked_up]))],
+            [(RESOLVE, padded_words([address(chosen), k, *looked_up]))],
         ]
         for ((twin, own),) in groups if apart else fused(groups):
             launch(twin.kernels[0], own)

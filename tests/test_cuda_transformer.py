@@ -44,6 +44,8 @@ PRESET = replace(WHOLE_GROUPS, dims=SMALL)
 RANDOM = np.random.default_rng(0)
 IDS = RANDOM.integers(0, 300, 12)
 PLENTY = 1 << 28
+SMALL_LEAD = 0.03
+"""Lead of the likeliest token in logits, whose deviation is 1.3 here, that rounding can turn."""
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +95,14 @@ def assert_close(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> 
     """Values within the rounding of float32 sums in another order.
 
     Where that decides between two neighbouring int8, a token is off by what such a step makes,
-    which can change the choice between two tokens that are equally likely.
+    which can change the choice between two tokens that are almost equally likely.
     """
     distance = np.linalg.norm(actual - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert distance.max() < 0.05, distance
-    assert np.mean(actual.argmax(1) == expected.argmax(1)) > 0.8
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    clear = first - second > SMALL_LEAD
+    assert clear.any()
+    np.testing.assert_array_equal(actual.argmax(1)[clear], expected.argmax(1)[clear])
 
 
 Way = Callable[[FastTransformer], NDArray[np.float32]]

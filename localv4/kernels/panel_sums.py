@@ -18,8 +18,11 @@ SOME_TOKENS = 16
 """Tokens up to which pairs are not worth their expansion."""
 
 
-def _best(few_sums: Sums, many_sums: Sums) -> BestSums:
-    """Make the function that multiplies a panel in the better way for so many tokens."""
+def _best(few_sums: Sums, many_sums: Sums, *, takes_pairs: bool = False) -> BestSums:
+    """Make the function that multiplies a panel in the best way for so many tokens.
+
+    takes_pairs: tiles multiply pairs, if activations are there as such, too.
+    """
 
     @device
     def sums(
@@ -38,6 +41,10 @@ def _best(few_sums: Sums, many_sums: Sums) -> BestSums:
     ) -> None:
         if count <= FEW_TOKENS:
             few_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
+        elif (
+            takes_pairs and pairs != 0 and count > SOME_TOKENS and can_pair(w, panel, groups, cols)
+        ):
+            sum_pairs(scratch, w, panel, groups, cols, pairs, distance, first, count)
         else:
             many_sums(scratch, w, panel, groups, cols, q, d, b, first, count)
 
@@ -45,36 +52,7 @@ def _best(few_sums: Sums, many_sums: Sums) -> BestSums:
     return chosen
 
 
-def _best_of_pairs(few_sums: Sums, many_sums: Sums) -> BestSums:
-    """The same for MX4 where tiles multiply pairs, if activations are there as such, too."""
-    otherwise = _best(few_sums, many_sums)
-
-    @device
-    def sums(
-        scratch: int,
-        w: int,
-        panel: int,
-        groups: int,
-        cols: int,
-        q: int,
-        d: int,
-        b: int,
-        pairs: int,
-        distance: int,
-        first: int,
-        count: int,
-    ) -> None:
-        if pairs != 0 and count > SOME_TOKENS and can_pair(w, panel, groups, cols):
-            sum_pairs(scratch, w, panel, groups, cols, pairs, distance, first, count)
-        else:
-            otherwise(scratch, w, panel, groups, cols, q, d, b, pairs, distance, first, count)
-
-    chosen: BestSums = sums
-    return chosen
-
-
-_of_mx4 = _best_of_pairs if ISA.amx else _best
-sums_mx4 = _of_mx4(small_batches.few_sums_mx4, gemm.sums_mx4)
+sums_mx4 = _best(small_batches.few_sums_mx4, gemm.sums_mx4, takes_pairs=ISA.amx)
 sums_q4 = _best(small_batches.few_sums_q4, gemm.sums_q4)
 sums_q8 = _best(small_batches.few_sums_q8, gemm.sums_q8)
 sums_q4k = _best(kquant_products.sums_q4k, kquant_panels.sums_q4k)

@@ -67,51 +67,48 @@ __device__ inline void write_scale_and_sums(const Rounded &row, i64 block, float
         make_int4((int)(total * (u32)-CODE_BIAS), (int)(total * (u32)-BYTE_BIAS), (int)low, (int)high);
 }
 
-// Round block `block` of a row; each lane of a warp has one of its 32 values.
-__device__ inline void round_block(const Rounded &row, i64 block, float value) {
-    int lane = threadIdx.x % 32;
+// Round a block by 32 / COUNT lanes side by side, each with COUNT neighbouring values of it.
+template <int COUNT>
+__device__ inline void round_values(const Rounded &row, i64 block, const float (&values)[COUNT]) {
+    constexpr int LANES = 32 / COUNT;
+    int lane = threadIdx.x % LANES, largest = 0;
     // the bits of absolute values have the order of the floats, NaN on top
-    int largest = __float_as_int(value) & 0x7fffffff;
-    for (int distance = 16; distance > 0; distance /= 2)
-        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-    BlockScale own(at_least_smallest(__int_as_float(largest)), row.binary);
-    int code = round_to_int(__fmul_rn(value, own.inverse));
-    row.q[32 * block + lane] = (i8)code;
-    u32 half = warp_add((u32)code, 8), other = __shfl_xor_sync(0xffffffffu, half, 16);
-    if (lane == 0) write_scale_and_sums(row, block, own.scale, half, other);
-}
-
-// The same with four values in each of eight lanes.
-__device__ inline void round_part(const Rounded &row, i64 block, const float4 &x) {
-    int lane = threadIdx.x % 8;
-    float values[4] = {x.x, x.y, x.z, x.w};
-    int largest = 0;
-    for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_int(values[i]) & 0x7fffffff);
-    for (int distance = 4; distance > 0; distance /= 2)
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) largest = max(largest, __float_as_int(values[i]) & 0x7fffffff);
+    for (int distance = LANES / 2; distance > 0; distance /= 2)
         largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
     BlockScale own(at_least_smallest(__int_as_float(largest)), row.binary);
     u32 bytes = 0, sum = 0;
-    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
         u32 code = (u32)round_to_int(__fmul_rn(values[i], own.inverse));
         bytes |= (code & 255) << (8 * i);
         sum += code;
     }
-    ((u32 *)(row.q + 32 * block))[lane] = bytes;
-    u32 half = warp_add(sum, 2), other = __shfl_xor_sync(0xffffffffu, half, 4);
+    i8 *place = row.q + 32 * block + COUNT * lane;
+    if (COUNT == 4) *(u32 *)place = bytes;
+    if (COUNT == 2) *(u16 *)place = (u16)bytes;
+    if (COUNT == 1) *place = (i8)bytes;
+    u32 half = warp_add(sum, LANES / 4), other = __shfl_xor_sync(0xffffffffu, half, LANES / 2);
     if (lane == 0) write_scale_and_sums(row, block, own.scale, half, other);
 }
 
-// The same with two values in each of sixteen lanes.
-__device__ inline void round_pairs(const Rounded &row, i64 block, float even, float odd) {
-    int lane = threadIdx.x % 16;
-    int largest = max(__float_as_int(even) & 0x7fffffff, __float_as_int(odd) & 0x7fffffff);
-    for (int distance = 8; distance > 0; distance /= 2)
-        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-    BlockScale own(at_least_smallest(__int_as_float(largest)), row.binary);
-    u32 first = (u32)round_to_int(__fmul_rn(even, own.inverse)), second = (u32)round_to_int(__fmul_rn(odd, own.inverse));
-    ((u16 *)(row.q + 32 * block))[lane] = (u16)((first & 255) | (second & 255) << 8);
-    u32 half = warp_add(first + second, 4), other = __shfl_xor_sync(0xffffffffu, half, 8);
-    if (lane == 0) write_scale_and_sums(row, block, own.scale, half, other);
+__device__ inline void round_part(const Rounded &row, i64 block, const float4 &x) {
+    round_values(row, block, {x.x, x.y, x.z, x.w});
+}
+
+// --- norms ---
+
+__device__ inline float inverse_size(float squares, i64 count, float eps) {
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)count) + eps));
+}
+
+// Return the sum over all threads of a block, in all of them; `parts` has room for one of each warp.
+__device__ inline float block_sum(float value, float *parts) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+    __syncthreads();
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
 }
 
 // e^x within 2 ulp for -87 ... 88, beyond which x is taken as the bound; NaN stays NaN.

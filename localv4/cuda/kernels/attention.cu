@@ -149,7 +149,7 @@ __device__ inline void attend_softmax_and_round(const Words &op) {
     if (!ROUNDS) return;
     Rounded parts_of = {op.address<i8>(11), op.address<float>(12), op.address<int>(13)};
     i64 cols = op.number(14);
-    round_pairs(parts_of.row(column / cols, cols), column % cols / 32, turned.x, turned.y);
+    round_values(parts_of.row(column / cols, cols), column % cols / 32, {turned.x, turned.y});
 }
 
 EARLY_KERNEL(, attend_softmax) { attend_softmax_and_round<false>(op); }

@@ -146,7 +146,7 @@ struct GateUp {
             i64 block = (i64)tile.panel * BLOCKS + part;
             if (block >= inner / BLOCK) continue;
             const float *gate = values + token * ROW + 2 * GROUP_ROWS * pair + lane % GROUP_ROWS;
-            round_block(hidden.row(tile.slot + token, inner), block, swiglu_as_cpu(gate[0], gate[GROUP_ROWS], limit));
+            round_values(hidden.row(tile.slot + token, inner), block, {swiglu_as_cpu(gate[0], gate[GROUP_ROWS], limit)});
         }
         __syncthreads();
     }

@@ -15,18 +15,6 @@ __device__ __noinline__ void write_angle(float *cos_out, float *sin_out, i64 pos
     *cos_out = (float)cos(angle), *sin_out = (float)sin(angle);
 }
 
-// Return the sum over all threads of a block, in all of them.
-__device__ inline float row_sum(float value, float *parts) {
-    value = warp_sum(value);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-    __syncthreads();
-    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
-}
-
-__device__ inline float inverse_norm(float squares, i64 count, float eps) {
-    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)count) + eps));
-}
-
 // Write two neighbouring channels, normed and turned; a pair behind all that turn has cos = 1, sin = 0.
 __device__ inline void write_pair(float *out, float2 x, float2 weight, float factor, float c, float s, bool turns) {
     float even = __fmul_rn(weight.x, __fmul_rn(x.x, factor)), odd = __fmul_rn(weight.y, __fmul_rn(x.y, factor));
@@ -59,7 +47,7 @@ EARLY_KERNEL(, key) {
     float c = angle(5, first, 1.0f), s = angle(6, first, 0.0f), squares = 0.0f;
     float2 pair = two(x + 2 * first);
     for (i64 i = threadIdx.x; i < cols; i += blockDim.x) squares += x[i] * x[i];
-    float factor = inverse_norm(row_sum(squares, parts), cols, op.real(4));
+    float factor = inverse_size(block_sum(squares, parts), cols, op.real(4));
     for (i64 i = threadIdx.x; i < cols / 2; i += blockDim.x) {
         if (i != first)
             pair = two(x + 2 * i), weight = two(weights + 2 * i), c = angle(5, i, 1.0f), s = angle(6, i, 0.0f);
@@ -154,7 +142,7 @@ __device__ inline void pool(const Words &op) {
     pool_window(Window(op, number), row, parts, weights);
     float squares = 0.0f;
     for (int c = threadIdx.x; c < n; c += blockDim.x) squares += row[c] * row[c];
-    float factor = inverse_norm(row_sum(squares, parts), n, op.real(7));
+    float factor = inverse_size(block_sum(squares, parts), n, op.real(7));
     for (int i = threadIdx.x; i < n / 2; i += blockDim.x) {
         int turn = i - (n / 2 - (int)pairs);
         float c = 1.0f, s = 0.0f;

@@ -135,14 +135,17 @@ EARLY_KERNEL(, route) {
 
 // --- where experts lie ---
 
+// The record of an expert among those of a form, or 0: it is of another one, or not in device memory.
+__device__ inline i64 record_of(i64 place, i64 form, i64 wanted) { return place > 0 && form == wanted ? place : 0; }
+
 // Words: experts, k, table of records (not in device memory: 0 or less), forms of the experts,
 // number of forms, records (forms, k). Records that are not there become 0; nothing halts. One block.
 KERNEL(resolve) {
     const i64 *experts = op.address<i64>(1), *table = op.address<i64>(3), *forms = op.address<i64>(4);
     i64 k = op.number(2), *records = op.address<i64>(6);
     for (i64 i = threadIdx.x; i < k * op.number(5); i += blockDim.x) {
-        i64 number = experts[i % k], record = table[number];
-        records[i] = record > 0 && forms[number] == i / k ? record : 0;
+        i64 number = experts[i % k];
+        records[i] = record_of(table[number], forms[number], i / k);
     }
 }
 
@@ -160,8 +163,7 @@ EARLY_KERNEL(, route_and_resolve) {
     i64 k = op.number(7), *records = op.address<i64>(15);
     for (i64 i = threadIdx.x; i < k * op.number(14); i += blockDim.x) {
         int number = choice.chosen[i % k];
-        i64 place = choice.places[number];
-        records[i] = place > 0 && choice.forms[number] == i / k ? place : 0;
+        records[i] = record_of(choice.places[number], choice.forms[number], i / k);
     }
 }
 

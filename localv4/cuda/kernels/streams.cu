@@ -189,18 +189,6 @@ struct Site {
     Rounded rounded;
 };
 
-__device__ inline float inverse_size(float squares, i64 count, float eps) {
-    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)count) + eps));
-}
-
-// Return the sum over all threads of a block of 1024, in all of them.
-__device__ inline float block_sum(float value, float *parts) {
-    value = warp_sum(value);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-    __syncthreads();
-    return warp_sum(parts[threadIdx.x % 32]);
-}
-
 // Add up rows of partials, which some warps share out, into `parts` (ADDERS, MOST_VALUES).
 __device__ inline void add_partials(const Site &site, i64 token, float *parts) {
     int row = (int)partial_row(site.rows), blocks = (int)(site.hidden / COLUMNS), warp = threadIdx.x / 32;
