@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from localv4.cuda.compiler import sources
 from localv4.cuda.gpu import Gpu, GpuMemoryError, OnCompile
+from localv4.cuda.head_plan import GpuHeadPlan
 from localv4.cuda.network import GpuNetwork, MakeStore
 from localv4.cuda.rows_plan import GpuRowsPlan
 from localv4.cuda.token_plan import GpuTokenPlan
@@ -60,7 +61,7 @@ class GpuTransformer(FastTransformer):
         self._on_gpu = GpuNetwork(config, weights, team, self.slack, make_store, rows, gpu, layers)
         self._team = team
         self._one = GpuTokenPlan(self._on_gpu)
-        self._take(self._on_gpu, GpuRowsPlan(self._on_gpu))
+        self._take(self._on_gpu, GpuRowsPlan(self._on_gpu), GpuHeadPlan(self._on_gpu))
 
     def prepare(self, on_compile: OnCompile | None = None) -> None:
         """Compile all that this network can need, and record the program of one token."""

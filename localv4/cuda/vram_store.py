@@ -103,8 +103,9 @@ class VramStore(PagedStore):
             yield
 
     def end_token(self) -> None:
-        """Let both tiers learn from a token; they share uses and policy."""
-        self.host.end_token()
+        """Let both tiers learn from a token, unless all is here: they share uses and policy."""
+        if not self.is_whole:
+            self.host.end_token()
         super().end_token()
 
     def _observe(self) -> None:

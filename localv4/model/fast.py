@@ -24,12 +24,12 @@ from localv4.model.config import ModelConfig
 from localv4.model.expert_source import open_store
 from localv4.model.experts import Experts, MakeStore
 from localv4.model.fast_chunk import ChunkPlan
+from localv4.model.fast_head import HeadPlan
 from localv4.model.fast_network import FastNetwork, OnRoutes
 from localv4.model.fast_rows import MOST_ROWS, RowsPlan
 from localv4.model.fast_token import TokenPlan
-from localv4.model.matrix import F32, Floats
+from localv4.model.matrix import Floats
 from localv4.model.packing import packed_bytes_of
-from localv4.model.program import Input, Rounded, Rows
 from localv4.model.state import SLACK_TOKENS, State
 from localv4.model.weights import Weights
 from localv4.paging.look_ahead import LookAhead
@@ -49,9 +49,6 @@ BALANCE = 0.1
 
 LEAST_ARENA = 8
 """Chunks grow only while an arena is so many times as large as their activations."""
-
-HEAD_TOKENS = 32
-"""Tokens whose logits are computed together."""
 
 
 def keep_all(experts: Experts) -> ExpertStore:
@@ -103,18 +100,14 @@ class FastTransformer:
         self._look_ahead = LookAhead() if looks_ahead else None
         network = FastNetwork(config, weights, team, SLACK_TOKENS, make_store, rows)
         self._token = TokenPlan(network)
-        self._take(network, RowsPlan(network))
+        self._take(network, RowsPlan(network), HeadPlan(network))
 
-    def _take(self, network: FastNetwork, rows_plan: RowsPlan) -> None:
+    def _take(self, network: FastNetwork, rows_plan: RowsPlan, head_plan: HeadPlan) -> None:
         """Compute with a network."""
-        self._network, self._rows = network, rows_plan
+        self._network, self._rows, self._head = network, rows_plan, head_plan
         self.config, self.weights = network.config, network.weights
         self.threads = network.team.members
         self._many = ChunkPlan(network, self.together)
-        self._vectors = Rows(HEAD_TOKENS, self.config.hidden_size)
-        self._rounded = Rounded(HEAD_TOKENS, self.config.hidden_size)
-        self._logits: Rows | None = None
-        network.adopt(self._vectors, self._rounded)
 
     @property
     def rows(self) -> RowFormat:
@@ -164,8 +157,8 @@ class FastTransformer:
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by component, but for decoder state and mapped files."""
-        buffers = self._token.nbytes + self._many.nbytes + self._rows.nbytes
-        buffers += sum(part.nbytes for part in (self._vectors, self._rounded, self._logits) if part)
+        plans = (self._token, self._many, self._rows, self._head)
+        buffers = sum(plan.nbytes for plan in plans)
         return {
             "packed weights": packed_bytes_of(self.weights),
             "packed experts": self._network.store.held_bytes,
@@ -262,27 +255,7 @@ class FastTransformer:
 
     def logits(self, vectors: Floats) -> Floats:
         """Return logits (tokens, vocab) for final vectors (tokens, hidden)."""
-        out = np.empty((len(vectors), self.config.vocab_size), F32)
-        for first in range(0, len(vectors), HEAD_TOKENS):
-            part = vectors[first : first + HEAD_TOKENS]
-            out[first : first + len(part)] = self._some_logits(part)
-        return out
-
-    def _some_logits(self, vectors: Floats) -> Floats:
-        """The same for up to HEAD_TOKENS tokens."""
-        count, program = len(vectors), self._network.new_program()
-        if self._logits is None or (count > 1 and len(self._logits.values) < HEAD_TOKENS):
-            self._network.disown(self._logits)
-            self._logits = Rows(1 if count == 1 else HEAD_TOKENS, self.config.vocab_size)
-            self._network.adopt(self._logits)
-        self._vectors.values[:count] = vectors
-        self._network.publish(self._vectors.values[:count])
-        program.round(self._rounded, self._vectors, count)
-        inputs = Input(self._vectors, self._rounded)
-        program.multiply(self._logits, self.weights.head, inputs, count)
-        self._network.run(program)
-        self._network.fetch(self._logits.values[:count])
-        return self._logits.values[:count]
+        return self._head.logits(vectors)
 
 
 def _groups(states: Sequence[State]) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,8 @@ from typing import Literal
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.gemm import BATCH_TOKENS
 from localv4.model.config import ModelConfig
-from localv4.model.fast import CHUNK_TOKENS, HEAD_TOKENS
+from localv4.model.fast import CHUNK_TOKENS
+from localv4.model.fast_head import HEAD_TOKENS
 from localv4.model.fast_moe import HiddenLayers, WaveBuffers
 from localv4.model.program import Rows, Scratch
 from localv4.model.workspace import AttentionBuffers, ChunkBuffers, Seen, buffer_bytes
