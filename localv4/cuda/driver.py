@@ -48,7 +48,7 @@ MARKS = 64
 """How many points in the order of its work a GPU remembers."""
 
 STAGED_BYTES = 4 << 20
-"""Downloads up to this size go through pinned memory, which the GPU writes to many times faster."""
+"""Pinned memory that downloads go through: the GPU writes to it many times faster."""
 
 SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel gets without being asked for."""
@@ -151,14 +151,14 @@ class CudaGpu:
 
     def download(self, host: int, address: int, nbytes: int) -> None:
         """Copy to host memory; return when it is there."""
-        driver, is_staged = self._driver, nbytes <= STAGED_BYTES
-        if is_staged and not self._stage:
+        driver = self._driver
+        if not self._stage:
             self._stage = int(_done(driver.cuMemAllocHost(STAGED_BYTES)))
-        target = self._stage if is_staged else host
-        _done(driver.cuMemcpyDtoHAsync(target, address, nbytes, self._streams[0]))
-        self.synchronize()
-        if is_staged:
-            ctypes.memmove(host, target, nbytes)
+        for done in range(0, nbytes, STAGED_BYTES):
+            part = min(STAGED_BYTES, nbytes - done)
+            _done(driver.cuMemcpyDtoHAsync(self._stage, address + done, part, self._streams[0]))
+            self.synchronize()
+            ctypes.memmove(host + done, self._stage, part)
 
     def ask(self, requests: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
         """Enqueue copies (host, address, bytes) to host memory; return what waits for them."""

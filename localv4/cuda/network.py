@@ -10,6 +10,7 @@ from localv4.cuda.mirrors import Mirrors, arrays_of
 from localv4.cuda.program import GpuProgram, Translator
 from localv4.cuda.prompt_experts import PromptExperts
 from localv4.cuda.state_copy import StateCopy
+from localv4.cuda.twins.rows import SPREAD
 from localv4.cuda.vram_store import VramStore
 from localv4.kernels.row_operations import RowFormat
 from localv4.kernels.team import Team
@@ -102,6 +103,21 @@ class GpuNetwork(FastNetwork):
         self._on_host = False
         super()._take_in(chunk, ids, states, counts, cells)
 
+    def _embed(self, chunk: ChunkBuffers, ids: NDArray[np.int64]) -> None:
+        """Send each embedding once: the GPU copies it to the streams."""
+        tokens, x = len(ids), chunk.x
+        if tokens == 1:
+            super()._embed(chunk, ids)
+            return
+        chunk.ids[:tokens] = ids
+        for part, vectors in self._embeddings(ids):
+            x.values[part] = vectors
+        self.publish(chunk.ids[:tokens], x.values[:tokens])
+        program, (_, streams, hidden) = GpuProgram(self.scratch), chunk.streams.shape
+        place = chunk.streams.ctypes.data
+        program.add_twin(SPREAD, x.at(), x.stride, tokens, hidden, place, streams)
+        self.run(program)
+
     def new_program(self) -> Program:
         """Return an empty program for the device that is to go on."""
         return Program(self.scratch) if self._on_host else GpuProgram(self.scratch)
@@ -174,6 +190,12 @@ class GpuNetwork(FastNetwork):
         """Copy what programs have written into some arrays from the GPU."""
         if not self._on_host:
             self.pull(*arrays)
+
+    def ask(self, *arrays: NDArray[np.generic]) -> Callable[[], None]:
+        """The same without waiting; return what waits."""
+        if self._on_host:
+            return super().ask(*arrays)
+        return self.mirrors.ask([(array, array) for array in arrays])
 
     def pull(self, *arrays: NDArray[np.generic]) -> None:
         """Copy arrays from the GPU, even where the host has gone on."""

@@ -42,9 +42,6 @@ to begin with, for shares that follow what is measured."""
 SMOOTHING = 0.3
 """Weight of the last measurement in the mean."""
 
-FETCHED_ROWS = 128
-"""Inputs that are fetched at a time: through pinned memory, which is faster."""
-
 
 @dataclass(slots=True)
 class Pace:
@@ -83,8 +80,7 @@ class PromptExperts:
             for part in moe.parts(slots.sizes, buffers.slots, network.config.n_experts):
                 shared = SharedWave(self, moe, chunk, buffers, part, slots)
                 if shared.is_lacking and not has_input:
-                    for first in range(0, tokens, FETCHED_ROWS):
-                        network.fetch(chunk.x.values[first : min(tokens, first + FETCHED_ROWS)])
+                    network.fetch(chunk.x.values[:tokens])
                     has_input = True
                 shared.run()
         finally:

@@ -179,13 +179,14 @@ class ChunkPlan:
         layer.add_router(program, chunk, tokens)
         moe.add_clearing(program, chunk, tokens)
         network.run(program)
+        wait = network.ask(chunk.chosen[:tokens], chunk.shares[:tokens])
         for first in range(0, tokens, SHARED_TOKENS):
             count = min(SHARED_TOKENS, tokens - first)
             program = network.new_program()
             moe.add_shared(program, chunk.part(first), buffers.shared, count)
             network.publish(buffers.shared.span)
             network.run(program)
-        network.fetch(chunk.chosen[:tokens], chunk.shares[:tokens])
+        wait()  # a GPU computes the shared expert meanwhile
         try:
             network.mix_packed(moe, chunk, buffers, tokens)
         except UnpackableError:

@@ -2,7 +2,7 @@
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from localv4.model.config import ModelConfig
 from localv4.model.experts import Experts, MakeStore
 from localv4.model.fast_layer import FastLayer, Site
 from localv4.model.fast_moe import FastMoe, WaveBuffers
-from localv4.model.matrix import F32, Numerics, look_up
+from localv4.model.matrix import F32, Floats, Numerics, look_up
 from localv4.model.program import Program, Scratch
 from localv4.model.state import CELLS, State
 from localv4.model.weights import Weights
@@ -106,6 +106,13 @@ class FastNetwork:
 
     def fetch(self, *arrays: NDArray[np.generic]) -> None:
         """See what programs have written into some of their arrays."""
+
+    def ask(self, *arrays: NDArray[np.generic]) -> Callable[[], None]:
+        """The same, of programs that were run so far, when the function that is returned returns.
+
+        To be called before anything else is asked for.
+        """
+        return lambda: None
 
     @property
     def cancelled(self) -> threading.Event | None:
@@ -199,11 +206,16 @@ class FastNetwork:
         """Put tokens and their embeddings, which may have to come from the disk, into a chunk."""
         tokens = len(ids)
         chunk.ids[:tokens] = ids
-        for first in range(0, tokens, LOOKED_UP):
-            self.check_cancelled()
-            part = slice(first, min(first + LOOKED_UP, tokens))
-            chunk.streams[part] = look_up(self.weights.embed, ids[part])[:, None, :]
+        for part, vectors in self._embeddings(ids):
+            chunk.streams[part] = vectors[:, None, :]
         self.publish(chunk.ids[:tokens], chunk.streams[:tokens])
+
+    def _embeddings(self, ids: NDArray[np.int64]) -> Iterator[tuple[slice, Floats]]:
+        """Yield the embeddings of some tokens at a time; Ctrl-C has to wait for as many."""
+        for first in range(0, len(ids), LOOKED_UP):
+            self.check_cancelled()
+            part = slice(first, min(first + LOOKED_UP, len(ids)))
+            yield part, look_up(self.weights.embed, ids[part])
 
     def _begin_state(self, state: State, tokens: int) -> None:
         """Make room; other kernels than those of its format would read its rows as noise."""

@@ -25,6 +25,16 @@ KERNEL(clear) {
     for (int c = span.first + threadIdx.x; c < span.end; c += blockDim.x) x[c] = 0.0f;
 }
 
+// Words: x, its row stride in floats, tokens, columns, streams, how many of them.
+KERNEL(spread) {
+    RowSpan span(op, op.number(4));
+    i64 cols = op.number(4), count = op.number(6);
+    const float *x = op.address<float>(1) + span.row * op.number(2);
+    float *streams = op.address<float>(5) + span.row * count * cols;
+    for (int c = span.first + threadIdx.x; c < span.end; c += blockDim.x)
+        for (i64 i = 0; i < count; ++i) streams[i * cols + c] = x[c];
+}
+
 // Words: gate, up, their row stride in floats, out, its row stride, limit as f32 bits, tokens, columns.
 KERNEL(swiglu) {
     RowSpan span(op, op.number(8));

@@ -134,12 +134,17 @@ EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}
 MOST_BLOCKS = 2048
 """Blocks of threads that go through the tiles of experts: several times as many as run at once."""
 
+FEW_EXPERTS = 16
+"""Experts whose tokens are shared out among blocks of threads as if these were more experts: the
+shared one has tokens for as many tiles."""
+
 SUM_THREADS, SUM_BLOCKS = 256, 1024
 
 
 def _expert_kernel(tile: Tile, kind: str, scratch: Callable[[Words], int] = nothing) -> Kernel:
     def blocks(words: Words) -> int:
-        return min(MOST_BLOCKS, words[2] * -(-words[4] // tile.all_groups))
+        experts = max(words[2], FEW_EXPERTS) if words[2] else 0
+        return min(MOST_BLOCKS, experts * -(-words[4] // tile.all_groups))
 
     def shared(words: Words) -> int:
         return tile.shared + 4 * (words[2] + 1)

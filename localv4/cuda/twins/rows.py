@@ -35,6 +35,13 @@ def _normed_bytes(words: Words) -> int:
     return 4 * words[11]
 
 
+def _spread(words: Words) -> int:
+    return _spans(words[3], words[4])
+
+
+SPREAD = Twin("aiiiai", (Kernel("rows.cu", "spread", THREADS, _spread),))
+"""Copies rows of x to each of several streams (rows, streams, columns) of an array."""
+
 ROWS = {
     "rows.clear": Twin("aiii", (Kernel("rows.cu", "clear", THREADS, _cleared),)),
     "rows.norm": Twin(
