@@ -41,6 +41,31 @@ __device__ inline void leave(const Words &op, const Piece &piece, float *pieces)
     }
 }
 
+// The same for four streams, as all released models have, and in the place of the streams, too: a
+// thread reads a column of all of them once.
+__device__ inline void leave_four(const Words &op, const Piece &piece, float *pieces) {
+    const float *update = op.address<float>(2), *second = op.address<float>(3), *mix = op.address<float>(5);
+    int column = threadIdx.x % COLUMNS, step = blockDim.x / COLUMNS;
+    i64 stride = op.number(4), at = piece.block * COLUMNS + column;
+    float *streams = op.address<float>(1) + piece.first * 4 * piece.hidden + at;
+#pragma unroll 4
+    for (int item = threadIdx.x / COLUMNS; item < piece.count; item += step) {
+        i64 token = piece.first + item;
+        float x[4], value = update[stride * token + at];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = streams[(4 * item + i) * piece.hidden];
+        if (second != nullptr) value += second[stride * token + at];
+        const float *own = mix + 20 * token;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            float sum = __fmul_rn(own[k], value);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum = __fmaf_rn(own[4 + 4 * j + k], x[j], sum);
+            pieces[(4 * item + k) * COLUMNS + column] = streams[(4 * item + k) * piece.hidden] = sum;
+        }
+    }
+}
+
 __device__ inline void copy_back(const Words &op, const Piece &piece, const float *pieces) {
     int column = threadIdx.x % COLUMNS, step = blockDim.x / COLUMNS;
     float *streams = op.address<float>(1) + piece.first * piece.n * piece.hidden + piece.block * COLUMNS;
@@ -148,10 +173,11 @@ __device__ inline void leave_pieces(const Words &op) {
     float *pieces = (float *)memory;
     i64 tokens = op.number(9), blocks = op.number(11) / COLUMNS, first = blockIdx.x / blocks * TOKENS;
     Piece piece = {first, min(tokens - first, (i64)TOKENS), blockIdx.x % blocks, blocks, op.number(10), op.number(11)};
-    bool is_followed = op.number(7) > 0;
-    leave(op, piece, pieces);
+    bool is_followed = op.number(7) > 0, has_update = op.number(5) != 0, is_usual = piece.n == 4 && has_update;
+    if (is_usual) leave_four(op, piece, pieces);
+    else leave(op, piece, pieces);
     __syncthreads();
-    if (op.number(5) != 0) copy_back(op, piece, pieces);
+    if (has_update && !is_usual) copy_back(op, piece, pieces);
     if (is_followed) mix<TOKENS>(op, piece, pieces);
 }
 
