@@ -188,6 +188,16 @@ def test_one_launch_or_several_give_the_same_bits(
     np.testing.assert_array_equal(WAYS[way](on_gpu(exact)), expected)
 
 
+def test_parts_of_a_product_as_one_or_apart_give_the_same_bits(
+    exact: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, apart = HostGpu(), HostGpu()
+    expected = WAYS["chunk"](on_gpu(exact, gpu=together))
+    monkeypatch.setattr(program, "as_series", lambda group, is_steady: group)
+    np.testing.assert_array_equal(WAYS["chunk"](on_gpu(exact, gpu=apart)), expected)
+    assert together.launches < apart.launches
+
+
 @pytest.mark.parametrize("way", ["both", "rows"])
 def test_routes_are_those_of_the_host(
     fast: FastTransformer, whole: GpuTransformer, way: str

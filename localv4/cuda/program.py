@@ -9,6 +9,7 @@ from localv4.cuda.fused import Group, Operation, fused
 from localv4.cuda.gpu import Gpu, GpuError, Launch, Step
 from localv4.cuda.merged import merge
 from localv4.cuda.mirrors import Mirrors
+from localv4.cuda.series import as_series
 from localv4.cuda.twin import BESIDE, SCRATCH, Twin
 from localv4.cuda.twins import TWINS
 from localv4.kernels.compiler import Entry
@@ -120,7 +121,13 @@ class Translator:
         """Return the launches of a program; `merges`: those that can be one launch are one."""
         groups: Sequence[Group] = program.groups()
         groups = place_rests(fused(groups) if merges else groups)
+        groups = [as_series(group, self._is_steady) for group in groups]
         return [step for group in groups if (step := self._step(group, merges=merges))]
+
+    def _is_steady(self, start: int, distance: int, count: int) -> bool:
+        """Say whether addresses that are so far apart are as far apart on the GPU."""
+        last = distance * (count - 1)
+        return self._mirrors.address(start + last) == self._mirrors.address(start) + last
 
     def _step(self, group: Sequence[Operation], *, merges: bool) -> Step:
         needed = [

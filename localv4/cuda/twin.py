@@ -57,6 +57,9 @@ class Twin:
     scratch memory belongs to; operations that name the same array, and take as much, find there
     what the one before has left. 0: it is anybody's, and holds nothing at first.
 
+    `series`: the word behind those in which one operation that stands for several has their number,
+    before the distances in bytes of their arrays (`cuda.series`); 0: there is no such thing.
+
     `weights`: bytes of the matrices that it reads. `rest`: a part of the work, with the same words,
     of which nothing is needed before the next operation with a rest, the last single operations
     before that left out (`program.place_rests`), or before the program ends.
@@ -68,6 +71,7 @@ class Twin:
     kinds: str
     kernels: tuple[Kernel, ...]
     owner: int = 0
+    series: int = 0
     weights: Callable[[Words], int] = nothing
     rest: "Twin | None" = None
 

@@ -73,8 +73,14 @@ class Rounded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
+        """Bytes of memory, of a part those of the whole."""
         return sum(buffer.nbytes for buffer in self._buffers)
+
+    @property
+    def start(self) -> int:
+        """Where the memory starts, of a part that of the whole."""
+        address: int = self._buffers[0].ctypes.data
+        return address
 
     def part(self, first: int) -> "Rounded":
         """Return the rows from `first` on."""

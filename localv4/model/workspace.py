@@ -4,9 +4,11 @@ from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localv4.kernels import attend, index_scores, rows, streams
 from localv4.kernels.buffers import aligned_bytes
+from localv4.kernels.gemm import SPARE_TOKENS
 from localv4.kernels.packed import GROUP_ROWS
 from localv4.model.config import LayerKind, ModelConfig
 from localv4.model.matrix import F32
@@ -85,11 +87,10 @@ class Seen:
 
 
 def _rounded_parts(tokens: int, count: int, cols: int) -> list[Rounded]:
-    """Return buffers for neighbouring columns; those of one token are the rows of one buffer."""
-    if tokens > 1:
-        return [Rounded(tokens, cols) for _ in range(count)]
-    together = Rounded(count, cols)
-    return [together.part(number) for number in range(count)]
+    """Return buffers for neighbouring columns, parts of one; those of one token are its rows."""
+    rows = tokens if tokens == 1 else tokens + SPARE_TOKENS
+    together = Rounded(count * rows, cols)
+    return [together.part(number * rows) for number in range(count)]
 
 
 class AttentionBuffers:
@@ -170,7 +171,14 @@ def buffer_bytes(owner: object) -> int:
         if isinstance(value, (Rows, Rounded, np.ndarray)):
             total += value.nbytes
         elif isinstance(value, (list, tuple)):
-            total += sum(item.nbytes for item in value if isinstance(item, (Rounded, np.ndarray)))
+            items = [item for item in value if isinstance(item, (Rounded, np.ndarray))]
+            total += sum({_start(item): item.nbytes for item in items}.values())  # parts are one
         elif hasattr(value, "__dict__") and not isinstance(value, type):
             total += buffer_bytes(value)
     return total
+
+
+def _start(item: Rounded | NDArray[np.generic]) -> int:
+    """Return where the memory starts that an item, or what it is a part of, holds."""
+    address: int = item.start if isinstance(item, Rounded) else item.ctypes.data
+    return address

@@ -28,7 +28,7 @@ struct Words {
     __device__ i64 number(int index) const { return words[index]; }
     __device__ float real(int index) const { return __int_as_float((int)words[index]); }
     template <typename T>
-    __device__ T *address(int index) const { return (T *)words[index]; }
+    __device__ T *address(int index, i64 distance = 0) const { return (T *)(words[index] + distance); }
     // What the address in a cell points to.
     template <typename T>
     __device__ T *cell(int index) const { return *(T **)words[index]; }

@@ -294,20 +294,26 @@ __device__ inline void store_tile(const typename Shape::Sums &sums, const Factor
 
 // out[t] = matrix . x[t]: twin of `many_tokens.share_gemm`.
 //
-// Words: matrix, row groups, columns, q, d, b, tokens, out, its row stride in bytes. A block of
-// threads for each tile, those of the same rows one after the other.
+// Words: matrix, row groups, columns, q, d, b, tokens, out, its row stride in bytes. (Scratch memory,
+// which follows, is for the CPU.) Word 11: of how many such products this is the first, or 0; then by
+// how many bytes matrix, q, d, b and out of the next are apart. A block of threads for each tile, those
+// of the same rows one after the other.
 template <class Shape>
 __device__ inline void gemm(const Words &op, u8 *shared) {
     i64 groups = op.number(2), tokens = op.number(7), stride = op.number(9);
     i64 tiles = (tokens + Shape::TOKENS - 1) / Shape::TOKENS;
-    i64 group = blockIdx.x / tiles * Shape::GROUPS, token = blockIdx.x % tiles * Shape::TOKENS;
+    i64 of_each = tiles * ((groups + Shape::GROUPS - 1) / Shape::GROUPS);
+    i64 number = blockIdx.x / of_each, block = blockIdx.x % of_each;
+    i64 group = block / tiles * Shape::GROUPS, token = block % tiles * Shape::TOKENS;
     Factors x = Factors::of<typename Shape::Format>(
-        op.address<const u8>(1), group, groups, op.number(3), op.address<const u8>(4),
-        op.address<const u8>(5), op.address<const u8>(6), token, tokens);
+        op.address<const u8>(1, number * op.number(12)), group, groups, op.number(3),
+        op.address<const u8>(4, number * op.number(13)), op.address<const u8>(5, number * op.number(14)),
+        op.address<const u8>(6, number * op.number(15)), token, tokens);
     Shape::Format::prepare();
     typename Shape::Sums sums;
     multiply_tile<Shape>(sums, x, shared);
-    store_tile<Shape>(sums, x, op.address<u8>(8) + token * stride + 4 * GROUP_ROWS * group, stride);
+    u8 *out = op.address<u8>(8, number * op.number(16));
+    store_tile<Shape>(sums, x, out + token * stride + 4 * GROUP_ROWS * group, stride);
 }
 
 // A kernel for each number of tokens of a tile; its shape is to be known to twins/gemm.py.

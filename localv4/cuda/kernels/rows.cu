@@ -46,15 +46,17 @@ KERNEL(swiglu) {
 }
 
 // Words: x, its row stride in floats, rows (i64, or 0: all in order), count, columns, q, d, b, 1 for
-// scales that are powers of two. (Pairs, which follow, are for the CPU.)
+// scales that are powers of two. (Pairs, which follow, are for the CPU.) Word 12: of how many such
+// roundings this is the first, or 0; then by how many bytes x, rows, q, d and b of the next are apart.
 // Eight lanes round a block of 32 columns, four values each.
 KERNEL(quantize) {
     RowSpan span(op, op.number(5));
+    i64 cols = op.number(5), count = op.number(4), number = span.row / count, row = span.row % count;
     const i64 *rows = op.address<i64>(3);
-    i64 cols = op.number(5);
-    const float *x = op.address<float>(1) + (rows == nullptr ? span.row : rows[span.row]) * op.number(2);
-    Rounded all = {op.address<i8>(6), op.address<float>(7), op.address<int>(8), op.number(9) != 0};
-    Rounded out = all.row(span.row, cols);
+    const float *x = op.address<float>(1, number * op.number(13)) + (rows == nullptr ? row : rows[row]) * op.number(2);
+    Rounded all = {op.address<i8>(6, number * op.number(15)), op.address<float>(7, number * op.number(16)),
+                   op.address<int>(8, number * op.number(17)), op.number(9) != 0};
+    Rounded out = all.row(row, cols);
     // whole warps go on together; lanes behind the last column do what the last lanes do
     for (int start = span.first; start < span.end; start += 4 * blockDim.x) {
         int c = min(start + 4 * (int)threadIdx.x, span.end - 32 + 4 * (int)(threadIdx.x % 8));

@@ -21,6 +21,9 @@ WITH_LEAST = (Q4K, Q2)
 MANY_BLOCKS = 256
 """Blocks of threads that keep a large GPU busy; with fewer a smaller tile is better."""
 
+SERIES = 11
+"""The word of a product that has the number of those that it stands for."""
+
 FEW_TOKENS = 16
 """Tokens that one tile takes, so that the weights are read once."""
 
@@ -92,30 +95,35 @@ KQUANT_TILES = {
 """Of each format, smaller ones first."""
 
 
-def best_tile(tiles: Sequence[Tile], groups: int, tokens: int) -> Tile:
-    """Return the largest tile that leaves work for all of a GPU, and not much of it empty."""
+def best_tile(tiles: Sequence[Tile], groups: int, tokens: int, products: int = 1) -> Tile:
+    """Return the largest tile that leaves work for all of a GPU, and not much of it empty.
+
+    `products` of that size are computed together.
+    """
     last = next((i for i, tile in enumerate(tiles) if tile.tokens >= tokens), len(tiles) - 1)
     if tokens <= FEW_TOKENS:
         return tiles[last]
-    while tiles[last - 1].tokens > FEW_TOKENS and _is_too_large(tiles[last], groups, tokens):
+    while tiles[last - 1].tokens > FEW_TOKENS and _is_too_large(
+        tiles[last], groups, tokens, products
+    ):
         last -= 1
     return tiles[last]
 
 
-def _is_too_large(tile: Tile, groups: int, tokens: int) -> bool:
+def _is_too_large(tile: Tile, groups: int, tokens: int, products: int) -> bool:
     half = tile.tokens // 2
     computed, of_half = -(-tokens // tile.tokens) * tile.tokens, -(-tokens // half) * half
     is_rather_empty = 4 * computed > 5 * of_half
-    return is_rather_empty or tile.blocks(groups, tokens) < MANY_BLOCKS
+    return is_rather_empty or products * tile.blocks(groups, tokens) < MANY_BLOCKS
 
 
 def gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:
     """Return the kernel of a tile, which is launched where the tile is the best one."""
 
     def blocks(words: Words) -> int:
-        groups, tokens = words[2], words[7]
-        is_best = best_tile(tiles, groups, tokens) == tile
-        return tile.blocks(groups, tokens) if is_best else 0
+        groups, tokens, products = words[2], words[7], max(1, words[SERIES])
+        is_best = best_tile(tiles, groups, tokens, products) == tile
+        return products * tile.blocks(groups, tokens) if is_best else 0
 
     def shared(words: Words) -> int:
         return tile.shared
@@ -125,7 +133,8 @@ def gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:
 
 
 def _gemm(tiles: Sequence[Tile]) -> Twin:
-    return Twin("aiiaaaiaii", tuple(gemm_kernel(tiles, tile) for tile in tiles))
+    kernels = tuple(gemm_kernel(tiles, tile) for tile in tiles)
+    return Twin("aiiaaaiaii", kernels, series=SERIES)
 
 
 EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}

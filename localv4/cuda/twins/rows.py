@@ -6,6 +6,9 @@ THREADS = 256
 SPAN = 1024
 """Columns of a row that a block of threads does (`rows.cu`)."""
 
+ROUNDINGS = 12
+"""The word of a rounding that has the number of those that it stands for."""
+
 NORM_THREADS = 512
 MOST_NORMS = 4096
 """Blocks of threads that norm rows in turn: more than run at the same time anywhere."""
@@ -20,7 +23,7 @@ def _cleared(words: Words) -> int:
 
 
 def _rounded(words: Words) -> int:
-    return _spans(words[4], words[5])
+    return max(1, words[ROUNDINGS]) * _spans(words[4], words[5])
 
 
 def _gated(words: Words) -> int:
@@ -50,6 +53,8 @@ ROWS = {
     ),
     "rows.swiglu": Twin("aaiaifii", (Kernel("rows.cu", "swiglu", THREADS, _gated),)),
     "single_token.quantize": Twin(
-        "aiaiiaaai", (Kernel("rows.cu", "quantize", THREADS, _rounded, joins=6),)
+        "aiaiiaaai",
+        (Kernel("rows.cu", "quantize", THREADS, _rounded, joins=6),),
+        series=ROUNDINGS,
     ),
 }
