@@ -95,9 +95,9 @@ def test_short_prompts_are_read_together(engine: Engine, monkeypatch: pytest.Mon
     network, chunks = engine.network, []
     forward = network.forward_many
 
-    def noted(ids: np.ndarray, states: list[object], counts: list[int]) -> np.ndarray:
+    def noted(ids: np.ndarray, states: list[object], counts: list[int], wanted: int) -> np.ndarray:
         chunks.append(list(counts))
-        return forward(ids, states, counts)  # type: ignore[arg-type]
+        return forward(ids, states, counts, wanted)  # type: ignore[arg-type]
 
     monkeypatch.setattr(network, "forward_many", noted)
     monkeypatch.setattr(network, "chunk_tokens", 40)
@@ -113,11 +113,13 @@ def test_prompts_that_get_no_memory_wait(engine: Engine, monkeypatch: pytest.Mon
     jobs = [job(engine, text, max_tokens=8) for text in QUESTIONS]
     forward, refused = engine.network.forward_many, []
 
-    def short_of_memory(ids: np.ndarray, states: list[object], counts: list[int]) -> np.ndarray:
+    def short_of_memory(
+        ids: np.ndarray, states: list[object], counts: list[int], wanted: int
+    ) -> np.ndarray:
         if len(states) > 2:
             refused.append(len(states))
             raise MemoryError
-        return forward(ids, states, counts)  # type: ignore[arg-type]
+        return forward(ids, states, counts, wanted)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine.network, "forward_many", short_of_memory)
     batcher = Batcher(engine, len(jobs))
@@ -293,7 +295,7 @@ def test_memory_that_runs_out_costs_no_row(engine: Engine, monkeypatch: pytest.M
 def test_a_lone_prompt_without_memory_is_told_what_helps(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, wanted: int) -> None:
         raise MemoryError
 
     monkeypatch.setattr(engine.network, "forward_many", full)

@@ -102,6 +102,16 @@ def test_chunks_and_threads_change_no_bit(official: Transformer) -> None:
         assert np.array_equal(logits(make_fast(official, threads), IDS, chunks), whole)
 
 
+@pytest.mark.parametrize("kind", ["exact", "fast"])
+def test_only_the_wanted_vectors_come_back(official: Transformer, kind: str) -> None:
+    network = official if kind == "exact" else make_fast(official)
+    ids = np.arange(5, 17)
+    whole = network.forward(ids, network.new_state())
+    for wanted in (1, 3, 40):
+        last = network.forward(ids, network.new_state(), wanted)
+        np.testing.assert_array_equal(last, whole[-wanted:])
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_a_small_cache_changes_no_bit(official: Transformer, share: float) -> None:
     nbytes = int(Experts([layer.experts for layer in official.weights.layers]).nbytes.sum())

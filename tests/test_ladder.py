@@ -269,7 +269,9 @@ class NoNetwork:
     def new_state(self) -> State:
         return State(self.config, self.slack, COMPACT)
 
-    def forward(self, ids: NDArray[np.int64], state: State) -> NDArray[np.float32]:
+    def forward(
+        self, ids: NDArray[np.int64], state: State, wanted: int | None = None
+    ) -> NDArray[np.float32]:
         state.begin(len(ids))
         for layer in state.layers if state.passer is not None and len(ids) > 1 else ():
             for first in range(0, len(ids), PASS):

@@ -36,6 +36,7 @@ class Mirrors:
         self._ranges: dict[int, tuple[int, int]] = {}  # of a start: its end, the device address
         self._held: dict[int, object] = {}  # arrays live as long as their twins
         self._holders: dict[int, int] = {}  # how many hold an array, by its start
+        self._known: dict[int, int] = {}  # device addresses that were asked for, while names stay
         self._version = 0  # of all names
         self._tables: dict[
             int, tuple[int, bytes]
@@ -80,14 +81,19 @@ class Mirrors:
         """Let a range of host addresses stand for a range of the device, which others own."""
         if start not in self._ranges:
             bisect.insort(self._starts, start)
-        self._version += 1
+        self._change()
         self._ranges[start] = (start + nbytes, device)
 
     def forget(self, start: int) -> None:
         """Take back `name`."""
         if self._ranges.pop(start, None) is not None:
             self._starts.remove(start)
-            self._version += 1
+            self._change()
+
+    def _change(self) -> None:
+        """Note that addresses have other names."""
+        self._version += 1
+        self._known.clear()
 
     def drop(self, array: Array) -> None:
         """Free the twin of an array."""
@@ -109,9 +115,10 @@ class Mirrors:
         """Return the device address for a host address, 0 for 0; raises KeyError without one."""
         if host == 0:
             return 0
-        found = self._find(host)
+        found = self._known.get(host) or self._find(host)
         if found is None:
             raise KeyError(f"nothing on the GPU stands for host address {host:#x}")
+        self._known[host] = found
         return found
 
     def _find(self, host: int) -> int | None:

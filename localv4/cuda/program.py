@@ -1,6 +1,7 @@
 """Programs of the fast engine as launches on a GPU."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,5 +183,5 @@ class Translator:
             self._scratch = self._gpu.allocate(total)
             self._scratch_bytes = total
             self.nbytes += total
-        ends = np.cumsum([0, *rounded]).tolist()
+        ends = accumulate(rounded, initial=0)
         return [self._scratch + end if size else 0 for size, end in zip(sizes, ends, strict=False)]

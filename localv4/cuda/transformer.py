@@ -110,18 +110,26 @@ class GpuTransformer(FastTransformer):
         self.vram.close()
         self.vram.host.close()
 
-    def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+    def forward(
+        self, token_ids: NDArray[np.int64], state: State, wanted: int | None = None
+    ) -> Floats:
         """Process tokens as the host does; it goes on alone when the GPU has no memory left."""
-        here = partial(super().forward, token_ids, state)
-        return self._here_or_alone([state], here, lambda alone: alone.forward(token_ids, state))
+        here = partial(super().forward, token_ids, state, wanted)
+        return self._here_or_alone(
+            [state], here, lambda alone: alone.forward(token_ids, state, wanted)
+        )
 
     def forward_many(
-        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+        self,
+        token_ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        wanted: int | None = None,
     ) -> Floats:
         """Process the next tokens of several sequences as the host does."""
-        here = partial(super().forward_many, token_ids, states, counts)
+        here = partial(super().forward_many, token_ids, states, counts, wanted)
         return self._here_or_alone(
-            states, here, lambda alone: alone.forward_many(token_ids, states, counts)
+            states, here, lambda alone: alone.forward_many(token_ids, states, counts, wanted)
         )
 
     def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
@@ -162,9 +170,13 @@ class GpuTransformer(FastTransformer):
         self._alone.cancelled = self.cancelled
 
     def _read(
-        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+        self,
+        token_ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        wanted: int | None,
     ) -> Floats:
-        return self._many.run(token_ids, states, counts)
+        return self._many.run(token_ids, states, counts, wanted)
 
     def _decode(self, token_ids: NDArray[np.int64], state: State) -> Floats:
         return self._one.run(token_ids, state)

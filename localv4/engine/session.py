@@ -143,7 +143,7 @@ class Session:
         changes speed but no result. `on_progress(done, total)` is called after each chunk.
         Raises Cancelled when the event is set; finished chunks stay.
         """
-        for vectors in self._process(token_ids, chunk, on_progress, cancelled):
+        for vectors in self._process(token_ids, chunk, on_progress, cancelled, wanted=1):
             last = vectors[-1:]
         if len(token_ids) > 1:
             self.ladder.note_prompt(self.position)
@@ -152,7 +152,7 @@ class Session:
 
     def read(self, token_ids: Sequence[int], cancelled: threading.Event | None = None) -> None:
         """Process tokens as `extend` does, without the logits after the last one."""
-        for _ in self._process(token_ids, None, None, cancelled):
+        for _ in self._process(token_ids, None, None, cancelled, wanted=1):
             pass
         self.ladder.note_prompt(self.position)
 
@@ -167,8 +167,13 @@ class Session:
         chunk: int | None,
         on_progress: Progress | None,
         cancelled: threading.Event | None,
+        *,
+        wanted: int | None = None,
     ) -> Iterator[Floats]:
-        """Yield the final vectors (tokens, hidden) of each chunk; there is at least one."""
+        """Yield the final vectors (tokens, hidden) of each chunk; there is at least one.
+
+        At most those of the last `wanted` tokens of each, if given.
+        """
         ids = self._checked(token_ids)
         start = 0
         use_threads(self.network.threads)
@@ -180,7 +185,7 @@ class Session:
                 left = ids.shape[0] - start
                 size = -(-left // -(-left // size))  # equal parts: a short one costs as much
                 part = ids[start : start + size]
-                vectors = self._pass(part)
+                vectors = self._pass(part, wanted)
                 self.tokens.extend(part.tolist())
                 self._climb(part.shape[0])
                 start += part.shape[0]
@@ -195,14 +200,14 @@ class Session:
         finally:
             self.network.cancelled = None
 
-    def _pass(self, part: NDArray[np.int64]) -> Floats:
+    def _pass(self, part: NDArray[np.int64], wanted_vectors: int | None) -> Floats:
         """Process some tokens; put up the rungs that they pass where the rings move on."""
         first, end = self.position, self.position + len(part)
         wanted = wanted_rungs(first, end - self.network.slack) if self._keeps_snapshots else ()
         passing = Passing(wanted)
         self._state.passer = passing
         try:
-            vectors = self.network.forward(part, self._state)
+            vectors = self.network.forward(part, self._state, wanted_vectors)
         finally:
             self._state.passer = None
         for rung in passing.taken(self._state):
@@ -257,7 +262,8 @@ def extend_together(
     use_threads(network.threads)
     network.cancelled = cancelled
     try:
-        network.forward_many(np.concatenate(ids), [session.state for session in sessions], counts)
+        states = [session.state for session in sessions]
+        network.forward_many(np.concatenate(ids), states, counts, wanted=1)
     except MemoryError:
         raise DoesNotFitError(
             f"out of memory in a prompt of {max(counts)} tokens", hint=remedy(network)

@@ -165,38 +165,49 @@ class FastTransformer:
             "workspace": buffers + self._network.nbytes,
         }
 
-    def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+    def forward(
+        self, token_ids: NDArray[np.int64], state: State, wanted: int | None = None
+    ) -> Floats:
         """Process tokens at `state.position` and return their final vectors (tokens, hidden).
 
-        token_ids (tokens,) must be in the vocabulary and at most `chunk_tokens` many. When anything
-        is raised on the way, the state still stands before the tokens.
+        token_ids (tokens,) must be in the vocabulary and at most `chunk_tokens` many; only the
+        vectors of the last `wanted`, one or more, are returned, if given. When anything is raised
+        on the way, the state still stands before the tokens.
         """
         with self.store.in_use():
             if len(token_ids) == 1:
                 vectors = self._decode(token_ids, state)
             else:
-                vectors = self._read(token_ids, [state], [len(token_ids)])
+                vectors = self._read(token_ids, [state], [len(token_ids)], wanted)
         state.advance(len(token_ids))
         return vectors
 
     def forward_many(
-        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+        self,
+        token_ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        wanted: int | None = None,
     ) -> Floats:
         """Process the next tokens of several sequences, `counts` of each, one after the other.
 
-        Returns their final vectors (tokens, hidden), each with the bits that it has alone; takes at
-        most `chunk_tokens` in all. When anything is raised, the states still stand before them.
+        Returns final vectors as `forward` does, each with the bits that it has alone; takes at most
+        `chunk_tokens` in all. When anything is raised, the states still stand before them.
         """
         if len(states) == 1:
-            return self.forward(token_ids, states[0])
+            return self.forward(token_ids, states[0], wanted)
         with self.store.in_use():
-            vectors = self._read(token_ids, states, counts)
+            vectors = self._read(token_ids, states, counts, wanted)
         for state, count in zip(states, counts, strict=True):
             state.advance(count)
         return vectors
 
     def _read(
-        self, token_ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+        self,
+        token_ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        wanted: int | None,
     ) -> Floats:
         """Process some tokens of prompts; take more at a time from now on if they had to wait.
 
@@ -205,9 +216,9 @@ class FastTransformer:
         """
         store, held = self.store, self._many.nbytes
         if not isinstance(store, PagedStore):
-            return self._many.run(token_ids, states, counts)
+            return self._many.run(token_ids, states, counts, wanted)
         waited_s, start = store.counts.wait_s, time.perf_counter()
-        vectors = self._many.run(token_ids, states, counts)
+        vectors = self._many.run(token_ids, states, counts, wanted)
         waited_s = store.counts.wait_s - waited_s
         added = self._many.nbytes - held
         if len(token_ids) > CHUNK_TOKENS:  # smaller chunks have their part in every plan

@@ -48,22 +48,33 @@ class ChunkPlan:
         owners = (self._chunk, self._attention, self._waves)
         return sum(buffer_bytes(owner) for owner in owners if owner is not None)
 
-    def run(self, ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]) -> Floats:
+    def run(
+        self,
+        ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        wanted: int | None = None,
+    ) -> Floats:
         """Process `counts` tokens of each sequence; return their final vectors (tokens, hidden).
 
-        When anything is raised, the states have what they had before.
+        Only those of the last `wanted` tokens, if given. When anything is raised, the states have
+        what they had before.
         """
         sizes = zip(states, counts, strict=True)
         held = [state.hold() for state, count in sizes if count > self._together]
         try:
-            return self._run(ids, states, counts)
+            return self._run(ids, states, counts, len(ids) if wanted is None else wanted)
         except BaseException:
             for put_back in held:
                 put_back()
             raise
 
     def _run(
-        self, ids: NDArray[np.int64], states: Sequence[State], counts: Sequence[int]
+        self,
+        ids: NDArray[np.int64],
+        states: Sequence[State],
+        counts: Sequence[int],
+        wanted: int,
     ) -> Floats:
         network, tokens = self._network, len(ids)
         starts = [state.position for state in states]
@@ -93,12 +104,17 @@ class ChunkPlan:
                 routes.append(chunk.chosen[:tokens].astype(np.int16))
         if network.on_routes is not None:
             network.on_routes(np.stack(routes, 1), True)
+        return self._finish(chunk, tokens, min(wanted, tokens))
+
+    def _finish(self, chunk: ChunkBuffers, tokens: int, wanted: int) -> Floats:
+        """Return the final vectors of the last `wanted` tokens."""
+        network, last = self._network, chunk.part(tokens - wanted)
         program = network.new_program()
-        network.head_site.add_mixing(program, chunk, tokens, updates=2, leaves=True)
-        network.head_site.add_head_entry(program, chunk, tokens)
+        network.head_site.add_mixing(program, last, wanted, updates=2, leaves=True)
+        network.head_site.add_head_entry(program, last, wanted)
         network.run(program)
-        network.fetch(chunk.x.values[:tokens])
-        return chunk.x.values[:tokens].copy()
+        network.fetch(last.x.values[:wanted])
+        return last.x.values[:wanted].copy()
 
     def _buffers(self, tokens: int, end: int) -> tuple[ChunkBuffers, AttentionBuffers, WaveBuffers]:
         """Return buffers for so many tokens, the last of them before position `end`."""

@@ -299,7 +299,7 @@ class State:
     def hold(self) -> Callable[[], None]:
         """Copy the rings. Returns the function that puts them back as they are now."""
         self.read_back()
-        rings = [ring for layer in self.layers for ring in layer.rings]
+        rings = [ring for layer in self.layers for ring in layer.rings if self._written > 0]
         copies = [ring.values.copy() for ring in rings]
         written = self._written
 

@@ -102,11 +102,14 @@ class Transformer:
         """Return the state of an empty sequence."""
         return State(self.config, SLACK_TOKENS, self.rows, self.row_memory)
 
-    def forward(self, token_ids: NDArray[np.int64], state: State) -> Floats:
+    def forward(
+        self, token_ids: NDArray[np.int64], state: State, wanted: int | None = None
+    ) -> Floats:
         """Process tokens at `state.position` and return their final vectors (tokens, hidden).
 
-        token_ids (tokens,) must be in the vocabulary and at most `state.slack` many. When anything
-        is raised on the way, the state still stands before the tokens.
+        token_ids (tokens,) must be in the vocabulary and at most `state.slack` many; only the
+        vectors of the last `wanted`, one or more, are returned, if given. When anything is raised
+        on the way, the state still stands before the tokens.
         """
         state.begin(token_ids.shape[0])
         embedded = look_up(self.weights.embed, token_ids)
@@ -115,7 +118,8 @@ class Transformer:
             state.make_way(token_ids.shape[0], index)
             streams = block(streams, token_ids, layer_state, state.position)
         state.advance(token_ids.shape[0])
-        return self.head_hc.collapse_head(streams)
+        first = 0 if wanted is None else max(0, token_ids.shape[0] - wanted)
+        return self.head_hc.collapse_head(streams[first:])
 
     def decode_rows(self, token_ids: NDArray[np.int64], states: Sequence[State]) -> Floats:
         """Process one token (rows,) of each of several sequences, one after the other.

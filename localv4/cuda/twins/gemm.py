@@ -7,6 +7,7 @@ than a wave: so much scratch memory keeps the products of all slots until they a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 from localv4.cuda.twin import Kernel, Twin, Words, nothing
 from localv4.kernels.activations import SUMS_BYTES
@@ -23,6 +24,9 @@ MANY_BLOCKS = 256
 
 SERIES = 11
 """The word of a product that has the number of those that it stands for."""
+
+KNOWN_SIZES = 256
+"""Sizes of products whose tiles are remembered: all kernels ask for each, time and again."""
 
 FEW_TOKENS = 16
 """Tokens that one tile takes, so that the weights are read once."""
@@ -117,12 +121,16 @@ def _is_too_large(tile: Tile, groups: int, tokens: int, products: int) -> bool:
     return is_rather_empty or products * tile.blocks(groups, tokens) < MANY_BLOCKS
 
 
-def gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:
-    """Return the kernel of a tile, which is launched where the tile is the best one."""
+def gemm_kernels(tiles: Sequence[Tile]) -> tuple[Kernel, ...]:
+    """Return the kernels of some tiles, of which the one of the best tile is launched."""
+    best = lru_cache(KNOWN_SIZES)(partial(best_tile, tiles))
+    return tuple(_gemm_kernel(tile, best) for tile in tiles)
 
+
+def _gemm_kernel(tile: Tile, best: Callable[[int, int, int], Tile]) -> Kernel:
     def blocks(words: Words) -> int:
         groups, tokens, products = words[2], words[7], max(1, words[SERIES])
-        is_best = best_tile(tiles, groups, tokens, products) == tile
+        is_best = best(groups, tokens, products) is tile
         return products * tile.blocks(groups, tokens) if is_best else 0
 
     def shared(words: Words) -> int:
@@ -133,8 +141,7 @@ def gemm_kernel(tiles: Sequence[Tile], tile: Tile) -> Kernel:
 
 
 def _gemm(tiles: Sequence[Tile]) -> Twin:
-    kernels = tuple(gemm_kernel(tiles, tile) for tile in tiles)
-    return Twin("aiiaaaiaii", kernels, series=SERIES)
+    return Twin("aiiaaaiaii", gemm_kernels(tiles), series=SERIES)
 
 
 EXPERT_STAGES = {MX4: 2, Q4: 4, Q8: 3}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from localv4.cuda.twin import Kernel, Twin, Words
-from localv4.cuda.twins.gemm import FEW_TOKENS, Tile, best_tile, gemm_kernel
+from localv4.cuda.twins.gemm import FEW_TOKENS, Tile, best_tile, gemm_kernels
 from localv4.kernels.packed import F8, PackedFormat
 from localv4.kernels.packing_floats import B16, F32R
 
@@ -52,8 +52,7 @@ def _twin(fmt: PackedFormat, superblocks: int) -> Twin:
         FloatTile(fmt, 1, 32, 4, 3, 1, SOURCE),
         FloatTile(fmt, 2, 64, 4, 3, 1, SOURCE),
     )
-    products = (gemm_kernel(tiles, tile) for tile in tiles)
-    return Twin("aiiaaiiaii", (_splitting(tiles), *products))
+    return Twin("aiiaaiiaii", (_splitting(tiles), *gemm_kernels(tiles)))
 
 
 MANY_FLOAT_PRODUCTS = {
