@@ -85,6 +85,20 @@ def test_an_unfinished_build_is_completed(tmp_path: Path) -> None:
     assert run(code, tmp_path) == f"True {folder}\n3"
 
 
+LATER_FAMILY = """
+from localv4.kernels import compiler, probes, routing
+print(compiler.are_compiled({probes.PROBES}))
+compiler.find_unit("localv4.kernels.routing:add_rows").make(keep=True)  # as its first call does
+compiler.compile_kernels({probes.PROBES})
+"""
+
+
+def test_another_family_is_complete_though_some_kernel_was_called_before(tmp_path: Path) -> None:
+    run(PROCESSORS.format(2) + START, tmp_path)
+    code = PROCESSORS.format(2) + LATER_FAMILY
+    assert [run(code, tmp_path) for _ in range(2)] == ["False", "True"]
+
+
 FULL_DISK = """
 import errno
 from unittest import mock

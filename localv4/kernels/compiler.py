@@ -247,9 +247,9 @@ def compile_kernels(
     names = {COMMON, *families}
     wanted = [unit for unit in _units if unit.family in names]
     _despite_damage(lambda: _build(wanted, on_progress or _ignore))
-    if all(unit.is_kept for unit in wanted):
-        with suppress(OSError):
-            for name in names:
+    with suppress(OSError):
+        for name in names:
+            if all(unit.is_kept for unit in wanted if unit.family == name):
                 _mark(name).touch()
 
 
