@@ -1,5 +1,6 @@
 """What a batch takes from the plan for memory, and what its report makes of the counts."""
 
+import json
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_cost_at_the_price_of_the_api(capsys: pytest.CaptureFixture[str]) -> Non
         allow=("*.json",),
         api_price=price,
     )
-    report = Report(Path("out.jsonl"), spec, 3, 1, False, True)
+    report = Report(Path("out.jsonl"), spec, 3, 1, 0, False, True)
     report._stats = BatchStats(reused_tokens=1000)
     usage = {"prompt_tokens": 3000, "completion_tokens": 500}
     report.note({"response": {"body": {"usage": usage}}, "error": None})
@@ -123,3 +124,12 @@ def test_cost_at_the_price_of_the_api(capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().err
     assert "1 of 2 rows answered (1 failed, 1 were done before)" in said
     assert "10 $ and 100 $ per million): 0.0710 $" in said
+
+
+def test_rows_that_failed_before_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(Path("out.jsonl"), None, 16, 16, 11, False, True)
+    report.finish(as_json=True, stats=False)
+    out, said = capsys.readouterr()
+    assert json.loads(out)["failed_before"] == 11
+    assert "nothing to do: all of 16 rows are in out.jsonl" in said
+    assert "11 rows failed before; without their lines in the output they are tried again" in said

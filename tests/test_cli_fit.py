@@ -147,6 +147,7 @@ def test_headers_on_the_hub(
         (("v4-flash", "--rate", "0Mbit/s"), 2, "--rate is"),
         (("v4-flash", "-m", "v4-pro"), 2, "given twice"),
         (("v4-flash", "--ctx-size", "0"), 2, "--ctx-size is 0"),
+        (("v4-flash", "--ctx-size", "99999999"), 4, "the model allows 1048576 tokens"),
     ],
 )
 def test_mistakes_end_in_one_line(

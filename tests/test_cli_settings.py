@@ -74,6 +74,13 @@ def test_lines_name_every_setting() -> None:
         Settings().with_text(name, value)
 
 
+def test_whole_numbers_are_shown_with_all_digits() -> None:
+    lines = dict(Settings(seed=1234567, max_tokens=2_000_000).lines())
+    assert (lines["seed"], lines["max-tokens"]) == ("1234567", "2000000")
+    with pytest.raises(UsageError, match=f"from 0 to {2**63 - 1}, not {2**63}"):
+        Settings().with_values({"seed": 2**63})
+
+
 def write_config(folder: Path, text: str) -> Path:
     (folder / "generation_config.json").write_text(text)
     return folder

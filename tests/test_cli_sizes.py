@@ -31,5 +31,5 @@ def test_what_is_no_size(text: str) -> None:
 def test_rates() -> None:
     assert parse_rate("90GB/s", "--x") == parse_rate("90GB", "--x") == 90e9
     assert parse_rate("100Mbit/s", "--x") == 100e6 / 8
-    with pytest.raises(UsageError, match="--x is"):
+    with pytest.raises(UsageError, match="--x is 'fast', expected a speed such as 90GB/s or 100Mb"):
         parse_rate("fast", "--x")

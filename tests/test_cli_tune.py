@@ -127,7 +127,7 @@ def test_the_picture_of_a_toy_has_smaller_units() -> None:
     ("arguments", "code", "message"),
     [
         ((), 2, "give a trace or --synthetic"),
-        (("TRACE", "--synthetic", "diverse"), 2, "give a trace or --synthetic"),
+        (("TRACE", "--synthetic", "diverse"), 2, "give a trace or --synthetic, not both"),
         (("none",), 1, "no trace none"),
         (("TRACE", "--ram", "11GiB"), 2, "less than one token and a half needs"),
         (("TRACE", "--ram", "much"), 2, "--ram is 'much'"),

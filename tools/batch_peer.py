@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The process in which measure_batch.py times llama.cpp: several sequences, a token of each a step.
 
 It imports nothing of localv4, since another interpreter runs it: one that has llama-cpp-python. The

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measure what a long context costs: bytes of decoder state, and the time that attention takes.
 
     python tools/measure_context.py --positions 4096 65536 1048576 --kv-dir DIR --kv-ram 1GiB

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Times the CUDA kernels at the dimensions of DeepSeek-V4-Flash on a GPU; prints Markdown.
 
     python tools/measure_cuda_kernels.py [decode] [many] [rest] [--only TEXT]

@@ -178,6 +178,8 @@ def batch(
         raise UsageError("--raw has no chat format: no system prompt and no thinking")
     values = sampling.values()
     machine = Machine(engine.setup(ctx_size), parallel, ray)
+    if ray is not None:
+        _check_ray()
     part = parse_shard(shard)
     job = Job(
         rows=scan(input_file),
@@ -194,6 +196,13 @@ def batch(
     own = _recommended(found, checkpoint).with_values(values)
     settings = _settings(found, model, own, thinking, effort, tuple(stop or ()), system, raw)
     _run(job, Asked(found, weights_fingerprint(checkpoint), settings, machine))
+
+
+def _check_ray() -> None:
+    """Raise UsageError without the library, before there is an output."""
+    from localv4.engine.ray_cluster import import_ray
+
+    import_ray()
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -280,7 +289,10 @@ def _run(job: Job, asked: Asked) -> None:
         mine = [place for place in job.rows.places if place.line % count == number % count]
         todo = [place for place in mine if place.custom_id not in file.done]
         before = len(mine) - len(todo)
-        report = Report(job.output, asked.model.spec, len(mine), before, job.quiet, job.no_color)
+        report = Report(
+            *(job.output, asked.model.spec, len(mine), before, file.failed),
+            *(job.quiet, job.no_color),
+        )
         if todo:
             cancelled = Cancellation()
             if asked.machine.ray is None:

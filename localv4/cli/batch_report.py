@@ -35,11 +35,12 @@ class Report:
         spec: "ModelSpec | None",
         rows: int,
         before: int,
+        failed_before: int,
         quiet: bool,
         no_color: bool,
     ) -> None:
         self._output, self._spec = output, spec
-        self._rows, self._before = rows, before
+        self._rows, self._before, self._failed_before = rows, before, failed_before
         self._quiet, self._no_color = quiet, no_color
         self._answered = self._failed = 0
         self._prompt_tokens = self._completion_tokens = 0
@@ -173,7 +174,8 @@ class Report:
 
     def _summary(self) -> list[str]:
         if self._before == self._rows:
-            return [f"nothing to do: all of {self._rows} rows are in {self._output}"]
+            done = f"nothing to do: all of {self._rows} rows are in {self._output}"
+            return [done, *self._again()]
         ended = f"{self._answered} of {self._rows - self._before} rows answered"
         notes = [f"{self._failed} failed"] if self._failed else []
         notes += [f"{self._before} were done before"] if self._before else []
@@ -193,7 +195,14 @@ class Report:
                 f"at the price of the maker's API ({price.as_of}, "
                 f"{price.input_cache_miss:g} $ and {price.output:g} $ per million): {cost:.4f} $"
             )
-        return lines
+        return lines + self._again()
+
+    def _again(self) -> list[str]:
+        """Return how rows that failed in an earlier run get another try, if there are any."""
+        if not self._failed_before:
+            return []
+        rows = "1 row" if self._failed_before == 1 else f"{self._failed_before} rows"
+        return [f"{rows} failed before; without their lines in the output they are tried again"]
 
     def _details(self) -> list[str]:
         """Return what held for all rows together."""
@@ -252,6 +261,7 @@ class Report:
             "done_before": self._before,
             "answered": self._answered,
             "failed": self._failed,
+            "failed_before": self._failed_before,
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "seconds": self._seconds,

@@ -128,7 +128,7 @@ def fit(
 
     Nothing is downloaded. Exit code 4 if it does not fit.
     """
-    from localv4.engine.memory import MemoryOptions, row_format
+    from localv4.engine.memory import MemoryOptions, check_ctx_size, row_format
     from localv4.planning.assessment import Request
     from localv4.planning.plan import DEFAULT_CTX
 
@@ -150,6 +150,8 @@ def fit(
 
     def answered() -> Answer:
         subject = _subject(reference, all_quants, quiet).with_rows(rows)
+        if ctx_size is not None:
+            check_ctx_size(ctx_size, subject.forms[0].config)
         return _answer(subject, request, assumed, gpu, bytes_s, routes, quiet)
 
     answer = worker.call(answered)

@@ -107,7 +107,7 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
 def disk_rows(one: Assessment, rate: float, free: int | None) -> Rows:
     """Return what the model takes on disk and how long it takes to get; `rate` in bytes/s."""
     facts = one.facts
-    is_made = facts.quant in load_recipes().by_name and facts.download_bytes is not None
+    is_made = facts.quant in load_recipes().by_name and facts.download_bytes != facts.file_bytes
     text = format_bytes(facts.file_bytes)
     rows = []
     if is_made and facts.download_bytes is not None:

@@ -65,7 +65,7 @@ class Settings:
         unset = {"seed": "random", "max_tokens": "none"}
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return [
-            (name.replace("_", "-"), unset[name] if value is None else f"{value:g}")
+            (name.replace("_", "-"), unset[name] if value is None else _shown(value))
             for name, value in pairs
         ]
 
@@ -144,6 +144,10 @@ def _checked(name: str, value: Any) -> int | float:
 
 def _describe(name: str) -> str:
     rule = RANGES[name]
-    if rule.kind is int:
-        return f"a whole number from {rule.low:.0f} to {rule.high:.0f}"
-    return f"a number from {rule.low:g} to {rule.high:g}"
+    kind = "whole number" if rule.kind is int else "number"
+    return f"a {kind} from {_shown(rule.low)} to {_shown(rule.high)}"
+
+
+def _shown(value: float) -> str:
+    """Return a number as it can be typed: all digits of a whole one."""
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -37,6 +37,11 @@ def parse_rate(text: str, option: str) -> float:
     Raises UsageError naming the option.
     """
     amount = text.strip().removesuffix("/s")
-    if amount.lower().endswith("bit"):
-        return parse_bytes(f"{amount[:-3]}B", option) / BITS
-    return float(parse_bytes(amount, option))
+    try:
+        if amount.lower().endswith("bit"):
+            return parse_bytes(f"{amount[:-3]}B", option) / BITS
+        return float(parse_bytes(amount, option))
+    except UsageError as error:
+        raise UsageError(
+            f"{option} is {text!r}, expected a speed such as 90GB/s or 100Mbit/s"
+        ) from error

@@ -106,7 +106,9 @@ def tune(
     """
     from localv4.cli.progress import Progress
 
-    if (trace is None) == (synthetic is None):
+    if trace is not None and synthetic is not None:
+        raise UsageError("give a trace or --synthetic, not both")
+    if trace is None and synthetic is None:
         raise UsageError("give a trace or --synthetic", hint="localv4 tune --synthetic calibrated")
     asked = [parse_bytes(size, "--ram") for size in ram or []]
     size = parse_bytes(expert_bytes, "--expert-bytes") if expert_bytes else None

@@ -88,12 +88,6 @@ def _mark(axes: "Axes", report: "Report") -> None:
         axes.plot([start[0], end[0]], [start[1], end[1]], "o", color=BLUE, markersize=5.5)
         if end == start:
             continue
-        axes.annotate(
-            "",
-            end,
-            start,
-            arrowprops={"arrowstyle": "->", "color": BLUE, "connectionstyle": "arc3,rad=0.35"},
-        )
         more = (then.capacity_bytes - capacity) / units.memory
         axes.annotate(
             f"{more:.3g} {units.memory_name} more:\n"

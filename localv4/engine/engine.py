@@ -10,6 +10,7 @@ from localv4.engine.devices import Computing, Wanted, find_device, make_network
 from localv4.engine.expert_usage import ExpertUsage
 from localv4.engine.growing_answer import ReplyOptions
 from localv4.engine.memory import (
+    check_ctx_size,
     paging_options,
     plan_memory,
     row_memory,
@@ -18,7 +19,7 @@ from localv4.engine.memory import (
 from localv4.engine.reply import Reply
 from localv4.engine.session import Network, Progress, Session
 from localv4.engine.setup import Setup
-from localv4.errors import BadFileError, DoesNotFitError, UsageError
+from localv4.errors import BadFileError, UsageError
 from localv4.kernels.compiler import EXACT, are_compiled, compile_kernels
 from localv4.kernels.team import Team
 from localv4.kernels.threads import default_threads, most_threads
@@ -228,7 +229,7 @@ def _check_exact(checkpoint: Checkpoint, setup: Setup) -> None:
     if isinstance(checkpoint, PackedFolder):
         raise UsageError(
             f"{checkpoint.path} is packed for --numerics fast and has no weights for exact",
-            hint="leave --numerics out, or use the model that it was made from",
+            hint="use the model that it was made from, or another way than exact",
         )
     if setup.memory.kv not in (None, "f32"):
         raise UsageError(
@@ -275,13 +276,7 @@ def _phase(on_progress: OnLoad | None, phase: str) -> Progress | None:
 def _checked_ctx_size(ctx_size: int | None, config: ModelConfig) -> int:
     if ctx_size is None:
         return config.max_positions
-    if ctx_size < 1:
-        raise UsageError(f"--ctx-size is {ctx_size}, expected at least 1")
-    if ctx_size > config.max_positions:
-        raise DoesNotFitError(
-            f"--ctx-size is {ctx_size}, the model allows {config.max_positions} tokens",
-            hint=f"use --ctx-size {config.max_positions} or less",
-        )
+    check_ctx_size(ctx_size, config)
     return ctx_size
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from localv4.engine.sampler import Sampler, Sampling
+from localv4.engine.session import SHORTER_PROMPT
 from localv4.errors import DoesNotFitError, UsageError
 from localv4.model.matrix import Floats
 from localv4.text.completion import Completion, CompletionStream, Delta
@@ -75,7 +76,7 @@ def _token_budget(max_tokens: int | None, prompt_tokens: int, ctx_size: int) -> 
         raise DoesNotFitError(
             f"the prompt has {prompt_tokens} tokens and leaves no room for an answer"
             f" in a context of {ctx_size}",
-            hint="use a larger context (--ctx-size) or a shorter prompt",
+            hint=SHORTER_PROMPT,
         )
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens is {max_tokens}, expected at least 1")

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from localv4.errors import UsageError
+from localv4.errors import DoesNotFitError, UsageError
 from localv4.kernels.row_operations import FORMATS, RowFormat
 from localv4.kernels.threads import default_threads
+from localv4.model.config import ModelConfig
 from localv4.paging.faults import Faults
 from localv4.paging.options import IoChoice, PagingOptions, PolicyName
 from localv4.paging.row_memory import KEYS_BYTES, RowMemory
@@ -38,6 +39,17 @@ class MemoryOptions:
     kv_dir: Path | None = None
     kv_ram: int | None = None
     faults: Faults | None = None
+
+
+def check_ctx_size(tokens: int, config: ModelConfig) -> None:
+    """Raise UsageError or DoesNotFitError for a context that a model cannot have."""
+    if tokens < 1:
+        raise UsageError(f"--ctx-size is {tokens}, expected at least 1")
+    if tokens > config.max_positions:
+        raise DoesNotFitError(
+            f"--ctx-size is {tokens}, the model allows {config.max_positions} tokens",
+            hint=f"use --ctx-size {config.max_positions} or less",
+        )
 
 
 def plan_memory(

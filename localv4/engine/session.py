@@ -22,6 +22,9 @@ Network = Transformer | FastTransformer
 
 Progress = Callable[[int, int], None]
 
+SHORTER_PROMPT = "use a shorter prompt, or a larger context (--ctx-size) if the model allows it"
+"""What helps a prompt that is longer than the context."""
+
 
 class Store(Protocol):
     """Where prefixes of timelines are kept beyond the life of a session."""
@@ -237,7 +240,7 @@ class Session:
         if self.position + ids.size > self.ctx_size:
             raise DoesNotFitError(
                 f"{self.position + ids.size} tokens do not fit into a context of {self.ctx_size}",
-                hint="use a larger context (--ctx-size) or a shorter prompt",
+                hint=SHORTER_PROMPT,
             )
         return ids
 

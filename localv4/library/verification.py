@@ -198,7 +198,8 @@ def refuse_wrong(model: InstalledModel, reports: Sequence[FileReport]) -> None:
         return
     first = wrong[0]
     tensor = f", tensor {first.tensors[0]}" if first.tensors else ""
-    more = f"; {len(wrong) - 1} more files are wrong" if len(wrong) > 1 else ""
+    others = "one more file is" if len(wrong) == 2 else f"{len(wrong) - 1} more files are"
+    more = f"; {others} wrong" if len(wrong) > 1 else ""
     if model.format == "packed":
         hint = "copy or convert the model again"
     else:
