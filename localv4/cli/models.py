@@ -48,11 +48,15 @@ def _print(models: "list[InstalledModel]", missing: "dict[str, ModelSpec]", no_c
         (model.name, model.format, format_bytes(model.nbytes), _place(model)) for model in models
     ]
     rows += [
-        (name, spec.format, size_text(spec), f"not here: {spec.repo}")
-        for name, spec in missing.items()
+        (name, spec.format, size_text(spec), _known_place(spec)) for name, spec in missing.items()
     ]
     console = terminal.make_console(sys.stdout, no_color=no_color)
     print_table(console, rows, header=("NAME", "FORMAT", "SIZE", "WHERE"), numbers=frozenset({2}))
+
+
+def _known_place(spec: "ModelSpec") -> str:
+    also = f"; also called {', '.join(spec.aliases)}" if spec.aliases else ""
+    return f"not here: {spec.repo}{also}"
 
 
 def _mention_leftovers() -> None:
@@ -95,6 +99,7 @@ def _document(model: "InstalledModel") -> dict[str, Any]:
         "source": model.source,
         "path": str(model.path),
         "repo": model.spec.repo if model.spec is not None else None,
+        "aliases": list(model.spec.aliases) if model.spec is not None else [],
     }
 
 
@@ -108,4 +113,5 @@ def _known_document(name: str, spec: "ModelSpec") -> dict[str, Any]:
         "source": None,
         "path": None,
         "repo": spec.repo,
+        "aliases": list(spec.aliases),
     }

@@ -149,7 +149,8 @@ def print_sessions(
         for session in sessions
     ]
     header = ("NAME", "MODEL", "MESSAGES", "TOKENS", "ON DISK", "USED", "ABOUT")
-    print_table(console, rows, header=header, numbers=frozenset({2, 3, 4}))
+    sizes, times = frozenset({2, 3, 4}), frozenset({5})
+    print_table(console, rows, header=header, numbers=sizes, whole=times, cuts_last=True)
 
 
 def _open() -> "tuple[SessionFolder, SavedSessions]":
