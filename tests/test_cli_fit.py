@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from loopback_hub import LoopbackHub
 from terminal import LAPTOP, Ended, needs_jit, run_here
 
+from localv4.cli.fit import Answer
 from localv4.library.installed import embedded_model_path
 from localv4.planning.plan import GIB
 
@@ -67,6 +69,20 @@ def test_the_rows_of_the_context_are_planned(tmp_path: Path) -> None:
     compact, wide = (state("--kv", name) for name in ("compact", "f32"))
     assert wide - compact == pytest.approx((per_token["f32"] - per_token["compact"]) * 2**20, 1e-4)
     assert state() == compact
+
+
+def test_a_disk_without_room_is_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = SimpleNamespace(facts=SimpleNamespace(file_bytes=100))
+
+    def lacks(source: str, free: int | None, assumed: tuple[str, ...] = ()) -> bool:
+        subject = SimpleNamespace(source=source)
+        machine = SimpleNamespace(disk_free=free, assumed=assumed)
+        answer = Answer(subject, machine, None, chosen, [], 1.0, None)  # type: ignore[arg-type]
+        return answer.lacks_disk
+
+    assert lacks("registry", 99) and not lacks("registry", 100)
+    assert not lacks("installed", 99)
+    assert not lacks("registry", None) and not lacks("registry", 99, ("disk",))
 
 
 def test_where_nothing_fits_the_smallest_form_is_told(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_files_that_are_not_there(tmp_path: Path, folder: Path) -> None:
     done = run_here("verify", str(folder), home=tmp_path)
     assert (done.code, "missing: the file is not there" in done.stdout) == (5, True)
     (folder / NAMES[1]).unlink()
-    assert "1 more files are wrong" in run_here("verify", str(folder), home=tmp_path).stderr
+    assert "; one more file is wrong" in run_here("verify", str(folder), home=tmp_path).stderr
 
 
 def test_no_digests(tmp_path: Path) -> None:

@@ -38,6 +38,13 @@ def test_official_model_in_the_cache(home: Path) -> None:
         assert resolve(reference) == model
 
 
+def test_a_form_that_quantize_makes_says_how(home: Path) -> None:
+    with pytest.raises(NotFoundError, match="v4-flash:q4 is not installed") as error:
+        resolve("v4-flash:q4")
+    wanted = "localv4 pull v4-flash, then: localv4 quantize v4-flash --recipe q4"
+    assert error.value.hint == wanted
+
+
 def test_incomplete_download(home: Path) -> None:
     folder = snapshot(home, "deepseek-ai/DeepSeek-V4-Flash", FLASH_COMMIT)
     make_model(folder, shards=46, absent=tuple(range(13, 47)))

@@ -99,6 +99,17 @@ class Answer:
     rate: float
     routing: "Routing | None"
 
+    @property
+    def disk_free(self) -> int | None:
+        """Bytes that the disk of this machine has left; None if that says nothing of this model."""
+        return None if "disk" in self.machine.assumed else self.machine.disk_free
+
+    @property
+    def lacks_disk(self) -> bool:
+        """Whether a model that is not here has no room on the disk."""
+        free, is_here = self.disk_free, self.subject.source == "installed"
+        return free is not None and not is_here and self.chosen.facts.file_bytes > free
+
 
 def fit(
     model_argument: FitModel = None,
@@ -302,6 +313,8 @@ def _print_answer(console: "Console", answer: Answer) -> None:
     name = terminal.sanitize_line(one.facts.name)
     colour = report.COLOURS[one.verdict]
     console.print(Text.assemble((name, "bold"), "  ", (report.headline(one), colour)))
+    if answer.lacks_disk:
+        console.print(Text("the disk has no room for it: see Disk below", style="red"))
     if not one.facts.is_exact:
         console.print(Text("estimated from the size of its files", style="dim"))
     console.print()
@@ -314,8 +327,7 @@ def _print_answer(console: "Console", answer: Answer) -> None:
         console.print()
     if one.gpu is not None:
         print_section(console, "GPU memory", gpu_memory_rows(one.gpu))
-    free = None if "disk" in machine.assumed else machine.disk_free
-    print_section(console, "Disk", report.disk_rows(one, answer.rate, free))
+    print_section(console, "Disk", report.disk_rows(one, answer.rate, answer.disk_free))
     forms = [other.facts for other in answer.found]
     changes = what_would_change(one, machine, answer.request, forms, answer.routing)
     if changes:
@@ -367,6 +379,7 @@ def _document(answer: Answer) -> dict[str, Any]:
         "machine": report.machine_document(answer.machine),
         "chosen": report.assessment_document(answer.chosen),
         "forms": [report.assessment_document(one) for one in answer.found],
+        "lacks_disk": answer.lacks_disk,
         "download_s": (answer.chosen.facts.download_bytes or 0) / answer.rate,
         "changes": [
             {"what": change.what, "decode_tok_s": change.tok_s, "fits": change.fits}

@@ -318,9 +318,10 @@ def _download_hint(name: str, quant: str, spec: ModelSpec) -> str:
     published = {label.lower(): label for label in spec.quants}
     if published and quant.lower() not in published:
         return "choose one: " + ", ".join(f"{name}:{label}" for label in spec.quants)
-    return (
-        f"localv4 pull {name}:{published[quant.lower()]}" if published else f"localv4 pull {name}"
-    )
+    if published:
+        return f"localv4 pull {name}:{published[quant.lower()]}"
+    made = f", then: localv4 quantize {name} --recipe {quant}" if quant else ""
+    return f"localv4 pull {name}{made}"
 
 
 def _unknown(reference: str, registry: Registry, installed: list[InstalledModel]) -> NotFoundError:
