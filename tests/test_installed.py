@@ -209,6 +209,12 @@ def test_incomplete_models_are_told_apart(
         resolve("mine")
 
 
+def test_endings_of_names_may_be_in_capitals(home: Path) -> None:
+    file = make_gguf(home / "files" / "X-Q4_0.gguf")
+    file = file.rename(file.with_suffix(".GGUF"))
+    assert resolve(str(file)).path == file and resolve(str(file)).format == "gguf"
+
+
 def test_a_missing_gguf_part(home: Path) -> None:
     make_gguf(home / "home" / "models" / "m" / "x-Q4_0.gguf", parts=3, absent=(2,))
     assert list_incomplete()[0].problem == "1 of 3 parts are missing"

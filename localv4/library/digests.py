@@ -160,7 +160,7 @@ def tensors_in(path: Path, ranges: list[tuple[int, int]]) -> list[str]:
     Returns nothing where the header itself cannot be read any more.
     """
     try:
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             with closing(open_gguf(path)) as checkpoint:
                 index = [file.name for file in checkpoint.files].index(path.name)
                 tensors = [item for item in checkpoint.tensors.values() if item.file == index]

@@ -149,7 +149,7 @@ def _scan(registry: Registry) -> Iterator[InstalledModel]:
 
 def _scan_home(registry: Registry) -> Iterator[InstalledModel]:
     for entry in _entries(paths.models_dir()):
-        name = entry.stem if entry.suffix == ".gguf" else entry.name
+        name = entry.stem if entry.suffix.lower() == ".gguf" else entry.name
         own_name = registry.find(name)
         spec = registry.models[own_name] if own_name else None
         sets = _weight_sets(entry)
@@ -212,7 +212,7 @@ def _entries(folder: Path) -> list[Path]:
         found = sorted(item for item in folder.iterdir() if not item.name.startswith("."))
     except OSError:
         return []
-    return [item for item in found if item.is_dir() or item.suffix == ".gguf"]
+    return [item for item in found if item.is_dir() or item.suffix.lower() == ".gguf"]
 
 
 def _weight_sets(path: Path) -> list[WeightSet]:
@@ -242,7 +242,7 @@ def _looks_like_path(reference: str) -> bool:
     separators = {os.sep, os.altsep or os.sep, "/"}
     return (
         reference.startswith(("~", "."))
-        or reference.endswith((".gguf", ".safetensors"))
+        or reference.lower().endswith((".gguf", ".safetensors"))
         or any(separator in reference for separator in separators)
     )
 
@@ -270,9 +270,9 @@ def _from_path(path: Path) -> InstalledModel:
 
 
 def _from_file(path: Path) -> InstalledModel:
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _at_path(path.stem, replace(gguf_set_of(path), path=path))
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return InstalledModel(
             path.stem, path, "path", "safetensors", path.stat().st_size, spec=None
         )

@@ -124,7 +124,7 @@ def _packed_set(folder: Path, label: str) -> WeightSet:
 
 def _safetensors_set(folder: Path, label: str) -> WeightSet | None:
     """Describe the safetensors model in `folder`, None when no weight file is there."""
-    files = {file.name: file for file in _limited(folder) if file.suffix == ".safetensors"}
+    files = {file.name: file for file in _limited(folder) if file.suffix.lower() == ".safetensors"}
     present = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
     if not present:
         return None
@@ -198,7 +198,7 @@ def is_companion(name: str) -> bool:
 
 def _gguf_files(folder: Path) -> Iterator[Path]:
     for file in _limited(folder):
-        if file.suffix == ".gguf" and file.is_file() and not is_companion(file.name):
+        if file.suffix.lower() == ".gguf" and file.is_file() and not is_companion(file.name):
             yield file
 
 

@@ -128,7 +128,7 @@ def _something_to_read(place: Path, record_bytes: int, seconds: float) -> Iterat
     try:
         files = [place]
         if place.is_dir():
-            files = [file for file in place.iterdir() if file.suffix in _MODEL_FILES]
+            files = [file for file in place.iterdir() if file.suffix.lower() in _MODEL_FILES]
         sizes = {file: file.stat().st_size for file in files if file.is_file()}
         largest = max(sizes, key=lambda file: sizes[file], default=None)
         if largest is not None and sizes[largest] >= least:
