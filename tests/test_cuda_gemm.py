@@ -7,7 +7,7 @@ from cuda_twins import needs_compiler, run_twin
 from operation_runs import ROW_GAP, Rounded, assert_same_bits, run
 from reference_packed import Bytes, Floats, address, aligned, floats
 
-from localv4.cuda.twins.gemm import TILES, best_tile
+from localv4.cuda.twins.gemm import MANY_PRODUCTS, TILES, best_tile
 from localv4.kernels.formats import OPERATIONS
 from localv4.kernels.gemm import SCRATCH_BYTES, SPARE_TOKENS
 from localv4.kernels.packed import MX4, Q4, Q8, PackedFormat
@@ -77,6 +77,9 @@ def test_large_tiles(
     shape = TILES[fmt][tile]
     rows, cols = 16 * shape.all_groups + 48, 256
     assert best_tile(TILES[fmt], rows // 16, tokens) == shape
+    words = [0, 0, rows // 16, cols, 0, 0, 0, tokens, *[0] * 16]
+    kernels = MANY_PRODUCTS[f"formats.{fmt.name.lower()}_gemm"].kernels
+    assert [k.name.endswith(f"_{shape.tokens}") for k in kernels if k.blocks(words)] == [True]
     weights = random_packed(rows, fmt, rows, cols)
     mine, theirs = products(fmt, weights, rows, activations(1, tokens, cols), tokens)
     assert_same_bits(mine, theirs)

@@ -161,7 +161,7 @@ def fit(
 
     def answered() -> Answer:
         subject = _subject(reference, all_quants, quiet).with_rows(rows)
-        if ctx_size is not None:
+        if ctx_size is not None and subject.forms:
             check_ctx_size(ctx_size, subject.forms[0].config)
         return _answer(subject, request, assumed, gpu, bytes_s, routes, quiet)
 
