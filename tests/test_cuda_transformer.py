@@ -188,6 +188,32 @@ def test_one_launch_or_several_give_the_same_bits(
     np.testing.assert_array_equal(WAYS[way](on_gpu(exact)), expected)
 
 
+@pytest.fixture(scope="module")
+def mixed(exact: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    """The network with experts in one layer that have no packed form."""
+    types = dict.fromkeys(set(ROLES.values()) - {"hc", "router", "ape"}, Type.Q8_0)
+    types |= {"gate_up": Type.F32, "down": Type.F32, "embedding": Type.BF16}
+    path = tmp_path_factory.mktemp("mixed") / "m.gguf"
+    stored = open_network(write_gguf(random_model(PRESET), path, GgufOptions(types))[0])
+    first, second, third = exact.weights.layers
+    second = replace(second, experts=stored.weights.layers[1].experts)
+    weights = replace(exact.weights, layers=(first, second, third))
+    return Transformer(exact.config, weights, exact.numerics)
+
+
+@pytest.mark.parametrize("layers", [3, 1])
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_without_a_packed_form_are_the_hosts(
+    mixed: Transformer, layers: int, way: str
+) -> None:
+    network = on_gpu(mixed, layers=layers)
+    assert network.vram.is_whole and (layers == 1 or not network.vram.resident[1].any())
+    assert_close(WAYS[way](network), WAYS[way](make_fast(mixed)))
+    if layers == 3 and way == "both":
+        k = mixed.config.experts_per_token
+        assert network.vram.counts.misses.tolist() == [0, k * network.vram.counts.tokens, 0]
+
+
 def test_parts_of_a_product_as_one_or_apart_give_the_same_bits(
     exact: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

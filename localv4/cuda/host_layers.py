@@ -27,9 +27,12 @@ class HostLayers:
             layer.add_attention(program, chunk, attention, 1)
             layer.add_router(program, chunk, 1)
             experts = Program(network.scratch)
-            layer.moe.add_resolve(experts, chunk, self._hidden, network.team.halt_address)
-            layer.moe.add_gate_up(experts, chunk, self._hidden)
-            layer.moe.add_down(experts, chunk, self._hidden)
+            if layer.moe.forms:
+                layer.moe.add_resolve(experts, chunk, self._hidden, network.team.halt_address)
+                layer.moe.add_gate_up(experts, chunk, self._hidden)
+                layer.moe.add_down(experts, chunk, self._hidden)
+            else:
+                layer.moe.add_shared(experts, chunk, self._hidden.shared, 1)
             self._programs.append((program.finish(), experts.finish()))
             program = Program(network.scratch)
         network.head_site.add_mixing(program, chunk, 1, updates=2, leaves=True)
@@ -38,17 +41,25 @@ class HostLayers:
 
     def run(self) -> None:
         """Run all layers and the collapse of the streams."""
-        network, store = self._network, self._network.store.host
+        network = self._network
         start = time.perf_counter()
         for layer, (before, experts) in enumerate(self._programs, start=network.on_gpu):
             network.check_cancelled()
             network.team.run(before)
-            wanted = self._chunk.chosen[0].tolist()
-            store.count_misses(layer, wanted)
-            store.request(layer, wanted)
-            while (store.addresses[layer, wanted] <= 0).any():
-                network.check_cancelled()
-                store.wait(layer, wanted)
+            if network.layers[layer].moe.forms:
+                self._bring(layer)
             network.team.run(experts)
+            if not network.layers[layer].moe.forms:
+                network.mix_stored(layer, self._chunk, 1)
         network.team.run(self._head)
         network.store.counts.host_s += time.perf_counter() - start
+
+    def _bring(self, layer: int) -> None:
+        """Bring the token's experts of a layer into memory."""
+        network, store = self._network, self._network.store.host
+        wanted = self._chunk.chosen[0].tolist()
+        store.count_misses(layer, wanted)
+        store.request(layer, wanted)
+        while (store.addresses[layer, wanted] <= 0).any():
+            network.check_cancelled()
+            store.wait(layer, wanted)

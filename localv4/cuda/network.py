@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localv4.cuda.gpu import Gpu, GpuError, OnCompile, Recording, Step, sources_of
+from localv4.cuda.gpu import Gpu, OnCompile, Recording, Step, sources_of
 from localv4.cuda.mirrors import Mirrors, arrays_of
 from localv4.cuda.program import GpuProgram, Translator
 from localv4.cuda.prompt_experts import PromptExperts
@@ -35,9 +35,8 @@ MakeStore = Callable[[Experts, range], VramStore]
 class GpuNetwork(FastNetwork):
     """A network whose first `on_gpu` layers are in the memory of a GPU with their dense weights.
 
-    `team` are the threads of the host, which compute the layers behind those. Raises GpuError when
-    the experts of a layer have no packed form, or the GPU fails, GpuMemoryError when it has too
-    little memory.
+    `team` are the threads of the host, which compute the layers behind those, and experts without a
+    packed form. Raises GpuError when the GPU fails, GpuMemoryError when it has too little memory.
     """
 
     store: VramStore
@@ -58,12 +57,9 @@ class GpuNetwork(FastNetwork):
         self.translator = Translator(gpu, self.mirrors)
         self._on_host = False
 
-        def store_of(experts: Experts) -> VramStore:
-            if not all(experts.forms):
-                raise GpuError("experts that the CPU cannot pack cannot be computed on a GPU")
-            return make_store(experts, range(on_gpu))
-
-        super().__init__(config, weights, team, slack, store_of, rows)
+        super().__init__(
+            config, weights, team, slack, lambda experts: make_store(experts, range(on_gpu)), rows
+        )
         self.adopt(*self.layers[:on_gpu], self._cells, self.store.addresses)
         self.adopt(self.experts.form_numbers)
         if self.is_whole:
@@ -74,6 +70,11 @@ class GpuNetwork(FastNetwork):
     def is_whole(self) -> bool:
         """Whether all layers are on the GPU."""
         return self.on_gpu == self.config.n_layers
+
+    @property
+    def has_all_experts(self) -> bool:
+        """Whether the GPU has all experts of its layers, and can compute with them."""
+        return self.store.is_whole and all(self.experts.forms[: self.on_gpu])
 
     @property
     def workers(self) -> int:
@@ -154,10 +155,16 @@ class GpuNetwork(FastNetwork):
         self, moe: FastMoe, chunk: ChunkBuffers, buffers: WaveBuffers, tokens: int
     ) -> None:
         """Add the weighted outputs of experts; the host computes some that the GPU lacks."""
-        if self._on_host or self.store.is_whole:
+        if self._on_host or self.store.is_whole or not moe.forms:
             super().mix_packed(moe, chunk, buffers, tokens)
         else:
             self.prompt_experts.mix(moe, chunk, buffers, tokens)
+
+    def mix_stored(self, index: int, chunk: ChunkBuffers, tokens: int) -> None:
+        """Have the host compute `update` of a layer whose experts have no packed form."""
+        self.fetch(chunk.x.values[:tokens], chunk.chosen[:tokens], chunk.shares[:tokens])
+        super().mix_stored(index, chunk, tokens)
+        self.publish(chunk.update.values[:tokens])
 
     def adopt(self, *owners: object) -> None:
         """Let programs use the arrays of some objects, from now on."""

@@ -35,7 +35,7 @@ class GpuRowsProgram(RowsProgram):
     def __init__(self, network: GpuNetwork, rows: int, positions: int) -> None:
         self._on_gpu, self._store = network, network.store
         self._recordings: list[Recording] = []
-        self._has_all = self._store.is_whole
+        self._has_all = network.has_all_experts
         self._wave_buffers = WaveBuffers(network.config, rows)
         super().__init__(network, rows, positions)
 
@@ -47,7 +47,7 @@ class GpuRowsProgram(RowsProgram):
     def run(self, ids: NDArray[np.int64], states: Sequence[State]) -> bool:
         """Process the tokens; return False, with nothing lost, if the program is out of date."""
         network, store, chunk = self._on_gpu, self._store, self._chunk
-        if store.is_whole != self._has_all:
+        if network.has_all_experts != self._has_all:
             return False
         network.begin_rows(chunk, ids, states, self._cells)
         self._attention.context[:] = [state.position for state in states]
@@ -89,7 +89,11 @@ class GpuRowsProgram(RowsProgram):
         """Compute with the experts of a layer."""
         network, chunk = self._on_gpu, self._chunk_of(layer)
         network.fetch(chunk.chosen, chunk.shares)
-        network.mix_packed(network.layers[layer].moe, chunk, self._wave_buffers, self._rows)
+        moe = network.layers[layer].moe
+        network.mix_packed(moe, chunk, self._wave_buffers, self._rows)
+        if not moe.forms:
+            network.mix_stored(layer, chunk, self._rows)
+            self._store.count_misses(layer, np.unique(chunk.chosen).tolist())
 
     def _build(self) -> list[Segment]:
         network, rows = self._on_gpu, self._rows

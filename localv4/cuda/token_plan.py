@@ -1,5 +1,6 @@
 """Decoding on a GPU: one token through all layers, as recorded launches."""
 
+import time
 from collections.abc import Sequence
 from copy import copy
 
@@ -27,7 +28,7 @@ class GpuTokenPlan:
 
     While all experts are on the GPU it is one recording. Otherwise each layer has two: up to its
     router, and the experts that are there. Meanwhile the host learns what was chosen, and computes
-    with the experts that only it has.
+    with the experts that only it has: all of them where they have no packed form.
     """
 
     def __init__(self, network: GpuNetwork) -> None:
@@ -55,7 +56,7 @@ class GpuTokenPlan:
     def run(self, ids: NDArray[np.int64], state: State) -> Floats:
         """Process the one token of `ids`; return its final vector (1, hidden)."""
         network, chunk = self._network, self._chunk
-        if state.position >= self._positions or self._store.is_whole != self._has_all:
+        if state.position >= self._positions or network.has_all_experts != self._has_all:
             self._record(max(FIRST_POSITIONS, 2 * (state.position + 1)))
         assert self._attention is not None
         network.begin(chunk, ids, state)
@@ -80,10 +81,21 @@ class GpuTokenPlan:
         for layer in range(network.on_gpu):
             network.check_cancelled()
             self._recordings[2 * layer].replay()
+            if not network.layers[layer].moe.forms:
+                self._recordings[2 * layer + 1].replay()
+                self._mix_stored(layer)
+                continue
             missing.ask(self._chosen[layer : layer + 1], self._chunk.x)
             self._recordings[2 * layer + 1].replay()
             missing.compute(layer)
         self._recordings[-1].replay()
+
+    def _mix_stored(self, layer: int) -> None:
+        """Have the host compute with experts that have no packed form."""
+        start = time.perf_counter()
+        self._network.mix_stored(layer, self._chunk_of(layer), 1)
+        self._store.count_misses(layer, self._chosen[layer].tolist())
+        self._store.counts.host_s += time.perf_counter() - start
 
     def _note(self) -> None:
         """Tell the store and whoever listens what was chosen."""
@@ -114,7 +126,7 @@ class GpuTokenPlan:
         network.disown(self._attention)
         self._attention = AttentionBuffers(config, 1, Seen.before(positions, config), 1)
         network.adopt(self._attention)
-        self._positions, self._has_all = positions, self._store.is_whole
+        self._positions, self._has_all = positions, network.has_all_experts
         programs: list[Program] = []
         network.mirrors.push(self._store.addresses)
         program = GpuProgram(network.scratch)
@@ -124,6 +136,12 @@ class GpuTokenPlan:
             layer.add_mixing(program, chunk, 1)
             layer.add_attention(program, chunk, self._attention, 1)
             layer.add_router(program, chunk, 1)
+            if not layer.moe.forms:
+                shared = GpuProgram(network.scratch)
+                layer.moe.add_shared(shared, chunk, self._hidden.shared, 1)
+                programs += [program, shared]
+                program = GpuProgram(network.scratch)
+                continue
             layer.moe.add_resolve(program, chunk, self._hidden, 0)
             if self._has_all:
                 layer.moe.add_gate_up(program, chunk, self._hidden)

@@ -52,7 +52,7 @@ class GpuSpace:
 
     def __init__(self, gpu: Gpu, nbytes: int) -> None:
         self._gpu = gpu
-        self.base = gpu.allocate(nbytes)
+        self.base = gpu.allocate(max(1, nbytes))
 
     def commit(self, end: int) -> None:
         """Do nothing: the memory is there."""
